@@ -1,0 +1,230 @@
+"""The frozen backbone: build its architecture again, describe what is frozen, verify it."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from .config import CUSTOM, BNOnlyConfig
+from .errors import FingerprintError, RebuildError, ReinitError, UnknownArchitectureError
+from .fingerprint import fingerprint, first_difference, float32, layout, sampled
+from .norms import STATISTICS, affine, is_norm, plain_modules, plain_tensors
+from .reinit import constants_only, drawn
+
+# Attributes that differ between equal networks, or change only how the same numbers are computed.
+_INCIDENTAL = {"training", "grad_checkpointing", "fused_attn", "fast_norm", "_fast_norm", "name_or_path"}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that the frozen weights depend on."""
+    names = ("bn-affine-adapters", "torch", "timm", "peft", "numpy")
+    return {name: version(name) for name in names}
+
+
+def create(architecture: str, model_args: dict[str, Any], device: str | torch.device = "cpu") -> nn.Module:
+    """Build a network that timm has registered, with constants as its constructor leaves them and NaN elsewhere.
+
+    Raises:
+        UnknownArchitectureError: the name is not registered; the message gives the nearest one.
+        RebuildError: the constructor does not take the arguments.
+    """
+    if not timm.is_model(architecture):
+        near = get_close_matches(architecture, timm.list_models(), n=1)
+        raise UnknownArchitectureError(
+            f"timm {version('timm')} has no architecture {architecture[:80]!r}.",
+            seen=f"{len(timm.list_models())} registered names" + (f"; the nearest is {near[0]!r}" if near else ""),
+            do="import the package that registers it, or choose from timm.list_models()",
+        )
+    try:
+        with torch.device(device), constants_only():
+            return timm.create_model(architecture, pretrained=False, **model_args)
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError) as error:
+        raise RebuildError(
+            f"{architecture} cannot be built with these arguments.",
+            seen=f"model_args={model_args}; {type(error).__name__}: {error}",
+            do="give the creation arguments of the architecture as model_args",
+        ) from error
+
+
+def infer_architecture(model: nn.Module) -> str:
+    """Return the name under which timm built the network, or "custom" where timm did not build it."""
+    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    name = cfg.get("architecture") if isinstance(cfg, dict) else getattr(cfg, "architecture", None)
+    return name if name and timm.is_model(name) else CUSTOM
+
+
+def infer_args(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the creation arguments: those given, and those that can be read off the network."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    args: dict[str, Any] = {"num_classes": getattr(model, "num_classes", None)}
+    first = dict(model.named_modules()).get(cfg.get("first_conv") or "")
+    input_size = cfg.get("input_size") or (3,)
+    groups_of_input = getattr(first, "in_channels", None)
+    if groups_of_input is not None and groups_of_input != input_size[0]:
+        args["in_chans"] = groups_of_input
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None and tuple(size) != tuple(input_size[1:]):
+        args["img_size"] = list(size)
+    return {**{key: value for key, value in args.items() if value is not None}, **given}
+
+
+def _traits(model: nn.Module) -> dict[str, Any]:
+    traits: dict[str, Any] = {}
+    for name, module in plain_modules(model):
+        kind = "BatchNorm" if isinstance(module, nn.SyncBatchNorm) else type(module).__qualname__
+        where = name or "the network"
+        traits[f"{where}: class"] = kind.replace("SyncBatchNormAct", "BatchNormAct2d").replace("BatchNorm2d", "BatchNorm")
+        traits[f"{where}: extra_repr"] = module.extra_repr()
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is not None:
+                traits[f"{where}: shape of {parameter_name}"] = tuple(parameter.shape)
+        for key, value in vars(module).items():
+            if isinstance(value, bool | int | float | str) and not key.startswith("_") and key not in _INCIDENTAL:
+                traits[f"{where}: {key}"] = value
+    return traits
+
+
+def check_rebuild(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Build the architecture on the meta device and compare names, shapes, classes, extra_repr and settings.
+
+    A timm network does not keep its creation arguments, and some of them (``output_stride=8``) change neither a
+    name nor a shape: what this comparison lets through is what a reload gives back.
+
+    Raises:
+        RebuildError: the two differ; the message names the first difference.
+    """
+    assert config.architecture is not None
+    ours = _traits(model)
+    theirs = _traits(create(config.architecture, config.model_args, "meta"))
+    different = [key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key)]
+    if different:
+        key = different[0]
+        raise RebuildError(
+            f"{config.architecture} built with {config.model_args} is not the network given.",
+            seen=f"{len(different)} differences, the first at {key}: {ours.get(key)!r} in the network given, "
+            f"{theirs.get(key)!r} in the rebuilt one",
+            do="give the creation arguments as BNOnlyConfig(model_args={...}), or architecture='custom' for a network "
+            "changed by hand, which then loads only with model=",
+        )
+
+
+def inside(name: str, modules: Mapping[str, Any] | list[str] | None) -> bool:
+    """Tell whether a name is one of the modules or lies in one of them."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules or ())
+
+
+def frozen_tensors(model: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return (backbone, rest) by canonical name, in the order of the network's definition.
+
+    The backbone is every parameter and persistent buffer outside the norm layers' gamma, beta and running statistics,
+    the head and the extra trainable modules, so that adapters with other heads share it. The rest is what this
+    adapter leaves frozen beside it: a head that does not train, and norm layers that it does not own.
+    """
+    backbone: dict[str, torch.Tensor] = {}
+    rest: dict[str, torch.Tensor] = {}
+    for name, owner, attribute, tensor in plain_tensors(model):
+        if inside(name, config.extra_trainable_modules):
+            continue
+        if inside(name, config.head_layers):
+            if not config.train_head:
+                rest[name] = tensor
+        elif is_norm(owner) and attribute in (*affine(owner), *STATISTICS):
+            if not inside(name, config.norm_layers):
+                rest[name] = tensor
+        else:
+            backbone[name] = tensor
+    return backbone, rest
+
+
+def _arrays(
+    model: nn.Module, config: BNOnlyConfig, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, NDArray[np.float32]]:
+    # A network cast to bfloat16 has the fingerprint of the float32 values it was cast from, when those can be drawn.
+    cast = {name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype != torch.float32}
+    arrays: dict[str, NDArray[np.float32]] = {}
+    if config.seed is not None and cast:
+        for name, tensor, array in drawn(model, config.seed, weight_init=config.weight_init, norm_init="keep"):
+            if name in cast and torch.equal(torch.from_numpy(array).to(tensor.dtype), tensor.detach().cpu()):
+                arrays[name] = array
+    for name, tensor in tensors.items():
+        array = arrays.setdefault(name, float32(tensor))
+        if not np.isfinite(array).all():
+            raise ReinitError(
+                f"{name} has values that are not finite, so that it cannot be part of a frozen network.",
+                seen=f"shape {tuple(tensor.shape)}, {int((~np.isfinite(array)).sum())} of {array.size} not finite",
+                do="pass a network whose buffers do not depend on a random generator",
+            )
+    return arrays
+
+
+def describe(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Write the frozen tensors' fingerprints, the layout and the libraries' versions into a configuration."""
+    backbone, rest = frozen_tensors(model, config)
+    found = fingerprint(_arrays(model, config, backbone))
+    config.backbone_fingerprint = found.full
+    config.backbone_fingerprint_sampled = found.sampled
+    config.backbone_digests = found.tensors
+    config.layout_hash = _layout(model, config, backbone)
+    config.frozen_fingerprint = fingerprint(_arrays(model, config, rest)).full if rest else None
+    config.versions = versions()
+
+
+def _layout(model: nn.Module, config: BNOnlyConfig, backbone: Mapping[str, torch.Tensor]) -> str:
+    shapes = {name: tuple(tensor.shape) for name, tensor in backbone.items()}
+    for name, owner, attribute, tensor in plain_tensors(model):
+        if is_norm(owner) and attribute in affine(owner) and not inside(name, config.head_layers):
+            shapes[name] = tuple(tensor.shape)
+    return layout(shapes, config.init_scheme)
+
+
+def verify(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Compare a network's frozen tensors with a configuration's fingerprints, as far as ``config.verify`` asks.
+
+    Raises:
+        FingerprintError: they differ; the message names the first layer that does and the versions on both sides.
+    """
+    if config.verify == "off":
+        return
+    backbone, rest = frozen_tensors(model, config)
+    if _layout(model, config, backbone) != config.layout_hash:
+        raise _mismatch(config, "its layers have other names or shapes", _absent(model, config))
+    arrays = _arrays(model, config, backbone)
+    if config.verify == "sampled":
+        if sampled(arrays) != config.backbone_fingerprint_sampled:
+            raise _mismatch(config, "the sampled values differ", "4,096 values a tensor were compared")
+        return
+    found = fingerprint(arrays)
+    if found.full != config.backbone_fingerprint:
+        name = first_difference(list(backbone), found.tensors, config.backbone_digests or "")
+        dtype = f" ({backbone[name].dtype})" if name in backbone else ""
+        raise _mismatch(config, "frozen weights differ", f"the first layer that differs is {name}{dtype}")
+    if rest and fingerprint(_arrays(model, config, rest)).full != config.frozen_fingerprint:
+        raise _mismatch(config, "the frozen head or norm layers differ", f"among {', '.join(list(rest)[:3])} ...")
+
+
+def _absent(model: nn.Module, config: BNOnlyConfig) -> str:
+    there = {name for name, _ in plain_modules(model)}
+    absent = [name for name in config.target_modules if name not in there]
+    if absent:
+        return f"{len(absent)} of the adapter's layers are not in it, the first is {absent[0]}"
+    return f"{len(there)} modules"
+
+
+def _mismatch(config: BNOnlyConfig, why: str, seen: str) -> FingerprintError:
+    now = versions()
+    changed = [f"{k} {v} -> {now.get(k)}" for k, v in config.versions.items() if now.get(k) != v]
+    if config.seed is None:
+        do = "pass the base that the adapter was trained on as model="
+    else:
+        do = f"install the versions that made the adapter, or report this: seed {config.seed} promises the same bits"
+    return FingerprintError(
+        f"This is not the network that the adapter was trained on: {why}.",
+        seen=f"{seen}; {config.architecture}, versions then and now: {', '.join(changed) or 'the same'}",
+        do=do,
+    )

@@ -1,0 +1,225 @@
+"""BNOnlyConfig: everything that rebuilds a network from an adapter, as a PEFT configuration."""
+
+import math
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from .draws import SCHEME
+from .errors import ConfigError, FormatVersionError, UnknownKeyError
+from .reinit import NORM_INITS, WEIGHT_INITS, check_choice, check_seed
+
+FORMAT_VERSION = 1
+CUSTOM = "custom"  # the architecture of a network that timm cannot build: loads only with model=
+
+
+class MethodName(str):
+    """The method's name where PEFT expects a member of its PeftType enum."""
+
+    value = property(str)
+    name = property(str)
+
+
+BN_ONLY = MethodName("BN_ONLY")
+
+# What PEFT's base configurations hold, in the releases from the floor to the newest seen. A key that only a newer
+# PEFT knows is added here, so that files it wrote stay readable; a conformance test says when the list is too short.
+PEFT_KEYS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+}  # fmt: skip
+RUN_TIME = ("verify",)  # choices of this run, never written to adapter_config.json
+
+# Creation arguments that would load something, or build another kind of object than a classifier.
+FORBIDDEN_ARGS = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
+    "scriptable", "exportable", "no_jit", "device", "dtype", "pretrained_strict", "pretrained_filter_fn",
+}  # fmt: skip
+
+
+@dataclass
+class BNOnlyConfig(PeftConfig):
+    """Configure which parameters of a network train, and how the rest is redrawn.
+
+    What is None is inferred from the network when it is wrapped, and saved.
+
+    Args:
+        seed: draws every weight by `bnaffine-init-v1`; None keeps the weights given (a pretrained network).
+        weight_init: convolutions and linear layers: "kaiming_normal", "kaiming_uniform", "binary" (sign times the
+            He standard deviation) or "orthogonal", which is not portable between machines.
+        norm_init: gamma and beta: "uniform" (gamma U(0, 1), beta 0; the paper's, default with a seed), "ones",
+            "symmetric" (gamma U(-1, 1)), "ones_beta_one", or "keep" (default without a seed).
+        train_gamma: train the norm layers' scale.
+        train_beta: train the norm layers' shift.
+        train_head: train what timm's `get_classifier()` returns.
+        extra_trainable_modules: exact names of modules that train as a whole, e.g. the paper's shortcuts.
+        norm_layers: exact names of the norm layers that the adapter owns, by default all of them. The others are
+            frozen whole: running statistics too.
+        running_statistics: "update" in training mode, or "frozen" (tiny batches on a pretrained network).
+        architecture: a name registered in timm, or "custom" for a network that only your own code builds.
+        model_args: creation arguments of the architecture. num_classes, in_chans and img_size are inferred.
+        head_layers: exact names of the head's modules; inferred.
+        data_config: timm's data configuration: input_size (C, H, W), mean, std, interpolation, crop_pct.
+        label_names: the classes' names in the order of the logits.
+        init_scheme: the version of the rule that draws the weights.
+        format_version: of the adapter folder.
+        backbone_fingerprint: sha256 over the frozen tensors outside norm layers, head and extra modules.
+        backbone_fingerprint_sampled: the same over at most 4,096 values a tensor.
+        backbone_digests: the first 8 digits of each of those tensors' sha256, in the order of sorted names.
+        frozen_fingerprint: sha256 over a drawn head that does not train and norm layers outside the adapter, if any.
+        layout_hash: sha256 over the backbone's names and shapes.
+        versions: of the libraries that made the adapter.
+        verify: "full", "sampled" or "off": how the frozen network is compared at load. A run-time choice, not saved.
+
+    Raises:
+        UnknownKeyError: a key does not exist.
+        ConfigError: a value is not usable.
+
+    >>> BNOnlyConfig(seed=0).norm_init, BNOnlyConfig().norm_init
+    ('uniform', 'keep')
+    """
+
+    seed: int | None = None
+    weight_init: str = "kaiming_normal"
+    norm_init: str | None = None
+    train_gamma: bool = True
+    train_beta: bool = True
+    train_head: bool = False
+    extra_trainable_modules: list[str] = field(default_factory=list)
+    norm_layers: list[str] | None = None
+    running_statistics: str = "update"
+    architecture: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    head_layers: list[str] | None = None
+    data_config: dict[str, Any] | None = None
+    label_names: list[str] | None = None
+    init_scheme: str = SCHEME
+    format_version: int = FORMAT_VERSION
+    backbone_fingerprint: str | None = None
+    backbone_fingerprint_sampled: str | None = None
+    backbone_digests: str | None = None
+    frozen_fingerprint: str | None = None
+    layout_hash: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    verify: Literal["full", "sampled", "off"] = "full"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "BNOnlyConfig":
+        """Refuse unknown keys before the dataclass does, naming the nearest one."""
+        check_keys(kwargs, {f.name for f in fields(cls)}, "BNOnlyConfig")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Check every value and fill in the defaults that depend on the seed."""
+        self.task_type = None
+        super().__post_init__()
+        self.peft_type = BN_ONLY
+        # PEFT chooses its model class by task type: this one leads to ours on every path.
+        self.task_type = BN_ONLY
+        if self.norm_init is None:
+            self.norm_init = "keep" if self.seed is None else "uniform"
+        self._check()
+
+    def _check(self) -> None:
+        if self.seed is not None:
+            check_seed(self.seed)
+        check_choice("weight_init", self.weight_init, WEIGHT_INITS)
+        check_choice("norm_init", self.norm_init, NORM_INITS)
+        check_choice("running_statistics", self.running_statistics, ("update", "frozen"))
+        check_choice("verify", self.verify, ("full", "sampled", "off"))
+        check_choice("init_scheme", self.init_scheme, (SCHEME,))
+        for key in ("train_gamma", "train_beta", "train_head"):
+            _check_type(key, getattr(self, key), bool)
+        for key in ("extra_trainable_modules", "norm_layers", "head_layers", "label_names"):
+            self._check_names(key)
+        for key in ("model_args", "versions"):
+            _check_type(key, getattr(self, key), dict)
+        for key in ("architecture", "backbone_fingerprint", "backbone_digests", "frozen_fingerprint", "layout_hash"):
+            _check_type(key, getattr(self, key), str | None)
+        _check_type("data_config", self.data_config, dict | None)
+        self._check_format()
+        self._check_args()
+
+    def _check_format(self) -> None:
+        _check_type("format_version", self.format_version, int)
+        if self.format_version > FORMAT_VERSION:
+            raise FormatVersionError(
+                "The adapter was written in a newer format.",
+                seen=f"format_version {self.format_version}; this version reads up to {FORMAT_VERSION}",
+                do="pip install -U bn-affine-adapters",
+            )
+
+    def _check_names(self, key: str) -> None:
+        value = getattr(self, key)
+        if value is None:
+            return
+        if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{key} is not a list of names.", seen=repr(value)[:200], do=f"{key}=['exact.name', ...]")
+        setattr(self, key, list(value))
+
+    def _check_args(self) -> None:
+        refused = FORBIDDEN_ARGS & set(self.model_args)
+        refused |= {key for key, value in self.model_args.items() if not _is_plain(value) or not isinstance(key, str)}
+        if refused:
+            raise ConfigError(
+                f"model_args holds what cannot travel with an adapter: {', '.join(sorted(map(str, refused)))}.",
+                seen=repr({key: self.model_args[key] for key in refused})[:200],
+                do="give the architecture's own arguments, as finite numbers, strings, booleans, None or lists of them",
+            )
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The exact names of every module that the adapter holds a copy of; a tuple, which PEFT leaves as it is."""
+        head = self.head_layers or [] if self.train_head else []
+        return tuple(dict.fromkeys([*(self.norm_layers or []), *head, *self.extra_trainable_modules]))
+
+    @property
+    def portable(self) -> bool:
+        """Whether the frozen weights have the same bits on every machine."""
+        return self.seed is None or self.weight_init != "orthogonal"
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no network has been wrapped with this configuration yet."""
+        return self.backbone_fingerprint is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what adapter_config.json holds: every field but the run-time choices."""
+        return {key: value for key, value in super().to_dict().items() if key not in RUN_TIME}
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Check the keys of a configuration file; what only a newer PEFT writes is let through and dropped."""
+        known = {f.name for f in fields(cls)} - set(RUN_TIME)
+        # First, so that a file of a newer format says so instead of stumbling over its new keys.
+        version = kwargs.get("format_version", FORMAT_VERSION)
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            cls(format_version=version)
+        check_keys(kwargs, known | PEFT_KEYS, "adapter_config.json")
+        return {key: value for key, value in kwargs.items() if key in known}
+
+
+def check_keys(given: dict[str, Any], known: set[str], where: str) -> None:
+    """Raise UnknownKeyError for the first key that is not known, naming the nearest one that is."""
+    for key in given:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1, cutoff=0.5)
+            raise UnknownKeyError(
+                f"{where} has no key {str(key)[:80]!r}.",
+                seen=f"{str(key)[:80]!r}" + (f"; the nearest key is {near[0]!r}" if near else ""),
+                do=f"use {near[0]!r}" if near else f"choose from {', '.join(sorted(known))}",
+            )
+
+
+def _check_type(key: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        wanted = getattr(kind, "__name__", str(kind))
+        raise ConfigError(f"{key} has the wrong type.", seen=f"{key}={value!r}"[:200], do=f"give a value of type {wanted}")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool | int | str)

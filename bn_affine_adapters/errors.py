@@ -1,0 +1,102 @@
+"""The errors of this package: what happened, what was seen, what to do.
+
+BNAdapterError
+├── ConfigError               (ValueError)         a value of a configuration is not usable
+│   ├── UnknownKeyError       (TypeError)          a configuration key that does not exist
+│   └── FormatVersionError                         an adapter of a newer format
+├── NetworkError              (ValueError)         the network given or named cannot be adapted
+│   ├── NoNormLayerError                           it has no norm layer with gamma or beta
+│   ├── UnknownArchitectureError                   its name is not registered in timm
+│   ├── MissingModuleError                         it has no head, or no module of that name
+│   ├── RebuildError                               its creation arguments cannot be inferred
+│   └── ReinitError                                a tensor has no rule to be redrawn by
+├── AdapterError              (ValueError)         an adapter cannot be used
+│   ├── AdapterNameError                           the adapter's name would clash
+│   ├── AdapterFileError      (OSError)            a file is missing, truncated or not safetensors
+│   ├── AdapterTensorError                         tensors are missing, extra, or of another shape or type
+│   ├── FingerprintError                           the frozen network is not the one it was trained on
+│   └── BaseRequiredError                          it was trained on given weights: pass model=
+├── DataError                 (ValueError)         a data set cannot be used
+├── OutputFolderError         (FileExistsError)    the output folder holds something
+└── NoSpaceError              (OSError)            the disk is full
+"""
+
+
+class BNAdapterError(Exception):
+    """Base of every error here; ``what``, ``seen`` and ``do`` are its three parts."""
+
+    def __init__(self, what: str, *, seen: str, do: str) -> None:
+        super().__init__(f"{what}\n  seen:  {seen}\n  do:    {do}")
+        self.what, self.seen, self.do = what, seen, do
+
+
+class ConfigError(BNAdapterError, ValueError):
+    """A value of a configuration is not usable."""
+
+
+class UnknownKeyError(ConfigError, TypeError):
+    """A configuration key does not exist; the message names the nearest one that does."""
+
+
+class FormatVersionError(ConfigError):
+    """The adapter was written in a newer format than this version reads."""
+
+
+class NetworkError(BNAdapterError, ValueError):
+    """The network given or named cannot be adapted."""
+
+
+class NoNormLayerError(NetworkError):
+    """The network has no norm layer with gamma or beta."""
+
+
+class UnknownArchitectureError(NetworkError):
+    """The architecture is not a name registered in timm."""
+
+
+class MissingModuleError(NetworkError):
+    """The network has no head, or no module of the name given."""
+
+
+class RebuildError(NetworkError):
+    """Rebuilding the architecture from its name and arguments gives another network."""
+
+
+class ReinitError(NetworkError):
+    """A tensor has no rule by which it could be redrawn from the seed."""
+
+
+class AdapterError(BNAdapterError, ValueError):
+    """An adapter cannot be used."""
+
+
+class AdapterNameError(AdapterError):
+    """The name of an adapter would clash with a name in the network."""
+
+
+class AdapterFileError(AdapterError, OSError):
+    """A file of the adapter is missing, truncated or not in safetensors format."""
+
+
+class AdapterTensorError(AdapterError):
+    """The adapter's tensors do not fit the network: missing, extra, other shape, type, or not finite."""
+
+
+class FingerprintError(AdapterError):
+    """The frozen network is not the one that the adapter was trained on."""
+
+
+class BaseRequiredError(AdapterError):
+    """The adapter was trained on given weights, which have to be passed as ``model=``."""
+
+
+class DataError(BNAdapterError, ValueError):
+    """A data set cannot be used: columns, classes or images are not as expected."""
+
+
+class OutputFolderError(BNAdapterError, FileExistsError):
+    """The output folder exists and holds something."""
+
+
+class NoSpaceError(BNAdapterError, OSError):
+    """There is no space left on the device; what was there before is untouched."""

@@ -1,0 +1,171 @@
+"""The PEFT layer: a module of the network with one copy of it, parameters and buffers, per adapter."""
+
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from .config import BNOnlyConfig
+from .errors import AdapterError
+from .norms import COPIES, affine, is_norm
+
+
+class BNOnlyLayer(nn.Module, BaseTunerLayer):
+    """Run the active adapter's copy of a module, or the module itself where that adapter has none.
+
+    The whole module is copied, so that fused activations (`BatchNormAct2d`), eps, momentum, dtype and running
+    statistics stay what they are. The base layer and inactive copies never move: the base layer always runs in
+    evaluation mode, and so do the norm layers of an adapter whose running statistics are frozen.
+    """
+
+    adapter_layer_names = (COPIES,)
+    other_param_names = ("configs",)
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        """Wrap ``base_layer``, whose canonical name in the network is ``name``."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.bn_only_layers = nn.ModuleDict()
+        self.configs: dict[str, BNOnlyConfig] = {}
+        self.merged_adapters: list[str] = []
+        self.canonical_name = name
+        self._active_adapter: str | list[str] = []
+        self._flags_while_disabled: dict[str, bool] = {}
+        self.training = base_layer.training
+
+    def add_copy(self, adapter_name: str, copy: nn.Module, config: BNOnlyConfig) -> None:
+        """Hold ``copy`` for an adapter; what of it trains follows from the adapter's configuration."""
+        self.bn_only_layers[adapter_name] = copy
+        self.configs[adapter_name] = config
+        copy.requires_grad_(False)
+        self.train(self.training)
+
+    def copy_of_base(self) -> nn.Module:
+        """Return a deep copy of the base layer in this layer's mode, sharing nothing with it."""
+        return deepcopy(self.base_layer).train(self.training)
+
+    def active_module(self) -> nn.Module:
+        """Return the module that `forward` runs."""
+        if self.disable_adapters or self.merged or not self.active_adapters:
+            return self.base_layer
+        if len(self.active_adapters) > 1:
+            raise AdapterError(
+                "Two adapters of norm layers cannot be active at once.",
+                seen=f"active: {', '.join(self.active_adapters)}",
+                do="model.set_adapter(one_name)",
+            )
+        name = self.active_adapters[0]
+        return self.bn_only_layers[name] if name in self.bn_only_layers else self.base_layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the active adapter's copy."""
+        return self.active_module()(*args, **kwargs)
+
+    def trainable(self, adapter_name: str) -> list[str]:
+        """Return the parameters that an adapter's configuration trains, as named in `bn_only_layers`."""
+        copy, config = self.bn_only_layers[adapter_name], self.configs[adapter_name]
+        head = config.head_layers or [] if config.train_head else []
+        if self.canonical_name in head or self.canonical_name in config.extra_trainable_modules:
+            names = [name for name, _ in copy.named_parameters()]
+        else:
+            gamma, beta = affine(copy)
+            names = [name for name, on in ((gamma, config.train_gamma), (beta, config.train_beta)) if name and on]
+        return [f"{adapter_name}.{name}" for name in names]
+
+    def train(self, mode: bool = True) -> "BNOnlyLayer":
+        """Set the mode of the copies; the base layer and frozen running statistics stay in evaluation mode."""
+        super().train(mode)
+        if not self.merged:
+            self.base_layer.train(False)
+        for name, copy in self.bn_only_layers.items():
+            if self.configs[name].running_statistics == "frozen":
+                for module in copy.modules():
+                    if is_norm(module):
+                        module.train(False)
+        return self
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate an adapter: its trainable parameters require gradients, unless in inference mode."""
+        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._require_grad({name: False for name, _ in self.bn_only_layers.named_parameters()})
+        if not inference_mode:
+            self.set_requires_grad(self._active_adapter)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Turn gradients on or off for what the adapters train."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in set(names) & set(self.bn_only_layers):
+            self._require_grad(dict.fromkeys(self.trainable(name), requires_grad))
+
+    def _require_grad(self, flags: dict[str, bool]) -> None:
+        # While the adapters are disabled nothing requires gradients; what is asked for then holds afterwards.
+        if self.disable_adapters:
+            self._flags_while_disabled.update(flags)
+            return
+        for name, flag in flags.items():
+            self.bn_only_layers.get_parameter(name).requires_grad_(flag)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable the adapters; enabling gives back the gradients there were before."""
+        if enabled != self.disable_adapters:
+            return
+        if self.merged:
+            self.unmerge()
+        if not enabled:
+            self._flags_while_disabled = {n: p.requires_grad for n, p in self.bn_only_layers.named_parameters()}
+            self.bn_only_layers.requires_grad_(False)
+        self._disable_adapters = not enabled
+        if enabled:
+            self._require_grad(self._flags_while_disabled)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Exchange the base layer for an adapter's copy; nothing is computed, so the result is exact."""
+        names = check_adapters_to_merge(self, adapter_names)
+        if len(names) > 1:
+            raise AdapterError(
+                "Only one adapter of norm layers can be merged.",
+                seen=f"asked for: {', '.join(names)}",
+                do=f"merge_and_unload(adapter_names=[{names[0]!r}])",
+            )
+        if self.merged:
+            warnings.warn(f"Already merged with {self.merged_adapters[0]}. Unmerging first.", stacklevel=2)
+            self.unmerge()
+        for name in names:
+            self._exchange(name)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Undo `merge`."""
+        if self.merged:
+            self._exchange(self.merged_adapters.pop())
+            self.train(self.training)
+
+    def _exchange(self, name: str) -> None:
+        self.base_layer, self.bn_only_layers[name] = self.bn_only_layers[name], self.base_layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The active module's weight: some networks read it instead of calling the layer."""
+        return self.active_module().weight  # type: ignore[return-value]  # nn.Module.__getattr__ says Tensor | Module
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """The active module's bias."""
+        return self.active_module().bias  # type: ignore[return-value]  # nn.Module.__getattr__ says Tensor | Module
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the active module, e.g. `eps` or `in_features`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_layer", COPIES):  # not yet there, while __init__ or unpickling runs
+                raise
+            return getattr(self.active_module(), name)
+
+    def __repr__(self) -> str:
+        """Show the layer as PEFT's other tuners do."""
+        return "bn_only." + super().__repr__()

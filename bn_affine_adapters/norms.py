@@ -1,0 +1,179 @@
+"""Find norm layers, the head and shortcuts in a network; translate gamma and beta; count.
+
+Everything is found by type or by identity, never by the look of a name. Names are those of the plain network
+(`canonical`), so that a wrapped network answers as its plain self.
+"""
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .errors import MissingModuleError, NoNormLayerError
+
+COPIES = "bn_only_layers"  # where a wrapped module keeps its per-adapter copies
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+# timm's norm layers that are not subclasses of torch's. Looked up by name because they come and go with its versions.
+_TIMM_NORMS = {
+    "timm.layers.norm": (
+        "RmsNorm RmsNormFp32 RmsNorm2d RmsNorm2dFp32 SimpleNorm SimpleNormFp32 SimpleNorm2d SimpleNorm2dFp32"
+    ),
+    "timm.layers.evo_norm": "EvoNorm2dB0 EvoNorm2dB1 EvoNorm2dB2 EvoNorm2dS0 EvoNorm2dS1 EvoNorm2dS2",
+    "timm.layers.filter_response_norm": "FilterResponseNormTlu2d FilterResponseNormAct2d",
+    "timm.layers.inplace_abn": "InplaceAbn",
+    "timm.models.mlp_mixer": "Affine",
+}
+NORM_TYPES: tuple[type[nn.Module], ...] = (
+    _NormBase,  # BatchNorm1d/2d/3d, SyncBatchNorm, InstanceNorm, and timm's BatchNormAct2d
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    *(
+        kind
+        for module, names in _TIMM_NORMS.items()
+        for name in names.split()
+        if (kind := getattr(import_module(module), name, None)) is not None
+    ),
+)
+
+
+class Affine(NamedTuple):
+    """The names under which a norm layer keeps gamma and beta; None where it has none."""
+
+    gamma: str | None
+    beta: str | None
+
+
+def affine(module: nn.Module) -> Affine:
+    """Return the attribute names of a norm layer's gamma and beta: ("weight", "bias") almost everywhere."""
+    names = ("alpha", "beta") if "alpha" in module._parameters else ("weight", "bias")
+    gamma, beta = (name if module._parameters.get(name) is not None else None for name in names)
+    return Affine(gamma, beta)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a norm layer with gamma, beta or running statistics."""
+    if not isinstance(module, NORM_TYPES):
+        return False
+    return any(affine(module)) or module._buffers.get("running_mean") is not None
+
+
+def canonical(name: str) -> str:
+    """Return a parameter's or module's name in the plain network, without what wrappers put around it.
+
+    >>> canonical("module.base_model.model.layer1._orig_mod.0.conv1.weight")
+    'layer1.0.conv1.weight'
+    """
+    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    while (rest := name.removeprefix("module.").removeprefix("base_model.model.")) != name:
+        name = rest
+    return name
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (canonical name, module) of the plain network: base layers in place of their wrappers, no copies."""
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        while COPIES in module._modules:
+            module = module.get_submodule("base_layer")
+        yield canonical(name), module
+        for child_name, child in module.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from walk(model, "")
+
+
+def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """Yield (canonical name, owner, attribute, tensor) for parameters and persistent buffers, each tensor once.
+
+    A tied tensor comes under its bytewise smallest name.
+    """
+    found: dict[int, tuple[str, nn.Module, str, Any]] = {}
+    for name, module in plain_modules(model):
+        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for attribute, tensor in [*module._parameters.items(), *buffers.items()]:
+            if tensor is None:
+                continue
+            entry = (f"{name}.{attribute}" if name else attribute, module, attribute, tensor)
+            other = found.get(id(tensor))
+            if other is None or entry[0].encode() < other[0].encode():
+                found[id(tensor)] = entry
+    yield from found.values()
+
+
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the network's norm layers by canonical name, in the order of its definition.
+
+    Raises:
+        NoNormLayerError: there is none with gamma or beta.
+    """
+    modules = list(plain_modules(model))
+    found = {name: module for name, module in modules if is_norm(module)}
+    if not any(any(affine(module)) for module in found.values()):
+        kinds = sorted({type(module).__name__ for _, module in modules if module._parameters})
+        raise NoNormLayerError(
+            f"{type(model).__name__} has no norm layer with gamma and beta to train.",
+            seen=f"0 of {len(modules)} modules; those with parameters are {', '.join(kinds) or 'none'}",
+            do='choose a network with normalisation, e.g. timm.create_model("resnet50")',
+        )
+    return found
+
+
+def head_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what timm's ``get_classifier()`` returns, by canonical name; empty where there is none."""
+    if not hasattr(model, "get_classifier"):
+        return {}
+    head = model.get_classifier()
+    parts = list(head) if isinstance(head, tuple | list | nn.ModuleList) else [head]
+    wanted = {id(unwrapped(part)) for part in parts if isinstance(part, nn.Module)}
+    return {
+        name: module
+        for name, module in plain_modules(model)
+        if id(module) in wanted and next(module.parameters(), None) is not None
+    }
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module itself, or the base layer of one that holds per-adapter copies."""
+    while COPIES in module._modules:
+        module = module.get_submodule("base_layer")
+    return module
+
+
+def shortcut_convs(model: nn.Module) -> list[str]:
+    """Return the names of the convolutions on a residual network's shortcuts.
+
+    Source: the condition "BN + shortcuts + head" of the paper, Figure 2.
+    """
+    modules = dict(plain_modules(model))
+    found = []
+    for name, module in modules.items():
+        parent, _, rest = name.partition(".downsample")
+        in_block = isinstance(getattr(modules.get(parent), "conv2", None), nn.Module)
+        if rest != name and isinstance(module, nn.Conv2d) and ".downsample" in name and in_block:
+            found.append(name)
+    return found
+
+
+def named_layers(model: nn.Module, names: list[str], role: str) -> dict[str, nn.Module]:
+    """Return the modules with exactly these canonical names.
+
+    Raises:
+        MissingModuleError: a name is not in the network; the message gives the nearest one.
+    """
+    from difflib import get_close_matches
+
+    modules = dict(plain_modules(model))
+    for name in names:
+        if not name or name not in modules:
+            near = get_close_matches(name, modules, n=1)
+            raise MissingModuleError(
+                f"{type(model).__name__} has no module named {name!r} ({role}).",
+                seen=f"{len(modules)} modules" + (f"; the nearest name is {near[0]!r}" if near else ""),
+                do="give exact names from model.named_modules()",
+            )
+    return {name: modules[name] for name in names}

@@ -1,0 +1,264 @@
+"""Redraw every tensor of a network from one seed, in place: the rule is `bnaffine-init-v1`.
+
+A tensor's rule follows from what owns it: convolution, linear layer, norm layer, embedding, token or position
+table, or a gain that its constructor sets to a constant. A tensor without a rule is an error that names it.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import draws
+from .errors import ConfigError, ReinitError
+from .norms import STATISTICS, affine, is_norm, plain_tensors
+
+WEIGHT_INITS = ("kaiming_normal", "kaiming_uniform", "binary", "orthogonal")
+NORM_INITS = ("uniform", "ones", "symmetric", "ones_beta_one", "keep")
+GAIN2 = 2.0  # the squared gain of ReLU
+TABLE_SCALE = 0.02
+
+_TABLE = re.compile(
+    r"(cls|dist|reg|mask|class|register)_?tokens?_?\d*|latent|patch_pos|pixel_pos"
+    r"|(pos|position)_?(emb|embed|embedding|embeddings)(_\w+|\d*)|position_embedding_table"
+    r"|relative_position_bias_table|rel_pos_[hw]|(height|width)_rel|attention_biases"
+)
+
+
+class Rule(NamedTuple):
+    """How one tensor is drawn: a distribution with its scale, an orthogonal matrix, or a constant."""
+
+    kind: str  # a draws.Distribution, "orthogonal" or "constant"
+    scale: float = 1.0
+
+
+def fans(weight: torch.Tensor) -> int:
+    """Return a weight's fan_in by torch's convention: shape[1] times the kernel's size, groups ignored."""
+    return math.prod(weight.shape[1:])
+
+
+def weight_rule(weight: torch.Tensor, weight_init: str) -> Rule:
+    """Return the rule of a convolution's or linear layer's weight."""
+    match weight_init:
+        case "kaiming_normal":
+            return Rule("normal", math.sqrt(GAIN2 / fans(weight)))
+        case "kaiming_uniform":
+            return Rule("uniform", math.sqrt(3 * (GAIN2 / fans(weight))))
+        case "binary":
+            return Rule("sign", math.sqrt(GAIN2 / fans(weight)))
+        case _:
+            return Rule("orthogonal")
+
+
+def gamma_rule(norm_init: str) -> Rule:
+    """Return the rule of a gamma: U(0, 1) in the paper."""
+    rules = {"uniform": Rule("unit"), "symmetric": Rule("uniform")}
+    return rules.get(norm_init, Rule("constant", 1.0))
+
+
+def rule_for(name: str, owner: nn.Module, attribute: str, weight_init: str, norm_init: str) -> Rule | None:
+    """Return the rule of a parameter, or None where only its constructor's constant can be one."""
+    if is_norm(owner):
+        gamma, beta = affine(owner)
+        if attribute == gamma:
+            return gamma_rule(norm_init)
+        if attribute == beta:
+            return Rule("constant", 1.0 if norm_init == "ones_beta_one" else 0.0)
+        return None
+    if isinstance(owner, nn.modules.conv._ConvNd | nn.Linear):
+        if attribute == "weight":
+            return weight_rule(owner.weight, weight_init)
+        if attribute == "bias":
+            return Rule("uniform", math.sqrt(1 / fans(owner.weight)))
+        return None
+    if isinstance(owner, nn.Embedding) or _TABLE.fullmatch(attribute):
+        return Rule("normal", TABLE_SCALE)
+    return None
+
+
+def values(rule: Rule, shape: tuple[int, ...], seed: int, name: str) -> NDArray[np.float32]:
+    """Return the float32 values of a tensor under its rule."""
+    if rule.kind == "constant":
+        return np.full(shape, rule.scale, dtype=np.float32)
+    if rule.kind == "orthogonal":
+        return _orthogonal(draws.draw(shape, seed, name, "normal"))
+    return draws.draw(shape, seed, name, rule.kind, rule.scale)  # type: ignore[arg-type]  # Rule.kind is checked above
+
+
+def _orthogonal(normal: NDArray[np.float32]) -> NDArray[np.float32]:
+    # Not portable: LAPACK's QR differs between machines. The fingerprint says whether it did.
+    rows = normal.reshape(normal.shape[0], -1).astype(np.float64)
+    wide = rows.shape[0] < rows.shape[1]
+    q, r = np.linalg.qr(rows.T if wide else rows)
+    q = q * np.sign(np.diag(r))
+    return (q.T if wide else q).astype(np.float32).reshape(normal.shape)
+
+
+def drawn(
+    model: nn.Module,
+    seed: int,
+    *,
+    weight_init: str = "kaiming_normal",
+    norm_init: str = "uniform",
+    reference: Callable[[], nn.Module] | None = None,
+) -> Iterator[tuple[str, torch.Tensor, NDArray[np.float32]]]:
+    """Yield (canonical name, parameter, its float32 values) for every parameter, changing nothing.
+
+    Args:
+        model: the network, on any device but meta.
+        seed: 0 <= seed < 2^64.
+        weight_init: one of WEIGHT_INITS; "orthogonal" is not portable between machines.
+        norm_init: one of NORM_INITS; "keep" leaves gamma and beta out.
+        reference: builds the network as its constructor leaves it, under `constants_only`; asked for only where a
+            constant has to be read. Without it the network's own values are taken for those constants.
+
+    Raises:
+        ReinitError: a parameter has no rule, is parametrised, or lies on the meta device.
+    """
+    constants: dict[str, torch.Tensor] | None = None
+    taken: dict[str, nn.Module] = {}
+    for name, owner, attribute, tensor in plain_tensors(model):
+        if not isinstance(tensor, nn.Parameter):
+            continue
+        _check(name, owner, tensor, taken)
+        if norm_init == "keep" and is_norm(owner) and attribute in affine(owner):
+            continue
+        rule = rule_for(name, owner, attribute, weight_init, norm_init)
+        if rule is None:
+            if constants is None:
+                constants = {n: t for n, _, _, t in plain_tensors(reference() if reference else model)}
+            rule = _constant_rule(name, owner, constants[name])
+        yield name, tensor, values(rule, tuple(tensor.shape), seed, name)
+
+
+def _check(name: str, owner: nn.Module, tensor: torch.Tensor, taken: dict[str, nn.Module]) -> None:
+    if name in taken:
+        raise ReinitError(
+            f"Two parameters have the name {name!r} in the plain network.",
+            seen=f"one in {type(taken[name]).__name__}, one in {type(owner).__name__}",
+            do="pass the network before it is wrapped",
+        )
+    taken[name] = owner
+    if parametrize.is_parametrized(owner) or "parametrizations." in name:
+        raise ReinitError(
+            f"{name} is computed by a parametrisation, so that it has no values of its own to redraw.",
+            seen=f"torch.nn.utils.parametrize on {type(owner).__name__}",
+            do="call torch.nn.utils.parametrize.remove_parametrizations first",
+        )
+    if tensor.is_meta:
+        raise ReinitError(
+            f"{name} lies on the meta device and has no memory to be drawn into.",
+            seen="device meta",
+            do='build the network on a real device, or call model.to_empty(device="cpu") first',
+        )
+
+
+def _constant_rule(name: str, owner: nn.Module, tensor: torch.Tensor) -> Rule:
+    flat = tensor.detach().reshape(-1).float()
+    first = flat[0].item() if flat.numel() else 0.0
+    if math.isnan(first) or not bool((flat == first).all()):
+        raise ReinitError(
+            f"{name} has no rule in {draws.SCHEME}: it cannot be redrawn from a seed.",
+            seen=f"attribute of {type(owner).__module__}.{type(owner).__name__}, shape {tuple(tensor.shape)}, "
+            "which its constructor does not fill with one constant",
+            do="use seed=None to keep the weights given, or choose another architecture",
+        )
+    return Rule("constant", first)
+
+
+@torch.no_grad()
+def reinit_(
+    model: nn.Module,
+    seed: int,
+    *,
+    weight_init: str = "kaiming_normal",
+    norm_init: str = "uniform",
+    reference: Callable[[], nn.Module] | None = None,
+) -> nn.Module:
+    """Redraw a network from a seed in place and reset its running statistics; return it.
+
+    Values are drawn in binary32 on the CPU and then copied, so that every device gets the same bits; other dtypes
+    get the cast of the binary32 value. torch's, numpy's and Python's generators are not touched.
+
+    Args: as `drawn`.
+
+    Raises:
+        ConfigError: an argument is not one of those listed.
+        ReinitError: as `drawn`.
+
+    >>> import timm
+    >>> model = reinit_(timm.create_model("resnet18"), seed=0)
+    >>> model.conv1.weight[0, 0, 0, :2].tolist()
+    [-0.09382279217243195, 0.05556065961718559]
+    """
+    check_seed(seed)
+    check_choice("weight_init", weight_init, WEIGHT_INITS)
+    check_choice("norm_init", norm_init, NORM_INITS)
+    for _, tensor, array in drawn(
+        model, seed, weight_init=weight_init, norm_init=norm_init, reference=reference
+    ):
+        tensor.copy_(torch.from_numpy(array))
+    for _, owner, attribute, tensor in plain_tensors(model):
+        if is_norm(owner) and attribute in STATISTICS:
+            tensor.fill_(1 if attribute == "running_var" else 0)
+    return model
+
+
+@torch.no_grad()
+def draw_norm_(module: nn.Module, name: str, seed: int, norm_init: str) -> None:
+    """Redraw one norm layer's gamma and beta, in place, under the layer's canonical name."""
+    for attribute in affine(module):
+        if attribute is not None and (rule := rule_for("", module, attribute, "", norm_init)) is not None:
+            tensor = module._parameters[attribute]
+            assert tensor is not None
+            tensor.copy_(torch.from_numpy(values(rule, tuple(tensor.shape), seed, f"{name}.{attribute}")))
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ConfigError unless ``seed`` is an integer in [0, 2^64)."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ConfigError(
+            "The seed is not usable.",
+            seen=f"seed={seed!r}",
+            do="give an integer with 0 <= seed < 2**64, or None to keep the weights given",
+        )
+
+
+def check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigError(f"{key} has no such value.", seen=f"{key}={value!r}", do=f"choose from {', '.join(choices)}")
+
+
+_RANDOM = {"uniform_", "normal_", "log_normal_", "cauchy_", "exponential_", "geometric_", "bernoulli_", "random_"}
+_RANDOM_FACTORIES = {"rand", "randn", "rand_like", "randn_like", "normal", "bernoulli"}
+
+
+class _RandomIsNaN(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in _RANDOM and args[0].is_floating_point():
+            return args[0].fill_(torch.nan)
+        if name in _RANDOM_FACTORIES:
+            with torch.random.fork_rng(devices=[]):
+                return func(*args, **(kwargs or {})).fill_(torch.nan)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def constants_only() -> Iterator[None]:
+    """Build networks whose random tensors are NaN and whose constants are their constructor's.
+
+    Saves the time of a random initialisation that is redrawn anyway, leaves the global generators alone, and tells
+    a constant from a draw: what is still NaN after `reinit_` was never given a rule.
+    """
+    with _RandomIsNaN():
+        yield
