@@ -15,7 +15,7 @@ from .config import CUSTOM, BNOnlyConfig
 from .errors import FingerprintError, RebuildError, ReinitError, UnknownArchitectureError
 from .fingerprint import fingerprint, first_difference, float32, layout, sampled
 from .norms import STATISTICS, affine, is_norm, plain_modules, plain_tensors
-from .reinit import constants_only, drawn
+from .reinit import constants_only, plan, values
 
 # Attributes that differ between equal networks, or change only how the same numbers are computed.
 _INCIDENTAL = {"training", "grad_checkpointing", "fused_attn", "fast_norm", "_fast_norm", "name_or_path"}
@@ -149,9 +149,11 @@ def _arrays(
     cast = {name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype != torch.float32}
     arrays: dict[str, NDArray[np.float32]] = {}
     if config.seed is not None and cast:
-        for name, tensor, array in drawn(model, config.seed, weight_init=config.weight_init, norm_init="keep"):
-            if name in cast and torch.equal(torch.from_numpy(array).to(tensor.dtype), tensor.detach().cpu()):
-                arrays[name] = array
+        for name, tensor, rule in plan(model, weight_init=config.weight_init, norm_init="keep"):
+            if name in cast:
+                array = values(rule, tuple(tensor.shape), config.seed, name)
+                if torch.equal(torch.from_numpy(array).to(tensor.dtype), tensor.detach().cpu()):
+                    arrays[name] = array
     for name, tensor in tensors.items():
         array = arrays.setdefault(name, float32(tensor))
         if not np.isfinite(array).all():
@@ -183,6 +185,16 @@ def _layout(model: nn.Module, config: BNOnlyConfig, backbone: Mapping[str, torch
     return layout(shapes, config.init_scheme)
 
 
+def verify_layout(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Compare names and shapes of a network's layers with a configuration's, before anything is redrawn.
+
+    Raises:
+        FingerprintError: they differ; the message names a layer that is absent.
+    """
+    if config.verify != "off" and _layout(model, config, frozen_tensors(model, config)[0]) != config.layout_hash:
+        raise _mismatch(config, "its layers have other names or shapes", _absent(model, config))
+
+
 def verify(model: nn.Module, config: BNOnlyConfig) -> None:
     """Compare a network's frozen tensors with a configuration's fingerprints, as far as ``config.verify`` asks.
 
@@ -192,8 +204,6 @@ def verify(model: nn.Module, config: BNOnlyConfig) -> None:
     if config.verify == "off":
         return
     backbone, rest = frozen_tensors(model, config)
-    if _layout(model, config, backbone) != config.layout_hash:
-        raise _mismatch(config, "its layers have other names or shapes", _absent(model, config))
     arrays = _arrays(model, config, backbone)
     if config.verify == "sampled":
         if sampled(arrays) != config.backbone_fingerprint_sampled:

@@ -64,7 +64,7 @@ def gamma_rule(norm_init: str) -> Rule:
     return rules.get(norm_init, Rule("constant", 1.0))
 
 
-def rule_for(name: str, owner: nn.Module, attribute: str, weight_init: str, norm_init: str) -> Rule | None:
+def rule_for(owner: nn.Module, attribute: str, weight_init: str, norm_init: str) -> Rule | None:
     """Return the rule of a parameter, or None where only its constructor's constant can be one."""
     if is_norm(owner):
         gamma, beta = affine(owner)
@@ -86,11 +86,27 @@ def rule_for(name: str, owner: nn.Module, attribute: str, weight_init: str, norm
 
 def values(rule: Rule, shape: tuple[int, ...], seed: int, name: str) -> NDArray[np.float32]:
     """Return the float32 values of a tensor under its rule."""
+    out = np.empty(shape, dtype=np.float32)
+    _write(out, rule, seed, name)
+    return out
+
+
+def _write(out: NDArray[np.float32], rule: Rule, seed: int, name: str) -> None:
     if rule.kind == "constant":
-        return np.full(shape, rule.scale, dtype=np.float32)
-    if rule.kind == "orthogonal":
-        return _orthogonal(draws.draw(shape, seed, name, "normal"))
-    return draws.draw(shape, seed, name, rule.kind, rule.scale)  # type: ignore[arg-type]  # Rule.kind is checked above
+        out.fill(rule.scale)
+    elif rule.kind == "orthogonal":
+        draws.fill(out.reshape(-1), seed, name, "normal")
+        out[...] = _orthogonal(out)
+    else:
+        draws.fill(out.reshape(-1), seed, name, rule.kind, rule.scale)  # type: ignore[arg-type]  # a Distribution
+
+
+def draw_into_(tensor: torch.Tensor, rule: Rule, seed: int, name: str) -> None:
+    """Draw a tensor's values on the CPU in binary32, in its own memory where it has that form, else by a cast."""
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous():
+        _write(tensor.detach().numpy(), rule, seed, name)
+    else:
+        tensor.copy_(torch.from_numpy(values(rule, tuple(tensor.shape), seed, name)))
 
 
 def _orthogonal(normal: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -102,19 +118,13 @@ def _orthogonal(normal: NDArray[np.float32]) -> NDArray[np.float32]:
     return (q.T if wide else q).astype(np.float32).reshape(normal.shape)
 
 
-def drawn(
-    model: nn.Module,
-    seed: int,
-    *,
-    weight_init: str = "kaiming_normal",
-    norm_init: str = "uniform",
-    reference: Callable[[], nn.Module] | None = None,
-) -> Iterator[tuple[str, torch.Tensor, NDArray[np.float32]]]:
-    """Yield (canonical name, parameter, its float32 values) for every parameter, changing nothing.
+def plan(
+    model: nn.Module, *, weight_init: str, norm_init: str, reference: Callable[[], nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Parameter, Rule]]:
+    """Yield (canonical name, parameter, its rule) for every parameter, changing nothing.
 
     Args:
         model: the network, on any device but meta.
-        seed: 0 <= seed < 2^64.
         weight_init: one of WEIGHT_INITS; "orthogonal" is not portable between machines.
         norm_init: one of NORM_INITS; "keep" leaves gamma and beta out.
         reference: builds the network as its constructor leaves it, under `constants_only`; asked for only where a
@@ -131,12 +141,12 @@ def drawn(
         _check(name, owner, tensor, taken)
         if norm_init == "keep" and is_norm(owner) and attribute in affine(owner):
             continue
-        rule = rule_for(name, owner, attribute, weight_init, norm_init)
+        rule = rule_for(owner, attribute, weight_init, norm_init)
         if rule is None:
             if constants is None:
                 constants = {n: t for n, _, _, t in plain_tensors(reference() if reference else model)}
             rule = _constant_rule(name, owner, constants[name])
-        yield name, tensor, values(rule, tuple(tensor.shape), seed, name)
+        yield name, tensor, rule
 
 
 def _check(name: str, owner: nn.Module, tensor: torch.Tensor, taken: dict[str, nn.Module]) -> None:
@@ -188,11 +198,16 @@ def reinit_(
     Values are drawn in binary32 on the CPU and then copied, so that every device gets the same bits; other dtypes
     get the cast of the binary32 value. torch's, numpy's and Python's generators are not touched.
 
-    Args: as `drawn`.
+    Args:
+        model: the network, on any device but meta.
+        seed: 0 <= seed < 2^64.
+        weight_init: one of WEIGHT_INITS; "orthogonal" is not portable between machines.
+        norm_init: one of NORM_INITS; "keep" leaves gamma and beta as they are.
+        reference: as `plan`.
 
     Raises:
         ConfigError: an argument is not one of those listed.
-        ReinitError: as `drawn`.
+        ReinitError: as `plan`; the network is as it was.
 
     >>> import timm
     >>> model = reinit_(timm.create_model("resnet18"), seed=0)
@@ -202,10 +217,9 @@ def reinit_(
     check_seed(seed)
     check_choice("weight_init", weight_init, WEIGHT_INITS)
     check_choice("norm_init", norm_init, NORM_INITS)
-    for _, tensor, array in drawn(
-        model, seed, weight_init=weight_init, norm_init=norm_init, reference=reference
-    ):
-        tensor.copy_(torch.from_numpy(array))
+    # The whole plan first: a network that cannot be redrawn is left as it was.
+    for name, tensor, rule in list(plan(model, weight_init=weight_init, norm_init=norm_init, reference=reference)):
+        draw_into_(tensor, rule, seed, name)
     for _, owner, attribute, tensor in plain_tensors(model):
         if is_norm(owner) and attribute in STATISTICS:
             tensor.fill_(1 if attribute == "running_var" else 0)
@@ -216,10 +230,8 @@ def reinit_(
 def draw_norm_(module: nn.Module, name: str, seed: int, norm_init: str) -> None:
     """Redraw one norm layer's gamma and beta, in place, under the layer's canonical name."""
     for attribute in affine(module):
-        if attribute is not None and (rule := rule_for("", module, attribute, "", norm_init)) is not None:
-            tensor = module._parameters[attribute]
-            assert tensor is not None
-            tensor.copy_(torch.from_numpy(values(rule, tuple(tensor.shape), seed, f"{name}.{attribute}")))
+        if attribute is not None and (rule := rule_for(module, attribute, "kaiming_normal", norm_init)) is not None:
+            draw_into_(module.get_parameter(attribute), rule, seed, f"{name}.{attribute}")
 
 
 def check_seed(seed: Any) -> None:
@@ -246,7 +258,10 @@ class _RandomIsNaN(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in _RANDOM and args[0].is_floating_point():
-            return args[0].fill_(torch.nan)
+            # One value is enough to tell, and memory that is redrawn anyway is not touched twice.
+            if args[0].numel():
+                args[0][(0,) * args[0].dim()].fill_(torch.nan)
+            return args[0]
         if name in _RANDOM_FACTORIES:
             with torch.random.fork_rng(devices=[]):
                 return func(*args, **(kwargs or {})).fill_(torch.nan)
@@ -255,10 +270,10 @@ class _RandomIsNaN(TorchDispatchMode):
 
 @contextmanager
 def constants_only() -> Iterator[None]:
-    """Build networks whose random tensors are NaN and whose constants are their constructor's.
+    """Build networks whose random tensors begin with NaN and whose constants are their constructor's.
 
     Saves the time of a random initialisation that is redrawn anyway, leaves the global generators alone, and tells
-    a constant from a draw: what is still NaN after `reinit_` was never given a rule.
+    a constant from a draw: what holds a NaN after `reinit_` was never given a rule.
     """
     with _RandomIsNaN():
         yield

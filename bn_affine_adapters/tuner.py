@@ -9,12 +9,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .backbone import check_rebuild, create, describe, infer_architecture, infer_args, inside, verify
+from .backbone import check_rebuild, create, describe, infer_architecture, infer_args, inside, verify, verify_layout
 from .config import CUSTOM, BNOnlyConfig
 from .errors import AdapterError, AdapterNameError, AdapterTensorError, ConfigError, MissingModuleError
 from .layer import BNOnlyLayer
 from .norms import COPIES, head_layers, is_norm, named_layers, norm_layers
-from .reinit import draw_norm_, reinit_, rule_for, values
+from .reinit import draw_into_, draw_norm_, reinit_, rule_for
 
 
 class BNOnlyTuner(BaseTuner):
@@ -36,7 +36,13 @@ class BNOnlyTuner(BaseTuner):
         fresh, training = config.fresh, model.training
         if first is not None:
             _check_agreement(model, config, first)
-        _infer(model, config, first)
+        if fresh:
+            _infer(model, config, first)
+        else:
+            verify_layout(model, config)
+        _choose_layers(model, config)
+        _check_nesting(model, config)
+        # Everything that can be refused has been: from here on the network changes.
         if config.seed is not None and first is None:
             reinit_(
                 model,
@@ -45,12 +51,7 @@ class BNOnlyTuner(BaseTuner):
                 norm_init=config.norm_init or "uniform",
                 reference=None if config.architecture == CUSTOM else lambda: _as_constructed(config),
             )
-        if not fresh:
-            verify(model, config)
-        _choose_layers(model, config)
-        _check_nesting(model, config)
-        if fresh:
-            describe(model, config)
+        (describe if fresh else verify)(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.train(training)
 
@@ -210,8 +211,6 @@ def _check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig
 
 
 def _infer(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
-    if not config.fresh:
-        return
     if first is not None:
         config.architecture = config.architecture or first.architecture
         config.model_args = {**first.model_args, **config.model_args}
@@ -281,9 +280,8 @@ def _fit_head(head: nn.Module, name: str, config: BNOnlyConfig) -> None:
         head.reset_parameters()
         return
     for key, tensor in head.named_parameters():
-        rule = rule_for(key, head, key, config.weight_init, "keep")
-        assert rule is not None
-        tensor.data.copy_(torch.from_numpy(values(rule, tuple(tensor.shape), config.seed, f"{name}.{key}")))
+        if (rule := rule_for(head, key, config.weight_init, "keep")) is not None:
+            draw_into_(tensor, rule, config.seed, f"{name}.{key}")
 
 
 def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:

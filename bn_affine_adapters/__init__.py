@@ -1,0 +1,27 @@
+"""Train only the norm parameters of a network that is redrawn from one seed, as a PEFT method for timm.
+
+Importing the package registers the method "BN_ONLY" in PEFT and the paper's networks in timm, and does nothing else.
+"""
+
+__version__ = "0.1.0"
+
+from . import zoo
+from .config import BNOnlyConfig
+from .errors import BNAdapterError
+from .model import get_bn_only_model, load_bn_only_model, register
+from .norms import shortcut_convs
+from .peft_model import BNOnlyPeftModel
+from .reinit import reinit_
+
+register()
+
+__all__ = [
+    "BNAdapterError",
+    "BNOnlyConfig",
+    "BNOnlyPeftModel",
+    "get_bn_only_model",
+    "load_bn_only_model",
+    "reinit_",
+    "shortcut_convs",
+    "zoo",
+]

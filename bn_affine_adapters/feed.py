@@ -1,0 +1,154 @@
+"""Feed a network: a data set's two splits, cut into each process's batches of every epoch.
+
+The one place that knows whether the images lie in memory on the device or stream from workers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+
+from .data import Batch, Split, TensorData, batches, decode, eval_batches, load_splits, steps_per_epoch, stream
+
+EVAL_BATCH = 512
+
+
+@dataclass
+class DataOptions:
+    """Which data, how they are decoded, augmented and batched."""
+
+    # The data: "digits", a Hub id or a folder
+    dataset: str = "digits"
+    dataset_config: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    data_seed: int = 0
+    streaming: bool = False  # decode in workers with timm's transforms, instead of once into memory
+    workers: int = 4  # of the loader, where streaming
+    image_size: int = 32
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_MEAN))
+    std: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_STD))
+    flip: bool = False
+    crop_padding: int = 0  # in memory: zero padding before a random crop
+    crop_scale: list[float] = field(default_factory=lambda: [0.1, 1.0])  # streaming: RandomResizedCrop
+    crop_ratio: list[float] = field(default_factory=lambda: [0.8, 1.25])
+    test_crop: float = 0.875  # streaming: centre crop over resized side
+    batch_size: int = 128  # images an optimiser step, over all processes and accumulation steps
+    accumulation: int = 1
+    channels_last: bool = True
+
+
+class Feed:
+    """A data set's splits, and how each is cut into this process's batches.
+
+    Attributes:
+        label_names: the classes in the order of their labels.
+        steps: optimiser steps of an epoch.
+    """
+
+    def __init__(self, options: DataOptions, accelerator: Any) -> None:
+        """Find the data set; images are decoded when an epoch first needs them.
+
+        Raises:
+            DataError: the data set, a split or a column is missing, or there are too few images for one step.
+        """
+        self.options, self.accelerator = options, accelerator
+        self.format = torch.channels_last if options.channels_last else torch.contiguous_format
+        with accelerator.main_process_first():  # the cache of `datasets` is written once
+            self.train, self.test = load_splits(
+                options.dataset,
+                train_split=options.train_split,
+                test_split=options.test_split,
+                config_name=options.dataset_config,
+                image_column=options.image_column,
+                label_column=options.label_column,
+            )
+        self.label_names = self.train.label_names
+        self.steps = steps_per_epoch(
+            len(self.train.dataset),
+            batch_size=options.batch_size,
+            world=accelerator.num_processes,
+            accumulation=options.accumulation,
+            drop_remainder=options.streaming,
+        )
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What training and test batches in memory have in common."""
+        accelerator, o = self.accelerator, self.options
+        share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+        return {"mean": o.mean, "std": o.std, "memory_format": self.format, **share}
+
+    def _decoded(self, split: Split) -> TensorData:
+        return decode(split, size=self.options.image_size).to(self.accelerator.device)
+
+    @cached_property
+    def _train_tensors(self) -> TensorData:
+        return self._decoded(self.train)
+
+    @cached_property
+    def _test_tensors(self) -> TensorData:
+        return self._decoded(self.test)
+
+    def _loader(self, split: Split, training: bool) -> Any:
+        o, world = self.options, self.accelerator.num_processes
+        common = {"input_size": (3, o.image_size, o.image_size), "mean": o.mean, "std": o.std}
+        if training:
+            change = {"scale": o.crop_scale, "ratio": o.crop_ratio, "hflip": 0.5 * o.flip, "color_jitter": None}
+        else:
+            change = {"crop_pct": o.test_crop}
+        transform = create_transform(**common, **change, is_training=training, interpolation="bilinear")
+        loader = stream(
+            split,
+            transform,
+            batch_size=max(1, o.batch_size // (world * o.accumulation)),
+            data_seed=o.data_seed,
+            shuffle=training,
+            workers=o.workers,
+            drop_remainder=training,
+        )
+        return self.accelerator.prepare(loader)
+
+    @cached_property
+    def _train_loader(self) -> Any:
+        return self._loader(self.train, training=True)
+
+    @cached_property
+    def _test_loader(self) -> Any:
+        return self._loader(self.test, training=False)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield this process's micro-batches of one training epoch."""
+        o = self.options
+        if o.streaming:
+            self._train_loader.set_epoch(epoch)
+            for images, labels in islice(self._train_loader, self.steps * o.accumulation):
+                yield Batch(images.to(memory_format=self.format), labels, o.batch_size)
+        else:
+            yield from batches(
+                self._train_tensors,
+                batch_size=o.batch_size,
+                data_seed=o.data_seed,
+                epoch=epoch,
+                flip=o.flip,
+                crop_padding=o.crop_padding,
+                accumulation=o.accumulation,
+                **self.common,
+            )
+
+    def evaluation(self) -> Iterator[Batch]:
+        """Yield this process's share of the test split, in order; `global_count` of all shares are real."""
+        if not self.options.streaming:
+            yield from eval_batches(self._test_tensors, batch_size=EVAL_BATCH, **self.common)
+            return
+        left = len(self.test.dataset)
+        for images, labels in self._test_loader:
+            count = min(left, len(labels) * self.accelerator.num_processes)
+            left -= count
+            yield Batch(images.to(memory_format=self.format), labels, count)
