@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .config import CUSTOM, BNOnlyConfig
+from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
 from .errors import FingerprintError, RebuildError, ReinitError, UnknownArchitectureError
 from .fingerprint import fingerprint, first_difference, float32, layout, sampled
 from .norms import STATISTICS, affine, is_norm, plain_modules, plain_tensors
@@ -60,26 +60,30 @@ def infer_architecture(model: nn.Module) -> str:
 
 
 def infer_args(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the creation arguments: those given, and those that can be read off the network."""
+    """Return the creation arguments: those given, those timm kept, those that can be read off the network."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    args: dict[str, Any] = {"num_classes": getattr(model, "num_classes", None)}
-    first = dict(model.named_modules()).get(cfg.get("first_conv") or "")
+    # timm keeps them from 1.0.31 on, in a private attribute that may go: `check_rebuild` has the last word.
+    kept = getattr(model, "_model_args", None) or {}
+    args = {key: value for key, value in kept.items() if key not in FORBIDDEN_ARGS and is_plain(value)}
     input_size = cfg.get("input_size") or (3,)
-    groups_of_input = getattr(first, "in_channels", None)
-    if groups_of_input is not None and groups_of_input != input_size[0]:
-        args["in_chans"] = groups_of_input
+    first = dict(model.named_modules()).get(cfg.get("first_conv") or "")
+    if (channels := getattr(first, "in_channels", None)) not in (None, input_size[0]):
+        args["in_chans"] = channels
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is not None and tuple(size) != tuple(input_size[1:]):
         args["img_size"] = list(size)
-    return {**{key: value for key, value in args.items() if value is not None}, **given}
+    if (classes := getattr(model, "num_classes", None)) is not None:
+        args["num_classes"] = classes
+    return {**args, **given}
 
 
 def _traits(model: nn.Module) -> dict[str, Any]:
     traits: dict[str, Any] = {}
     for name, module in plain_modules(model):
-        kind = "BatchNorm" if isinstance(module, nn.SyncBatchNorm) else type(module).__qualname__
         where = name or "the network"
-        traits[f"{where}: class"] = kind.replace("SyncBatchNormAct", "BatchNormAct2d").replace("BatchNorm2d", "BatchNorm")
+        # Synchronising batch statistics changes a class, not the network.
+        kind = type(module).__qualname__.replace("SyncBatchNormAct", "BatchNormAct2d")
+        traits[f"{where}: class"] = kind.replace("SyncBatchNorm", "BatchNorm2d")
         traits[f"{where}: extra_repr"] = module.extra_repr()
         for parameter_name, parameter in module._parameters.items():
             if parameter is not None:
@@ -149,10 +153,10 @@ def _arrays(
     cast = {name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype != torch.float32}
     arrays: dict[str, NDArray[np.float32]] = {}
     if config.seed is not None and cast:
-        for name, tensor, rule in plan(model, weight_init=config.weight_init, norm_init="keep"):
+        for name, parameter, rule in plan(model, weight_init=config.weight_init, norm_init="keep"):
             if name in cast:
-                array = values(rule, tuple(tensor.shape), config.seed, name)
-                if torch.equal(torch.from_numpy(array).to(tensor.dtype), tensor.detach().cpu()):
+                array = values(rule, tuple(parameter.shape), config.seed, name)
+                if torch.equal(torch.from_numpy(array).to(parameter.dtype), parameter.detach().cpu()):
                     arrays[name] = array
     for name, tensor in tensors.items():
         array = arrays.setdefault(name, float32(tensor))

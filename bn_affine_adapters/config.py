@@ -159,7 +159,7 @@ class BNOnlyConfig(PeftConfig):
 
     def _check_args(self) -> None:
         refused = FORBIDDEN_ARGS & set(self.model_args)
-        refused |= {key for key, value in self.model_args.items() if not _is_plain(value) or not isinstance(key, str)}
+        refused |= {key for key, value in self.model_args.items() if not is_plain(value) or not isinstance(key, str)}
         if refused:
             raise ConfigError(
                 f"model_args holds what cannot travel with an adapter: {', '.join(sorted(map(str, refused)))}.",
@@ -214,12 +214,15 @@ def check_keys(given: dict[str, Any], known: set[str], where: str) -> None:
 def _check_type(key: str, value: Any, kind: Any) -> None:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         wanted = getattr(kind, "__name__", str(kind))
-        raise ConfigError(f"{key} has the wrong type.", seen=f"{key}={value!r}"[:200], do=f"give a value of type {wanted}")
+        raise ConfigError(
+            f"{key} has the wrong type.", seen=f"{key}={value!r}"[:200], do=f"give a value of type {wanted}"
+        )
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Tell whether a value travels in JSON: a finite number, string, boolean, None, or a list of them."""
     if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
+        return all(is_plain(item) for item in value)
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, bool | int | str)

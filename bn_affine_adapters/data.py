@@ -2,7 +2,7 @@
 
 ``load_splits`` -> ``decode`` -> ``batches`` and ``eval_batches``; or ``stream``, for data sets too large for memory.
 What is random follows from (data_seed, epoch): the first 8 bytes of sha256(``"bnaffine-data-v1/<data_seed>/<epoch>"``),
-little-endian, seed one generator on the CPU. Neighbouring data seeds and epochs are thus unrelated.
+little-endian, seed one generator on the CPU, so neighbouring data seeds and epochs are unrelated.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, WebPImagePlugin  # noqa: F401  # PIL tries formats as registered: WebP opens faster if first
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import Compose, PILToTensor, Resize
@@ -64,10 +64,10 @@ def load_splits(
     """Load the train and the test split of an image data set.
 
     ``name`` is an existing folder, a Hub id, or ``"digits"``: scikit-learn's 1,797 grey 8x8 digits, every fifth of them
-    (index % 5 == 4) for test. Columns not given are found by type, then by name. Integer labels: 0..the largest in train.
+    (index % 5 == 4) for test. Columns not given are found by type, then by name. Integer labels: 0..train's largest.
 
     Raises:
-        DataError: a split or a column is missing, the class lists differ, or a label is missing or out of range.
+        DataError: a split or a column is missing, the class lists differ, or a label is missing.
 
     Example:
         >>> [len(split.dataset) for split in load_splits("digits")]
@@ -77,17 +77,14 @@ def load_splits(
 
     splits = _digits() if name == "digits" else datasets.load_dataset(os.path.expanduser(name), config_name)
     if missing := {train_split, test_split} - set(splits):
-        seen = f"only {', '.join(splits)}"
-        raise DataError(f"{name} lacks {', '.join(missing)}.", seen=seen, do="pass train_split= and test_split=")
+        raise DataError(f"{name} lacks {sorted(missing)}.", seen=f"splits {[*splits]}", do="name its splits")
     train, test = splits[train_split], splits[test_split]
     image, label = _column(train, "image", image_column), _column(train, "label", label_column)
     _column(test, "image", image), _column(test, "label", label)  # the same ones, not others of that type
     names, others = (getattr(split.features[label], "names", None) for split in (train, test))
     if names != others:
-        seen = f"{train_split}: {names}; {test_split}: {others}"
-        raise DataError(f"The splits of {name} differ in classes.", seen=seen, do="choose splits that belong together")
-    names = tuple(names or map(str, range(int(_labels(train, label, sys.maxsize).max()) + 1)))
-    _labels(train, label, len(names)), _labels(test, label, len(names))
+        raise DataError(f"{name}: the splits' classes differ.", seen=f"{names}; {others}", do="choose equal ones")
+    names = tuple(names or map(str, range(int(_labels(train, label).max()) + 1)))
     return Split(train, image, label, names), Split(test, image, label, names)
 
 
@@ -126,10 +123,9 @@ def decode(split: Split, *, size: int, channels: int = 3, workers: int | None = 
 
 
 def epoch_order(n: int, data_seed: int, epoch: int, crop_padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw, on the CPU and in this order, what is random in an epoch over n images; row i is about the i-th one shown.
+    """Draw what is random in an epoch over n images, on the CPU, in the order returned; row i is about the i-th shown.
 
-    Returns order, int64 (n,), a permutation of 0..n-1; flips, bool (n,); and offsets, int64 (n, 2), the row and column
-    of the crop's corner in the padded image, 0..2 * crop_padding.
+    Returns the order, int64 (n,); flips, bool (n,); and crop offsets (row, column), int64 (n, 2), 0..2 * crop_padding.
     """
     generator = torch.Generator("cpu").manual_seed(_seed(data_seed, epoch))
     order = torch.randperm(n, generator=generator, device="cpu")
@@ -138,14 +134,17 @@ def epoch_order(n: int, data_seed: int, epoch: int, crop_padding: int = 0) -> tu
 
 
 def steps_per_epoch(
-    n: int, batch_size: int, *, world: int = 1, accumulation: int = 1, drop_remainder: bool = False
+    n: int, batch_size: int, world: int = 1, accumulation: int = 1, drop_remainder: bool = False
 ) -> int:
-    """Return how many optimiser steps ``batches`` makes of n images; raise ConfigError if there is none."""
+    """Return how many optimiser steps ``batches`` makes of n images; raise DataError or ConfigError if none."""
     parts = world * accumulation
     steps = n // batch_size + (not drop_remainder and n % batch_size >= parts) if batch_size >= parts > 0 else 0
     if steps < 1:
-        seen = f"{n} images, batch_size={batch_size}, world={world}, accumulation={accumulation}"
-        raise ConfigError("An epoch has no step.", seen=seen, do="use world * accumulation <= batch_size <= images")
+        seen, error = (
+            f"{n} images, {batch_size=}, {world=}, {accumulation=}",
+            (ConfigError, DataError)[batch_size >= parts],
+        )
+        raise error("An epoch has no step.", seen=seen, do="use world * accumulation <= batch_size <= images")
     return steps
 
 
@@ -163,18 +162,15 @@ def batches(
     has less than one image a part. The global mean loss is the sum of ``loss_sum / global_count`` over all parts.
 
     ``crop_padding`` pads this many black pixels (before normalisation) on each side and crops the old size at random;
-    ``flip`` mirrors half of the images. ``mean`` and ``std`` are per channel, of values in 0..1.
+    ``flip`` mirrors half of the images. ``mean`` and ``std`` are per channel, of values in 0..1. Source: the paper's
+    CIFAR-10 recipe (batch 128, last batch kept, flip, crop with padding 4).
 
     Raises:
-        ConfigError: rank, world, accumulation, batch_size, mean or std do not fit, or there is no step.
-
-    Source: the paper's CIFAR-10 recipe (batch 128, last batch kept, flip, crop with padding 4).
+        ConfigError: an argument does not fit the others or the data; DataError: there are too few images for a step.
     """
-    parts, device = world * accumulation, data.images.device
-    common = {"world": world, "accumulation": accumulation, "drop_remainder": drop_remainder}
-    steps = steps_per_epoch(len(data), batch_size, **common)
-    normalise = _normaliser(data, mean, std, rank, world)
-    order, flips, offsets = (drawn.to(device) for drawn in epoch_order(len(data), data_seed, epoch, crop_padding))
+    steps = steps_per_epoch(len(data), batch_size, world, accumulation, drop_remainder)
+    parts, scale = world * accumulation, _scaler(data, mean, std, rank, world)
+    order, flips, offsets = (t.to(data.images.device) for t in epoch_order(len(data), data_seed, epoch, crop_padding))
     for first in range(0, steps * batch_size, batch_size):
         count = min(batch_size, len(data) - first)
         for part in range(rank, parts, world):
@@ -182,7 +178,7 @@ def batches(
             images = data.images.index_select(0, order[here])
             if flip or crop_padding:
                 images = _crop_and_flip(images, flips[here] & flip, offsets[here], crop_padding)
-            yield Batch(normalise(images).contiguous(memory_format=memory_format), data.labels[order[here]], count)
+            yield Batch(scale(images).contiguous(memory_format=memory_format), data.labels[order[here]], count)
 
 
 def eval_batches(
@@ -192,37 +188,34 @@ def eval_batches(
     """Iterate over process ``rank``'s share of the images in order, not augmented.
 
     A global batch is the next ``global_count`` <= ``batch_size`` images. Each process gets ceil(global_count / world),
-    in rank order; where they run out, the last one repeats, so that shares and numbers of batches agree on all
-    processes. ``accelerator.gather(predictions)[: batch.global_count]`` is thus the predictions for just these images,
-    in order, and over all batches there are ``len(data)`` of them. (In training mode norms would count the repeats.)
+    in rank order; where they run out, the last one repeats, so all processes have equal shares and as many batches.
+    ``accelerator.gather(predictions)[: batch.global_count]`` is thus the predictions for just these images, in order;
+    over all batches, for all ``len(data)``. (In training mode norms would count the repeats.)
     """
-    normalise = _normaliser(data, mean, std, rank, world)
+    scale = _scaler(data, mean, std, rank, world)
     for first in range(0, len(data), batch_size):
         count = min(batch_size, len(data) - first)
         share = -(-count // world)
         here = torch.arange(rank * share, (rank + 1) * share, device=data.images.device).clamp(max=count - 1) + first
-        images = normalise(data.images.index_select(0, here)).contiguous(memory_format=memory_format)
+        images = scale(data.images.index_select(0, here)).contiguous(memory_format=memory_format)
         yield Batch(images, data.labels[here], count)
 
 
 def stream(
-    split: Split, transform: Callable[[Image.Image], Tensor], *, batch_size: int, data_seed: int, shuffle: bool, workers: int = 0,
-    drop_remainder: bool = False,
+    split: Split, transform: Callable[[Image.Image], Tensor], *, batch_size: int, data_seed: int, shuffle: bool,
+    workers: int = 0, drop_remainder: bool = False,
 ) -> DataLoader[tuple[Tensor, int]]:  # fmt: skip
     """Return a loader of [images, labels] that decodes as it goes; ``accelerator.prepare`` shards it.
 
     ``transform`` takes an RGB PIL image, as ``timm.data.create_transform``'s do. ``batch_size`` is the loader's: one
-    process's once prepared. The order follows from data_seed and epoch; ``loader.sampler.set_epoch(epoch)`` sets the
-    epoch, which a prepared loader does by itself. Augmentation follows data_seed in workers, the global generators
-    without. An image that cannot be decoded raises ValueError.
+    process's once prepared. The order follows from data_seed and ``loader.sampler.set_epoch(epoch)``, which a prepared
+    loader calls; augmentation from data_seed with workers, else from the global generators. ValueError: a broken image.
     """
     _labels(split.dataset, split.label_column, len(split.label_names))
     items, seed = _Items(split, transform, "RGB"), _seed(data_seed, "stream") % 2**32
-    # One replica: this sampler is here for its set_epoch, which accelerate looks for.
-    sampler: DistributedSampler[int] = DistributedSampler(items, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
     return DataLoader(
-        items, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_remainder,
-        generator=torch.Generator("cpu").manual_seed(seed), pin_memory=torch.cuda.is_available(),
+        items, batch_size, num_workers=workers, drop_last=drop_remainder, pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed), sampler=DistributedSampler(items, 1, 0, shuffle, seed),
     )  # fmt: skip
 
 
@@ -230,22 +223,22 @@ class _Items(Dataset[tuple[Tensor, int]]):
     """``(transform(image), label)`` by row of a split; the image is in PIL mode ``mode``, RGB or L."""
 
     def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor], mode: str) -> None:
-        self.split, self.transform, self.mode = split, transform, mode
-        self.rows = split.dataset.with_format("arrow")  # undecoded: faster than rows of Python objects
+        self.rows = split.dataset.select_columns([split.image_column, split.label_column]).with_format("arrow")
+        self.transform, self.mode, self.feature = transform, mode, split.dataset.features[split.image_column]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        row, column = self.rows[index].to_pylist()[0], self.split.image_column
+        encoded, label = self.rows[index].to_pylist()[0].values()
         try:
-            image = self.split.dataset.features[column].decode_example(row[column])
+            image = self.feature.decode_example(encoded)
             if image.mode[0] in "IF":
                 raise ValueError(f"mode {image.mode}")  # PIL would clip 16 bits to 8 without a word
             image = image.convert("RGBA") if image.mode == "P" else image  # or PIL warns of transparent palettes
         except Exception as error:  # PIL raises OSError, ValueError, SyntaxError and more, by format
             raise ValueError(f"image {index}: {error}") from error
-        return self.transform(image.convert(self.mode)), row[self.split.label_column]
+        return self.transform(image.convert(self.mode)), label
 
 
 def _digits() -> dict[str, Any]:
@@ -262,28 +255,25 @@ def _digits() -> dict[str, Any]:
 
 def _column(dataset: Any, role: str, given: str | None) -> str:
     """Return the column to use as ``role``, image or label: the given one, or the only one that can be meant."""
-    images, labels = ("Image", ("image", "img")), ("ClassLabel", ("label", "labels", "target", "class"))
-    kind, usual = images if role == "image" else labels
+    kind, usual = {"image": ("Image", ("image", "img")), "label": ("ClassLabel", ("label", "labels", "target"))}[role]
     types = {name: type(feature).__name__ for name, feature in dataset.features.items()}
     types |= {name: dataset.features[name].dtype for name in types if types[name] == "Value"}
     typed = [name for name in types if types[name] == kind]
     integers = [name for name in types if "int" in types[name] and role == "label"]
     found = typed if len(typed) == 1 else [name for name in typed or integers if name in usual]
-    if given is not None:
-        found = [name for name in typed + integers if name == given]
+    found = found if given is None else [name for name in typed + integers if name == given]
     if len(found) != 1:
         what = f"{len(found) or 'No'} columns can be the {role}{f' {given!r}' if given else ''}; it has to be one."
-        seen = ", ".join(f"{name} ({types[name]})" for name in types)
-        raise DataError(what, seen=f"columns {seen}", do=f"pass {role}_column=, of type {kind}")
+        raise DataError(what, seen=f"columns {types}", do=f"pass {role}_column=, a column of type {kind}")
     return found[0]
 
 
-def _labels(dataset: Any, column: str, count: int) -> Tensor:
+def _labels(dataset: Any, column: str, count: int | None = None) -> Tensor:
     """Return all labels, int64 (N,), after a check that there are some and that each is in 0..count-1."""
     values = dataset.select_columns(column).with_format("arrow")[:][column]
     labels = torch.tensor(values.cast("int64").fill_null(-1).to_numpy())
-    if not len(labels) or labels.min() < 0 or labels.max() >= count:
-        seen = f"{len(labels)} labels, values {labels.unique()[:20].tolist()} (-1: none), {count} classes"
+    if not len(labels) or labels.min() < 0 or (count and labels.max() >= count):
+        seen = f"{len(labels)} rows, labels {labels.unique()[:20].tolist()} (-1: none), {count} classes"
         raise DataError(f"Not every row has a label in {column!r}.", seen=seen, do="choose a split with all labels")
     return labels
 
@@ -298,9 +288,7 @@ def _crop_and_flip(images: Tensor, flips: Tensor, offsets: Tensor, padding: int)
     return planes.gather(2, index.view(n, 1, -1).expand(-1, channels, -1)).view_as(images)
 
 
-def _normaliser(
-    data: TensorData, mean: Sequence[float], std: Sequence[float], rank: int, world: int
-) -> Callable[[Tensor], Tensor]:
+def _scaler(data: TensorData, mean: Sequence[float], std: Sequence[float], rank: int, world: int) -> Callable:
     """Return the map from uint8 images to normalised float32 ones, after a check that all arguments fit."""
     if not (len(mean) == len(std) == data.images.shape[1] and 0 <= rank < world):
         seen = f"{data.images.shape[1]} channels, {len(mean)} means, {len(std)} stds, rank {rank} of {world}"

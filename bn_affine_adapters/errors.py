@@ -26,6 +26,7 @@ class BNAdapterError(Exception):
     """Base of every error here; ``what``, ``seen`` and ``do`` are its three parts."""
 
     def __init__(self, what: str, *, seen: str, do: str) -> None:
+        """Keep the three parts and join them to the message."""
         super().__init__(f"{what}\n  seen:  {seen}\n  do:    {do}")
         self.what, self.seen, self.do = what, seen, do
 

@@ -1,4 +1,4 @@
-"""Feed a network: a data set's two splits, cut into each process's batches of every epoch.
+"""Feed a network: a data set's two splits, cut into each process's batches of every epoch; measure its accuracy.
 
 The one place that knows whether the images lie in memory on the device or stream from workers.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch import nn
 
 from .data import Batch, Split, TensorData, batches, decode, eval_batches, load_splits, steps_per_epoch, stream
 
@@ -152,3 +153,17 @@ class Feed:
             count = min(left, len(labels) * self.accelerator.num_processes)
             left -= count
             yield Batch(images.to(memory_format=self.format), labels, count)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, feed: Feed) -> dict[str, float]:
+    """Return {"top1": %, "top5": %} of a network over the whole test split, over all processes."""
+    from .metrics import TopKAccuracy, ranked
+
+    model.eval()
+    metric = TopKAccuracy()
+    for batch in feed.evaluation():
+        share = torch.cat([ranked(model(batch.images)), batch.labels[:, None]], dim=1)
+        rows = feed.accelerator.gather(share)[: batch.global_count].cpu()
+        metric.add_batch(predictions=rows[:, :-1], references=rows[:, -1])
+    return metric.compute()

@@ -59,7 +59,7 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
                 do="model.set_adapter(one_name)",
             )
         name = self.active_adapters[0]
-        return self.bn_only_layers[name] if name in self.bn_only_layers else self.base_layer
+        return self.bn_only_layers[name] if name in self.bn_only_layers else self.base_layer  # noqa: SIM401
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active adapter's copy."""

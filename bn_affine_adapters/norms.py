@@ -125,9 +125,8 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def head_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return what timm's ``get_classifier()`` returns, by canonical name; empty where there is none."""
-    if not hasattr(model, "get_classifier"):
-        return {}
-    head = model.get_classifier()
+    get_classifier: Any = getattr(model, "get_classifier", tuple)
+    head = get_classifier()
     parts = list(head) if isinstance(head, tuple | list | nn.ModuleList) else [head]
     wanted = {id(unwrapped(part)) for part in parts if isinstance(part, nn.Module)}
     return {

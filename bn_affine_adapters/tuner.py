@@ -184,7 +184,9 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
     elif name in BNOnlyTuner.prefix:
         why = f"PEFT takes it for part of the prefix {BNOnlyTuner.prefix!r}"
     else:
-        parts = {part for key in [*model.state_dict(), f"base_model.model.base_layer.{COPIES}"] for part in key.split(".")}
+        parts = {
+            part for key in [*model.state_dict(), f"base_model.model.base_layer.{COPIES}"] for part in key.split(".")
+        }
         adapters = {key for layer in model.modules() if isinstance(layer, BNOnlyLayer) for key in layer.configs}
         if name in parts - adapters:
             why = "the network has a module or tensor of that name"

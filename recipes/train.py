@@ -2,7 +2,7 @@
 
     accelerate launch recipes/train.py [--config recipes/configs/NAME.yaml] [key=value ...]
 
-Without arguments: cifar_resnet14 on scikit-learn's handwritten digits, no download. `--help` lists every key.
+Without --config: recipes/configs/digits.yaml, scikit-learn's handwritten digits, no download. `--help` lists every key.
 Prints one JSON line: the recipe, seeds, versions, accuracy, seconds; writes it to OUTPUT/result.json.
 """
 
@@ -17,6 +17,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+sys.path.remove(str(Path(__file__).parent))  # else recipes/evaluate.py hides the library `evaluate`
 
 import timm
 import torch
@@ -34,8 +36,7 @@ from bn_affine_adapters.backbone import versions
 from bn_affine_adapters.config import check_keys
 from bn_affine_adapters.data import check_classes
 from bn_affine_adapters.errors import ConfigError, OutputFolderError
-from bn_affine_adapters.feed import DataOptions, Feed
-from bn_affine_adapters.metrics import accuracy
+from bn_affine_adapters.feed import DataOptions, Feed, accuracy
 from bn_affine_adapters.sync import sync_norms_
 
 
@@ -54,7 +55,7 @@ class Recipe(DataOptions):
     norm_init: str | None = None
     running_statistics: str = "update"
     # The optimiser: SGD without Nesterov
-    epochs: int = 40
+    epochs: int = 160
     lr: float = 0.1
     schedule: str = "multistep"  # or "cosine"
     milestones: list[float] = field(default_factory=list)  # epochs at which lr is multiplied by lr_decay
@@ -67,7 +68,7 @@ class Recipe(DataOptions):
     sync_norm: bool = True  # with several processes: batch statistics over all of them
     threads: int = 0  # CPU threads a process; 0: all cores over the local processes
     tracker: str | None = None  # e.g. tensorboard, wandb: any that Accelerate knows
-    output_dir: str = "runs/digits"
+    output_dir: str = "runs/latest"
     overwrite: bool = False
     resume: bool = False  # go on from OUTPUT/checkpoint.pt, if it is there
     checkpoint_every: int = 0  # epochs; 0: none
@@ -75,6 +76,7 @@ class Recipe(DataOptions):
     results: str | None = None  # a .jsonl file to append the result line to
 
 
+DEFAULT = Path(__file__).parent / "configs" / "digits.yaml"
 WHERE_ONLY = {"output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every"}
 CONDITIONS: dict[str, dict[str, Any]] = {
     "bn": {},
@@ -93,15 +95,15 @@ def read_recipe(arguments: list[str]) -> Recipe:
         print(__doc__, *(f"  {f.name}={json.dumps(getattr(Recipe(), f.name))}" for f in fields(Recipe)), sep="\n")
         raise SystemExit(0)
     try:
-        layers = [OmegaConf.structured(Recipe)]
+        file = str(DEFAULT)
         if "--config" in arguments:
             at = arguments.index("--config")
-            layers.append(OmegaConf.load(arguments[at + 1]))
-            arguments = arguments[:at] + arguments[at + 2 :]
-        layers.append(OmegaConf.from_cli(arguments))
-        for layer in layers[1:]:
+            file, arguments = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+        layers = [OmegaConf.load(file), OmegaConf.from_cli(arguments)]
+        for layer in layers:
             check_keys(dict(layer), {f.name for f in fields(Recipe)}, "the recipe")
-        recipe = Recipe(**OmegaConf.to_container(OmegaConf.merge(*layers)))  # type: ignore[arg-type]  # str keys
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Recipe), *layers))
+        recipe = Recipe(**merged)  # type: ignore[arg-type]  # OmegaConf promises no str keys
     except (OmegaConfBaseException, OSError, IndexError) as error:
         raise ConfigError(
             "The recipe cannot be read.",
@@ -109,7 +111,8 @@ def read_recipe(arguments: list[str]) -> Recipe:
             do="accelerate launch recipes/train.py --config recipes/configs/NAME.yaml key=value ...",
         ) from error
     if recipe.condition not in CONDITIONS:
-        raise ConfigError("There is no such condition.", seen=recipe.condition, do=f"choose from {', '.join(CONDITIONS)}")
+        choices = ", ".join(CONDITIONS)
+        raise ConfigError("There is no such condition.", seen=recipe.condition, do=f"choose from {choices}")
     if recipe.pretrained == (recipe.seed is not None):
         raise ConfigError(
             "A network is either redrawn from a seed or keeps pretrained weights.",
@@ -257,16 +260,14 @@ def hardware(accelerator: Accelerator) -> dict[str, Any]:
 
 def commit() -> str | None:
     """Return the commit of this checkout, or None outside one."""
-    here = Path(__file__).parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Train, evaluate and save; return the result line."""
-    accelerator = Accelerator(
-        mixed_precision=recipe.precision, log_with=recipe.tracker, project_dir=recipe.output_dir
-    )
+    accelerator = Accelerator(mixed_precision=recipe.precision, log_with=recipe.tracker, project_dir=recipe.output_dir)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(recipe.threads or max(1, cores // local))
@@ -296,7 +297,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         history["first_losses"] = (history["first_losses"] + losses)[:20]
         entry = {"loss": sum(losses) / len(losses)}
         if (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.epochs:
-            entry |= accuracy(model, feed.evaluation(), accelerator.gather)
+            entry |= accuracy(model, feed)
         history["epochs"].append(entry)
         shown = {key: round(value, 4) for key, value in entry.items()}
         accelerator.print(f"epoch {epoch + 1}/{recipe.epochs}  {json.dumps(shown)}", file=sys.stderr)
@@ -345,8 +346,8 @@ def write_result(recipe: Recipe, output: Path, result: dict[str, Any]) -> None:
         with open(recipe.results, "a") as file:
             file.write(json.dumps(published) + "\n")
     print(line)
-    size = f"{result['adapter_bytes'] / 1000:.1f} kB"
-    print(f"test accuracy {result['top1']:.2f} %, {result['trained']:,} trained parameters, {result['adapter']}, {size}")
+    print(f"test accuracy {result['top1']:.2f} % with {result['trained']:,} trained parameters")
+    print(f"adapter {result['adapter']}, {result['adapter_bytes'] / 1000:.1f} kB")
 
 
 if __name__ == "__main__":
