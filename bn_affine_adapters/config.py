@@ -14,6 +14,17 @@ from .reinit import NORM_INITS, WEIGHT_INITS, check_choice, check_seed
 FORMAT_VERSION = 1
 CUSTOM = "custom"  # the architecture of a network that timm cannot build: loads only with model=
 
+# What trains, by the paper's conditions; those with shortcuts name them in extra_trainable_modules besides.
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "bn": {},
+    "bn+head": {"train_head": True},
+    "head": {"train_gamma": False, "train_beta": False, "train_head": True},
+    "gamma": {"train_beta": False},
+    "beta": {"train_gamma": False},
+    "bn+shortcut+head": {"train_head": True},
+    "shortcut+head": {"train_gamma": False, "train_beta": False, "train_head": True},
+}
+
 
 class MethodName(str):
     """The method's name where PEFT expects a member of its PeftType enum."""

@@ -116,9 +116,9 @@ def decode(split: Split, *, size: int, channels: int = 3, workers: int | None = 
     try:
         for here, (pixels, _) in zip(images.split(length), DataLoader(items, length, num_workers=workers), strict=True):
             here.copy_(pixels)
-    except ValueError as error:  # the last line, since a worker's comes with its traceback
+    except ValueError as error:  # its last line, after a worker's traceback; its own would keep the workers waiting
         seen, do = str(error).splitlines()[-1], "repair or remove the image; it needs 8 bits a value"
-        raise DataError("An image cannot be decoded.", seen=seen, do=do) from error
+        raise DataError("An image cannot be decoded.", seen=seen, do=do) from error.with_traceback(None)
     return TensorData(images, labels, split.label_names)
 
 
@@ -140,10 +140,8 @@ def steps_per_epoch(
     parts = world * accumulation
     steps = n // batch_size + (not drop_remainder and n % batch_size >= parts) if batch_size >= parts > 0 else 0
     if steps < 1:
-        seen, error = (
-            f"{n} images, {batch_size=}, {world=}, {accumulation=}",
-            (ConfigError, DataError)[batch_size >= parts],
-        )
+        error = DataError if 0 < parts <= batch_size else ConfigError
+        seen = f"{n} images, {batch_size=}, {world=}, {accumulation=}"
         raise error("An epoch has no step.", seen=seen, do="use world * accumulation <= batch_size <= images")
     return steps
 
@@ -197,8 +195,7 @@ def eval_batches(
         count = min(batch_size, len(data) - first)
         share = -(-count // world)
         here = torch.arange(rank * share, (rank + 1) * share, device=data.images.device).clamp(max=count - 1) + first
-        images = scale(data.images.index_select(0, here)).contiguous(memory_format=memory_format)
-        yield Batch(images, data.labels[here], count)
+        yield Batch(scale(data.images[here]).contiguous(memory_format=memory_format), data.labels[here], count)
 
 
 def stream(
@@ -259,19 +256,19 @@ def _column(dataset: Any, role: str, given: str | None) -> str:
     types = {name: type(feature).__name__ for name, feature in dataset.features.items()}
     types |= {name: dataset.features[name].dtype for name in types if types[name] == "Value"}
     typed = [name for name in types if types[name] == kind]
-    integers = [name for name in types if "int" in types[name] and role == "label"]
-    found = typed if len(typed) == 1 else [name for name in typed or integers if name in usual]
-    found = found if given is None else [name for name in typed + integers if name == given]
+    integers = [name for name in types if "int" in types[name] and role == "label" and name in (*usual, given)]
+    found = typed or integers if given is None else [name for name in typed + integers if name == given]
+    found = found if len(found) < 2 else [name for name in found if name in usual] or found
     if len(found) != 1:
-        what = f"{len(found) or 'No'} columns can be the {role}{f' {given!r}' if given else ''}; it has to be one."
-        raise DataError(what, seen=f"columns {types}", do=f"pass {role}_column=, a column of type {kind}")
+        what, do = f"{len(found)} columns can be {role}_column={given!r}.", f"pass {role}_column=, of type {kind}"
+        raise DataError(what, seen=f"columns {types}", do=do)
     return found[0]
 
 
 def _labels(dataset: Any, column: str, count: int | None = None) -> Tensor:
     """Return all labels, int64 (N,), after a check that there are some and that each is in 0..count-1."""
-    values = dataset.select_columns(column).with_format("arrow")[:][column]
-    labels = torch.tensor(values.cast("int64").fill_null(-1).to_numpy())
+    values = dataset.select_columns(column).with_format("arrow")[:][column].cast("int64")
+    labels = torch.tensor(values.fill_null(-1).to_numpy())
     if not len(labels) or labels.min() < 0 or (count and labels.max() >= count):
         seen = f"{len(labels)} rows, labels {labels.unique()[:20].tolist()} (-1: none), {count} classes"
         raise DataError(f"Not every row has a label in {column!r}.", seen=seen, do="choose a split with all labels")

@@ -79,6 +79,11 @@ class Feed:
             drop_remainder=options.streaming,
         )
 
+    def load(self) -> None:
+        """Decode the images now, where they lie in memory."""
+        if not self.options.streaming:
+            _ = self._train_tensors, self._test_tensors
+
     @property
     def common(self) -> dict[str, Any]:
         """What training and test batches in memory have in common."""

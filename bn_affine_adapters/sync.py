@@ -1,11 +1,12 @@
-"""Synchronised batch normalisation on every device: torch's own refuses the CPU."""
+"""Batch statistics over all processes, on every device: torch's SyncBatchNorm refuses the CPU."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -22,42 +23,56 @@ class _SumOverProcesses(torch.autograd.Function):
         return total
 
 
-class _CpuSyncBatchNorm(nn.SyncBatchNorm):
+class _Synchronised(_BatchNorm):
+    """Comes before a BatchNorm class: its training forward, with the statistics of all processes."""
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or not self.training or self.running_mean is None or self.running_var is None:
+        if not self.training:
             return super().forward(x)
+        out = self._normalise(x)
+        return self.act(self.drop(out)) if isinstance(self, BatchNormAct2d) else out
+
+    def _normalise(self, x: Tensor) -> Tensor:
         shape = (1, -1) + (1,) * (x.dim() - 2)
-        axes = [d for d in range(x.dim()) if d != 1]
+        axes = [axis for axis in range(x.dim()) if axis != 1]
         wide = x.float()
-        count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
+        count = wide.new_full((1,), x.numel() / x.shape[1])
         total = _SumOverProcesses.apply(torch.cat([wide.sum(axes), count]))
         n = total[-1].detach()
         mean = total[:-1] / n
         centred = wide - mean.view(shape)
         # In two passes: the difference of E[x^2] and E[x]^2 would lose most of its digits.
         variance = _SumOverProcesses.apply(centred.square().sum(axes)) / n
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        with torch.no_grad():
-            rate = 1 / float(self.num_batches_tracked or 1) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
-            self.running_var.lerp_((variance * n / (n - 1)).to(self.running_var.dtype), rate)
+        self._update(mean.detach(), variance.detach() * n / (n - 1))
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
 
+    @torch.no_grad()
+    def _update(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        rate = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), rate)
 
-def sync_norms_(model: nn.Module) -> nn.Module:
+
+def sync_norms_(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """Make every BatchNorm of a network, timm's fused ones included, use the statistics of all processes; return it.
 
-    Needs an initialised process group. Names and values in the state dict stay as they are.
+    Needs an initialised process group. Names and values of the state dict stay as they are.
+
+    Args:
+        model: changed in place.
+        device: where it will run: on the CPU an implementation of our own, elsewhere torch's SyncBatchNorm.
     """
-    model = convert_sync_batchnorm(model)
+    if torch.device(device).type != "cpu":
+        return convert_sync_batchnorm(model)
     for module in model.modules():
-        if isinstance(module, nn.SyncBatchNorm) and not isinstance(module, _CpuSyncBatchNorm):
-            kind = type(module)
-            # Between timm's subclass, which adds the activation, and torch's forward, which refuses the CPU.
-            bases = (_CpuSyncBatchNorm,) if kind is nn.SyncBatchNorm else (kind, _CpuSyncBatchNorm)
-            module.__class__ = type(kind.__name__, bases, {})
-    return model.train(model.training)
+        kind = type(module)
+        # Only where the forward is known: a subclass with another one keeps its own statistics.
+        if isinstance(module, _BatchNorm) and kind.forward in (_BatchNorm.forward, BatchNormAct2d.forward):
+            module.__class__ = type(kind.__name__, (_Synchronised, kind), {})
+    return model

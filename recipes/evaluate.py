@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-sys.path.remove(str(Path(__file__).parent))  # else recipes/evaluate.py hides the library `evaluate`
+# Else recipes/evaluate.py hides the library `evaluate`.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import timm
 import torch
@@ -27,6 +28,7 @@ from bn_affine_adapters.data import check_classes
 from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.feed import DataOptions, Feed, accuracy
 from bn_affine_adapters.model import read_config
+from bn_affine_adapters.peft_model import check_files
 
 
 @dataclass
@@ -47,7 +49,9 @@ def read_options(arguments: list[str]) -> Options:
     try:
         given = OmegaConf.from_cli(arguments)
         check_keys(dict(given), {f.name for f in fields(Options)}, "evaluate.py")
-        data = read_config(Path(given.get("adapter", Options.adapter))).data_config or {}
+        folder = Path(given.get("adapter", Options.adapter))
+        check_files(folder)
+        data = read_config(folder).data_config or {}
         own: dict[str, Any] = {key: list(data[key]) for key in ("mean", "std") if key in data}
         if "input_size" in data:
             own["image_size"] = data["input_size"][-1]

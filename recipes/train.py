@@ -18,7 +18,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-sys.path.remove(str(Path(__file__).parent))  # else recipes/evaluate.py hides the library `evaluate`
+# Else recipes/evaluate.py hides the library `evaluate`.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow on a machine that is shared
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import timm
 import torch
@@ -33,10 +35,11 @@ from tqdm import tqdm
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, BNOnlyPeftModel, get_bn_only_model, shortcut_convs
 from bn_affine_adapters.backbone import versions
-from bn_affine_adapters.config import check_keys
+from bn_affine_adapters.config import CONDITIONS, check_keys
 from bn_affine_adapters.data import check_classes
 from bn_affine_adapters.errors import ConfigError, OutputFolderError
 from bn_affine_adapters.feed import DataOptions, Feed, accuracy
+from bn_affine_adapters.reinit import check_choice
 from bn_affine_adapters.sync import sync_norms_
 
 
@@ -78,15 +81,6 @@ class Recipe(DataOptions):
 
 DEFAULT = Path(__file__).parent / "configs" / "digits.yaml"
 WHERE_ONLY = {"output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every"}
-CONDITIONS: dict[str, dict[str, Any]] = {
-    "bn": {},
-    "bn+head": {"train_head": True},
-    "head": {"train_gamma": False, "train_beta": False, "train_head": True},
-    "gamma": {"train_beta": False},
-    "beta": {"train_gamma": False},
-    "bn+shortcut+head": {"train_head": True},
-    "shortcut+head": {"train_gamma": False, "train_beta": False, "train_head": True},
-}
 
 
 def read_recipe(arguments: list[str]) -> Recipe:
@@ -110,9 +104,8 @@ def read_recipe(arguments: list[str]) -> Recipe:
             seen=str(error).splitlines()[0],
             do="accelerate launch recipes/train.py --config recipes/configs/NAME.yaml key=value ...",
         ) from error
-    if recipe.condition not in CONDITIONS:
-        choices = ", ".join(CONDITIONS)
-        raise ConfigError("There is no such condition.", seen=recipe.condition, do=f"choose from {choices}")
+    check_choice("condition", recipe.condition, tuple(CONDITIONS))
+    check_choice("schedule", recipe.schedule, ("multistep", "cosine"))
     if recipe.pretrained == (recipe.seed is not None):
         raise ConfigError(
             "A network is either redrawn from a seed or keeps pretrained weights.",
@@ -246,31 +239,32 @@ def load_checkpoint(path: Path, recipe: Recipe, model: BNOnlyPeftModel, optimize
     return state["run"]
 
 
-def hardware(accelerator: Accelerator) -> dict[str, Any]:
-    """Return what the run ran on."""
+def cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def provenance(accelerator: Accelerator) -> dict[str, Any]:
+    """Return what a run ran on: hardware, versions, and the commit of this checkout if it is one."""
     cuda = accelerator.device.type == "cuda"
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     return {
-        "device": accelerator.device.type,
-        "name": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "hardware": {
+            "device": accelerator.device.type,
+            "name": torch.cuda.get_device_name() if cuda else platform.machine(),
+            "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "cores": cores(),
+        },
+        "versions": {"python": platform.python_version(), **versions()},
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None,
     }
-
-
-def commit() -> str | None:
-    """Return the commit of this checkout, or None outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Train, evaluate and save; return the result line."""
     accelerator = Accelerator(mixed_precision=recipe.precision, log_with=recipe.tracker, project_dir=recipe.output_dir)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(recipe.threads or max(1, cores // local))
+    torch.set_num_threads(recipe.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     output = prepare_output(recipe)
     accelerator.wait_for_everyone()  # no process creates the folder before all have looked
     set_seed(recipe.data_seed)
@@ -281,11 +275,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
         plain.print_trainable_parameters()
     if recipe.tracker:
         accelerator.init_trackers("bn_affine_adapters", config={k: str(v) for k, v in recorded(recipe).items()})
-    network = sync_norms_(plain) if accelerator.num_processes > 1 and recipe.sync_norm else plain
+    network = sync_norms_(plain, accelerator.device) if accelerator.num_processes > 1 and recipe.sync_norm else plain
     network = network.to(memory_format=feed.format)
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
     model, optimizer = accelerator.prepare(network, optimizer)
+    feed.load()  # outside the time of the training
     history: dict[str, Any] = {"epochs": [], "first_losses": [], "seconds": 0.0}
     checkpoint = output / "checkpoint.pt"
     if recipe.resume and checkpoint.exists():
@@ -299,8 +294,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.epochs:
             entry |= accuracy(model, feed)
         history["epochs"].append(entry)
-        shown = {key: round(value, 4) for key, value in entry.items()}
-        accelerator.print(f"epoch {epoch + 1}/{recipe.epochs}  {json.dumps(shown)}", file=sys.stderr)
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in entry.items())
+        accelerator.print(f"epoch {epoch + 1}/{recipe.epochs}  {shown}", file=sys.stderr)
         if recipe.tracker:
             accelerator.log(entry, step=epoch + 1)
         due = recipe.checkpoint_every and (epoch + 1) % recipe.checkpoint_every == 0
@@ -328,9 +323,7 @@ def summary(
         "adapter_bytes": weights.stat().st_size if accelerator.is_main_process else None,
         "seconds": round(history["seconds"], 2),
         "images_per_second": round(feed.steps * recipe.batch_size * recipe.epochs / max(history["seconds"], 1e-9), 1),
-        "hardware": hardware(accelerator),
-        "versions": {"python": platform.python_version(), **versions()},
-        "commit": commit(),
+        **provenance(accelerator),
         "recipe": recorded(recipe),
         "first_losses": [round(loss, 6) for loss in history["first_losses"]],
         "epochs": [{key: round(value, 4) for key, value in entry.items()} for entry in history["epochs"]],

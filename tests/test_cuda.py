@@ -1,0 +1,118 @@
+"""On a GPU: the CPU's bits, training through Accelerate in float32 and bfloat16, and back from the file."""
+
+import math
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
+
+DEVICE = torch.device("cuda")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False")
+
+NETWORKS = {"cifar_resnet14": {}, "test_efficientnet": {}, "test_efficientnet_gn": {}, "test_vit4": {"img_size": 32}}
+
+
+def wrapped(name, dtype=torch.float32, **settings):
+    model = timm.create_model(name, num_classes=4, **NETWORKS[name]).to(DEVICE, dtype)
+    return get_bn_only_model(model, BNOnlyConfig(seed=0, **settings))
+
+
+def images(count=8):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def on_cpu(model):
+    return {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    """Accelerate forgets the last test's precision, and cuDNN takes the same algorithm each time."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train(precision, model):
+    """Three steps through Accelerate; return the prepared model, the accelerator and the losses."""
+    accelerator = Accelerator(mixed_precision=precision, cpu=DEVICE.type == "cpu")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(trained, lr=0.05, momentum=0.9, weight_decay=0.1))
+    labels = torch.arange(8, device=DEVICE) % 4
+    model.train()
+    losses = []
+    for _ in range(3):
+        loss = F.cross_entropy(model(images()), labels)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, accelerator, losses
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_redrawn_on_the_gpu_has_the_cpus_bits(name):
+    there = wrapped(name)
+    assert {tensor.device.type for tensor in there.state_dict().values()} == {DEVICE.type}
+    here = get_bn_only_model(timm.create_model(name, num_classes=4, **NETWORKS[name]), BNOnlyConfig(seed=0))
+    found, wanted = on_cpu(there), on_cpu(here)
+    assert found.keys() == wanted.keys()
+    different = [key for key, tensor in wanted.items() if not torch.equal(tensor, found[key])]
+    assert not different, f"{len(different)} of {len(wanted)} tensors differ"
+    assert there.peft_config["default"].to_dict() == here.peft_config["default"].to_dict()
+
+
+def test_a_network_cast_to_bfloat16_on_the_gpu_has_the_fingerprint_of_its_seed():
+    models = [wrapped("cifar_resnet14", dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert len({model.peft_config["default"].backbone_fingerprint for model in models}) == 1
+    assert models[1](images().bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training_through_accelerate_moves_the_adapter_alone_and_reloads(name, precision, tmp_path):
+    model = wrapped(name, train_head=True)
+    before = on_cpu(model)
+    prepared, accelerator, losses = train(precision, model)
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
+    assert accelerator.device.type == DEVICE.type
+
+    plain = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
+    after = on_cpu(plain)
+    moved = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    assert moved == {key for key in after if ".bn_only_layers.default." in key}
+    assert {tensor.dtype for tensor in after.values()} <= {torch.float32, torch.int64}
+
+    state = accelerator.get_state_dict(prepared)
+    plain.save_pretrained(tmp_path, state_dict=state, is_main_process=accelerator.is_main_process)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == len(moved)
+    assert all(
+        torch.equal(t, after[k.replace(".bn_only_layers.", ".bn_only_layers.default.")]) for k, t in saved.items()
+    )
+
+    again = load_bn_only_model(tmp_path, device=DEVICE)
+    assert {tensor.device.type for tensor in again.state_dict().values()} == {DEVICE.type}
+    assert torch.equal(again(images()), plain(images()))
+    here = load_bn_only_model(tmp_path)(images().cpu())
+    assert (plain(images()).cpu() - here).abs().max() <= 0.05 * here.abs().max()  # convolutions in TF32
+
+
+def test_an_adapter_is_loaded_beside_another_on_the_gpu(tmp_path):
+    model, _, _ = train("no", wrapped("cifar_resnet14", train_head=True))
+    model.eval().save_pretrained(tmp_path)
+    other = wrapped("cifar_resnet14")
+    other.load_adapter(tmp_path, "two")
+    other.set_adapter("two")
+    assert {tensor.device.type for tensor in other.state_dict().values()} == {DEVICE.type}
+    assert torch.equal(other.eval()(images()), model(images()))

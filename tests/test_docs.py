@@ -1,0 +1,110 @@
+"""Every code block of README.md and docs/ runs as printed."""
+
+import importlib.util
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The commands that .ci/run itself runs, as printed.
+SET_UP = ("pip install",)
+
+
+def blocks(language):
+    found = []
+    for page in PAGES:
+        code = [text for kind, text in BLOCK.findall(page.read_text()) if kind == language]
+        if code:
+            found.append(pytest.param(code, id=page.name))
+    return found
+
+
+def test_the_pages_have_blocks_of_known_languages():
+    kinds = {kind for page in PAGES for kind, _ in BLOCK.findall(page.read_text())}
+    assert kinds == {"python", "bash"}
+    assert {param.id for param in blocks("python")} >= {"README.md", "quickstart.md", "how-it-works.md"}
+    assert {param.id for param in blocks("bash")} >= {"README.md", "training.md", "contributing.md"}
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_a_pages_python_runs_from_top_to_bottom(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__page__"}
+    for text in code:
+        exec(compile(text, "<page>", "exec"), names)
+
+
+def test_a_block_that_is_wrong_would_be_noticed():
+    with pytest.raises(AssertionError):
+        exec(compile("assert 1 == 2", "<page>", "exec"), {})
+
+
+def recipe(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_launch(line):
+    """Parse a launch line with the launcher's own parser, then the recipe's arguments with the recipe's own."""
+    words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    if words[0] == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        parsed = launch_command_parser().parse_args(words[2:])
+    else:
+        from torch.distributed.run import get_args_parser
+
+        parsed = get_args_parser().parse_args(words[1:])
+    assert (ROOT / parsed.training_script).is_file(), parsed.training_script
+    if parsed.training_script == "recipes/train.py":
+        recipe("train").read_recipe(parsed.training_script_args)
+
+
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_a_pages_commands_are_run_by_ci_or_understood_by_their_programs(code, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    seen = 0
+    for line in "".join(code).strip().splitlines():
+        if not any(word in line for word in SET_UP):
+            assert line.split()[0] in ("accelerate", "ACCELERATE_USE_CPU=true", ".venv/bin/python"), line
+            if ".venv/bin/python" not in line:
+                check_launch(line)
+        seen += 1
+    assert seen
+
+
+def test_a_launch_line_with_an_unknown_key_would_be_noticed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="epochs"):
+        check_launch("accelerate launch recipes/train.py epoch=1")
+    with pytest.raises(SystemExit):
+        check_launch("accelerate launch --num_process_count 1 recipes/train.py")
+
+
+def test_the_readmes_two_commands_are_those_that_ci_runs():
+    marks = re.findall(r"^<!-- ci: (\w+) -->\n```bash\n(.+)\n```$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [name for name, _ in marks] == ["train", "test"]
+    assert all(command.startswith("python3 -m venv .venv && .venv/bin/pip install") for _, command in marks)
+    assert "for name in train test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_links_between_pages_lead_somewhere():
+    links = [(page, target) for page in PAGES for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())]
+    assert len(links) >= 10
+    broken = [(page.name, target) for page, target in links if not (page.parent / target).exists()]
+    assert not broken
+
+
+def test_the_pages_name_no_path_of_one_machine():
+    for page in PAGES:
+        assert not re.search(r"(^|[\s(\"'=])/(root|work|home|tmp)/", page.read_text()), page.name
+    assert os.sep == "/" or len(PAGES) > 5

@@ -1,0 +1,312 @@
+"""The errors are the tree that their docstring draws, and each is raised by a real call with its three parts."""
+
+import ast
+import builtins
+import copy
+import ctypes
+import errno
+import importlib.util
+import inspect
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import bn_affine_adapters
+from bn_affine_adapters import BNAdapterError, BNOnlyConfig, errors, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters.data import load_splits
+
+REPOSITORY = Path(__file__).parent.parent
+CLASSES = {name: kind for name, kind in vars(errors).items() if inspect.isclass(kind)}
+# These two only gather others: catch them, never raise them.
+BASES = {"BNAdapterError", "NetworkError"}
+
+
+def drawing(text):
+    """Read the tree out of a docstring: name -> (its parent, the builtin in brackets)."""
+    found, path = {}, []
+    for line in text.splitlines():
+        if match := re.match(r"^((?:[│ ]   )*(?:[├└]── )?)(\w+Error)\s*(?:\((\w+)\))?", line):
+            depth = len(match[1]) // 4
+            path[depth:] = [match[2]]
+            found[match[2]] = (path[depth - 1] if depth else None, match[3])
+    return found
+
+
+def test_the_tree_is_the_one_drawn():
+    real = {}
+    for name, kind in CLASSES.items():
+        parents = [base.__name__ for base in kind.__bases__ if issubclass(base, BNAdapterError)]
+        others = [base.__name__ for base in kind.__bases__ if base not in CLASSES.values() and base is not Exception]
+        assert len(parents) + (kind is BNAdapterError) == 1
+        assert len(others) <= 1
+        real[name] = (parents[0] if parents else None, others[0] if others else None)
+    assert drawing(errors.__doc__) == real
+    assert len(real) == 19
+
+
+def test_a_tree_drawn_wrongly_would_be_noticed():
+    moved = errors.__doc__.replace("│   └── FormatVersionError", "├── FormatVersionError")
+    assert moved != errors.__doc__
+    assert drawing(moved) != drawing(errors.__doc__)
+    assert drawing(moved)["FormatVersionError"] == ("BNAdapterError", None)
+    without = errors.__doc__.replace("(FileExistsError)", "")
+    assert drawing(without)["OutputFolderError"] == ("BNAdapterError", None)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_error_descends_from_the_builtin_that_a_caller_expects(name):
+    here, expected = name, []
+    while here:
+        here, builtin = drawing(errors.__doc__)[here]
+        expected += [getattr(builtins, builtin)] if builtin else []
+    assert all(issubclass(CLASSES[name], kind) for kind in expected)
+    assert expected or name == "BNAdapterError"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_error_says_what_happened_what_was_seen_and_what_to_do(name):
+    error = CLASSES[name]("It broke.", seen="5 of 7", do="mend it")
+    assert str(error) == "It broke.\n  seen:  5 of 7\n  do:    mend it"
+    assert (error.what, error.seen, error.do) == ("It broke.", "5 of 7", "mend it")
+    assert CLASSES[name].__doc__.endswith(".") or "``" in CLASSES[name].__doc__
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_error_survives_the_way_from_another_process(name):
+    error = CLASSES[name]("It broke.", seen="5 of 7", do="mend it")
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(again) is type(error)
+        assert (str(again), again.what, again.seen, again.do) == (str(error), "It broke.", "5 of 7", "mend it")
+
+
+# Every class, and a real call that raises it.
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two adapter folders, from a seed and on given weights, to be copied before they are changed."""
+    folder = tmp_path_factory.mktemp("folders")
+    for name, seed in (("seeded", 0), ("given", None)):
+        torch.manual_seed(0)
+        model = get_bn_only_model(timm.create_model("cifar_resnet14"), BNOnlyConfig(seed=seed))
+        model.save_pretrained(folder / name)
+    return folder
+
+
+class Here:
+    """What a case may use: a scratch folder, copies of adapters, and pytest's monkeypatch."""
+
+    def __init__(self, folders, scratch, monkeypatch):
+        self.folders, self.scratch, self.monkeypatch = folders, scratch, monkeypatch
+
+    def copy(self, name):
+        return shutil.copytree(self.folders / name, self.scratch / name)
+
+    def edited(self, **changes):
+        """Return a copy of the seeded adapter whose configuration was changed by hand."""
+        path = self.copy("seeded") / CONFIG_NAME
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+        return path.parent
+
+
+def cifar(**arguments):
+    return timm.create_model("cifar_resnet14", **arguments)
+
+
+def changed_by_hand():
+    model = cifar()
+    model.act1 = nn.GELU()
+    return model
+
+
+def truncate(here):
+    file = here.copy("seeded") / SAFETENSORS_WEIGHTS_NAME
+    file.write_bytes(file.read_bytes()[:-100])
+    return load_bn_only_model(file.parent)
+
+
+def drop_a_tensor(here):
+    file = here.copy("seeded") / SAFETENSORS_WEIGHTS_NAME
+    tensors = load_file(file)
+    del tensors[min(tensors)]
+    save_file(tensors, file)
+    return load_bn_only_model(file.parent)
+
+
+def fill_an_output_folder(here):
+    spec = importlib.util.spec_from_file_location("recipe_to_test", REPOSITORY / "recipes" / "train.py")
+    train = importlib.util.module_from_spec(spec)
+    here.monkeypatch.setitem(sys.modules, spec.name, train)  # its dataclasses look themselves up
+    spec.loader.exec_module(train)
+    (here.scratch / "result.json").write_text("{}", encoding="utf-8")
+    return train.prepare_output(train.Recipe(output_dir=str(here.scratch)))
+
+
+def fill_the_disk(here):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    model = load_bn_only_model(here.copy("seeded"))
+    here.monkeypatch.setattr(os, "replace", full)
+    return model.save_pretrained(here.scratch / "full")
+
+
+CASES = {
+    "BNAdapterError": lambda here: BNOnlyConfig(seed=-1),
+    "ConfigError": lambda here: BNOnlyConfig(seed=-1),
+    "UnknownKeyError": lambda here: BNOnlyConfig(sead=0),
+    "FormatVersionError": lambda here: load_bn_only_model(here.edited(format_version=2)),
+    "NetworkError": lambda here: get_bn_only_model(timm.create_model("test_nfnet")),
+    "NoNormLayerError": lambda here: get_bn_only_model(timm.create_model("test_nfnet")),
+    "UnknownArchitectureError": lambda here: load_bn_only_model(here.edited(architecture="cifar_resnet15")),
+    "MissingModuleError": lambda here: get_bn_only_model(cifar(num_classes=0), BNOnlyConfig(train_head=True)),
+    "RebuildError": lambda here: get_bn_only_model(changed_by_hand(), BNOnlyConfig(seed=0)),
+    "ReinitError": lambda here: get_bn_only_model(
+        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Bilinear(4, 4, 4)), BNOnlyConfig(seed=0)
+    ),
+    "AdapterError": lambda here: load_bn_only_model(here.copy("seeded")).add_adapter("two", BNOnlyConfig(seed=1)),
+    "AdapterNameError": lambda here: get_bn_only_model(cifar(), BNOnlyConfig(seed=0), adapter_name="layer.1"),
+    "AdapterFileError": truncate,
+    "AdapterTensorError": drop_a_tensor,
+    "FingerprintError": lambda here: load_bn_only_model(here.copy("given"), model=cifar()),
+    "BaseRequiredError": lambda here: load_bn_only_model(here.copy("given")),
+    "DataError": lambda here: load_splits("digits", label_column="colour"),
+    "OutputFolderError": fill_an_output_folder,
+    "NoSpaceError": fill_the_disk,
+}
+
+
+def uncovered(cases):
+    return set(CLASSES) - set(cases)
+
+
+def test_every_class_has_a_case():
+    assert uncovered(CASES) == set()
+    assert set(CASES) <= set(CLASSES)
+    assert len(CASES) == 19
+
+
+def test_a_class_without_a_case_would_be_noticed():
+    assert uncovered({name: case for name, case in CASES.items() if name != "DataError"}) == {"DataError"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_real_call_raises_it_with_three_parts(name, folders, tmp_path, monkeypatch):
+    with pytest.raises(CLASSES[name]) as caught:
+        CASES[name](Here(folders, tmp_path, monkeypatch))
+    error = caught.value
+    assert name in BASES or type(error) is CLASSES[name]
+    assert all(part.strip() for part in (error.what, error.seen, error.do))
+    assert str(error) == f"{error.what}\n  seen:  {error.seen}\n  do:    {error.do}"
+    assert error.what.rstrip().endswith((".", ";")), "the first part is a sentence"
+
+
+def raised_in(source):
+    """Return the names of the package's errors that some source code makes."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    names = {getattr(call.func, "id", getattr(call.func, "attr", None)) for call in calls}
+    return names & set(CLASSES)
+
+
+def test_every_class_but_the_two_bases_is_raised_by_the_code():
+    files = [*(REPOSITORY / "bn_affine_adapters").rglob("*.py"), *(REPOSITORY / "recipes").glob("*.py")]
+    found = {path: raised_in(path.read_text(encoding="utf-8")) for path in files}
+    assert set().union(*found.values()) == set(CLASSES) - BASES
+    assert sum(bool(names) for names in found.values()) >= 12, "too few files were read"
+
+
+def test_an_error_that_is_never_raised_would_be_noticed():
+    assert raised_in("from .errors import DataError\ndef f():\n    raise ConfigError('a', seen='b', do='c')") == {
+        "ConfigError"
+    }
+
+
+def test_the_base_of_all_errors_is_public():
+    assert bn_affine_adapters.BNAdapterError is errors.BNAdapterError
+    assert all(issubclass(kind, BNAdapterError) for kind in CLASSES.values())
+
+
+# A disk that is really full: a file system of 64 kB in a namespace of our own.
+
+MOUNT_UNAVAILABLE = 77
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+
+
+def mount_small_disk(place, size):
+    """Mount an empty file system that only this process sees."""
+    libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for file, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        Path("/proc/self", file).write_text(text, encoding="ascii")
+    if libc.mount(b"tmpfs", str(place).encode(), b"tmpfs", 0, f"size={size}".encode()):
+        raise OSError(ctypes.get_errno(), "mount")
+
+
+def save_on_a_full_disk(model, disk):
+    """Save an adapter, fill the disk, save again; return what there was to see."""
+    model.save_pretrained(disk / "adapter")
+    before = {path.name: path.read_bytes() for path in (disk / "adapter").iterdir()}
+    with open(disk / "filler", "wb") as filler, pytest.raises(OSError, match="No space"):  # noqa: PT012
+        while True:
+            os.write(filler.fileno(), bytes(1024))
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.weight.data.fill_(2)
+    try:
+        model.save_pretrained(disk / "adapter")
+        error = None
+    except BNAdapterError as caught:
+        error = caught
+    after = {path.name: path.read_bytes() for path in (disk / "adapter").iterdir()}
+    return {
+        "error": type(error).__name__,
+        "text": str(error),
+        "files": sorted(before),
+        "untouched": after == before,
+        "left": sorted(path.name for path in disk.iterdir()),
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform != "linux", reason="needs Linux's namespaces")
+def test_a_disk_that_is_really_full_keeps_the_adapter_that_was_there(folders, tmp_path):
+    model = load_bn_only_model(folders / "seeded")
+    report = tmp_path / "report.json"
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            disk = tmp_path / "disk"
+            disk.mkdir()
+            try:
+                mount_small_disk(disk, "64k")
+            except OSError:
+                status = MOUNT_UNAVAILABLE
+            else:
+                tempfile.tempdir = str(tmp_path)
+                report.write_text(json.dumps(save_on_a_full_disk(model, disk)), encoding="utf-8")
+                status = 0
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == MOUNT_UNAVAILABLE:
+        pytest.skip("this machine lets no process mount a file system of its own")
+    assert status == 0
+    found = json.loads(report.read_text(encoding="utf-8"))
+    assert found["error"] == "NoSpaceError"
+    assert "seen:" in found["text"]
+    assert found["files"] == sorted([CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+    assert found["untouched"]
+    assert found["left"] == ["adapter", "filler"], "a scratch folder was left behind"

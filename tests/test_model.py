@@ -1,0 +1,602 @@
+"""A network is architecture + seed + a few kilobytes: it comes back bit for bit, or not at all."""
+
+import copy
+import errno
+import json
+import shutil
+import subprocess
+import sys
+
+import peft
+import pytest
+import timm
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters.errors import (
+    AdapterFileError,
+    AdapterTensorError,
+    BaseRequiredError,
+    ConfigError,
+    FingerprintError,
+    FormatVersionError,
+    MissingModuleError,
+    NoSpaceError,
+    RebuildError,
+    ReinitError,
+    UnknownArchitectureError,
+    UnknownKeyError,
+)
+from bn_affine_adapters.norms import norm_layers
+
+pytestmark = pytest.mark.filterwarnings("error")
+NAME = "test_resnet"
+FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
+
+
+def state(model):
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def same_state(one, other):
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def images(size=32, channels=3):
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def reload_is_exact(model, folder, size=32, channels=3, base=None):
+    model.save_pretrained(folder)
+    again = load_bn_only_model(folder, base)
+    return torch.equal(again(images(size, channels)), model(images(size, channels)))
+
+
+# -- what comes back
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "kind"),
+    [
+        ("test_resnet", {}, "BatchNorm2d"),
+        ("test_byobnet", {}, "BatchNormAct2d"),
+        ("test_efficientnet", {}, "BatchNormAct2d"),
+        ("resnet18", {}, "BatchNorm2d"),
+        ("mobilenetv3_small_050", {}, "BatchNormAct2d"),
+        ("densenet121", {}, "BatchNormAct2d"),
+        ("regnetx_002", {}, "BatchNormAct2d"),
+        ("test_efficientnet_gn", {}, "GroupNormAct"),
+        ("test_convnext", {}, "LayerNorm"),
+        ("test_vit", {"img_size": 32}, "LayerNorm"),
+        ("test_vit4", {"img_size": 32}, "RmsNorm"),
+    ],
+)
+def test_reload_gives_bit_identical_logits(name, arguments, kind, tmp_path, train_step):
+    model = get_bn_only_model(timm.create_model(name, num_classes=5, **arguments), BNOnlyConfig(seed=7))
+    before = state(model)
+    train_step(model)
+    moved = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    layers = norm_layers(model)
+    assert kind in {type(layer).__name__ for layer in layers.values()}
+    last_words = {"weight", "bias"} if kind != "RmsNorm" else {"weight"}
+    last_words |= {"running_mean", "running_var", "num_batches_tracked"} if "Batch" in kind else set()
+    for word in last_words:
+        found = [key for key in moved if key.endswith(f".{word}")]
+        assert len(found) == len(layers), f"{len(found)} of {len(layers)} {word} moved"
+    assert reload_is_exact(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "given"),
+    [
+        ("test_resnet", {"in_chans": 1, "num_classes": 7}, {}),
+        ("resnet18", {"in_chans": 5, "num_classes": 2}, {}),
+        ("test_vit", {"img_size": 64, "num_classes": 0}, {}),
+        ("resnet18", {"output_stride": 8}, {"output_stride": 8}),
+        ("test_resnet", {"global_pool": "max", "drop_rate": 0.1}, {"global_pool": "max", "drop_rate": 0.1}),
+        ("test_efficientnet", {"act_layer": "relu", "bn_eps": 0.01}, {"act_layer": "relu", "bn_eps": 0.01}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
+def test_creation_arguments_travel(name, arguments, given, tmp_path):
+    base = timm.create_model(name, **arguments)
+    model = get_bn_only_model(base, BNOnlyConfig(seed=0, model_args=given)).eval()
+    assert {key: base.num_classes if key == "num_classes" else value for key, value in arguments.items()}.items() <= {
+        **model.peft_config["default"].model_args,
+        **({"img_size": 64} if "img_size" in arguments else {}),
+    }.items()
+    assert reload_is_exact(model, tmp_path, size=64, channels=arguments.get("in_chans", 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "difference"),
+    [
+        ({"output_stride": 8}, "layer3.0: stride: 1"),
+        ({"global_pool": "max"}, "global_pool: pool_type: 'max'"),
+        ({"drop_rate": 0.1}, "drop_rate: 0.1"),
+        ({"drop_path_rate": 0.1}, "drop_path: class: 'DropPath'"),
+        ({"act_layer": "silu"}, "act1: class: 'SiLU'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_network_whose_arguments_cannot_be_inferred_asks_for_them(arguments, difference, refused):
+    base = timm.models.resnet18(**arguments)  # create_model keeps the arguments from timm 1.0.31 on, this does not
+    before = state(base)
+    with refused(RebuildError, difference, "model_args", "custom"):
+        get_bn_only_model(base, BNOnlyConfig(seed=0))
+    assert same_state(state(base), before)
+    assert not hasattr(base, "peft_config")
+
+
+def test_a_network_changed_by_hand_is_custom_and_loads_only_with_its_base(tmp_path, refused, train_step):
+    def by_hand():
+        base = timm.create_model("resnet18", num_classes=3)
+        base.maxpool = nn.Identity()
+        return base
+
+    with refused(RebuildError, "maxpool: class: 'Identity'", "custom"):
+        get_bn_only_model(by_hand(), BNOnlyConfig(seed=0))
+    model = train_step(get_bn_only_model(by_hand(), BNOnlyConfig(seed=0, architecture="custom")))
+    assert reload_is_exact(model, tmp_path, base=by_hand())
+    with refused(BaseRequiredError, "your own code", "model=base"):
+        load_bn_only_model(tmp_path)
+
+
+def test_data_configuration_and_label_names_travel(tmp_path):
+    model = get_bn_only_model(timm.create_model(NAME, num_classes=2), BNOnlyConfig(seed=0, label_names=["cat", "dog"]))
+    model.save_pretrained(tmp_path)
+    config = load_bn_only_model(tmp_path).peft_config["default"]
+    assert config.label_names == ["cat", "dog"]
+    assert config.data_config["input_size"] == [3, 160, 160]
+    assert config.to_dict() == {**model.peft_config["default"].to_dict(), "inference_mode": True}
+
+
+@pytest.mark.xfail(strict=True, reason="bug: timm's default of three channels is saved for a network of one")
+def test_data_configuration_has_the_channels_of_the_network():
+    model = get_bn_only_model(timm.create_model(NAME, in_chans=1), BNOnlyConfig(seed=0))
+    assert model.peft_config["default"].data_config["input_size"] == [1, 160, 160]
+
+
+# -- how much it is
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "counts", "most"),
+    [
+        ("resnet18", {"num_classes": 10}, (9_600, 11_181_642), 92_000),
+        ("cifar_resnet110", {}, (8_288, 1_730_714), 150_000),
+        ("cifar_resnet14", {}, (1_120, 175_258), 25_000),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_counts_and_sizes_are_those_promised(name, arguments, counts, most, tmp_path):
+    model = get_bn_only_model(timm.create_model(name, **arguments), BNOnlyConfig(seed=0))
+    assert model.get_nb_trainable_parameters() == counts
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    size = (tmp_path / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    print(f"{name}: adapter of {size:,} bytes, configuration of {(tmp_path / CONFIG_NAME).stat().st_size:,}")
+    assert counts[0] * 8 < size < most  # gamma, beta and as many running statistics, in float32
+
+
+MEASURE = """
+import gc, json, sys, time
+import torch
+torch.set_num_threads(1)
+from bn_affine_adapters import load_bn_only_model
+
+def kilobytes(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key))
+
+small, large = sys.argv[1:]
+load_bn_only_model(small)  # what PEFT and timm import on first use
+gc.collect()
+before = kilobytes("VmRSS")
+model = load_bn_only_model(large)
+grown = 1024 * (kilobytes("VmHWM") - before)
+size = sum(t.numel() * t.element_size() for t in model.get_base_model().state_dict().values())
+del model
+seconds = {}
+for name, folder in (("cifar_resnet110", small), ("resnet50", large)):
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        load_bn_only_model(folder)
+        times.append(time.perf_counter() - start)
+    seconds[name] = min(times)
+print(json.dumps({"seconds": seconds, "memory": grown / size, "bytes": size}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc/self/status")
+def test_rebuilding_is_fast_and_needs_little_more_memory_than_the_network(tmp_path):
+    for name in ("cifar_resnet110", "resnet50"):
+        get_bn_only_model(timm.create_model(name), BNOnlyConfig(seed=0)).save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "cifar_resnet110"), str(tmp_path / "resnet50")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found["seconds"]["cifar_resnet110"] < 1
+    assert found["seconds"]["resnet50"] < 2
+    assert 0.8 < found["memory"] < 1.3  # far less than the network would mean that its peak was not seen
+
+
+# -- the frozen weights are verified
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory, train_step):
+    """An adapter on a network drawn from seed 0; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("seeded")
+    train_step(get_bn_only_model(timm.create_model(NAME, num_classes=3), BNOnlyConfig(seed=0))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(seeded, tmp_path):
+    return shutil.copytree(seeded, tmp_path / "adapter")
+
+
+@pytest.fixture
+def edit(folder):
+    """Change adapter_config.json: a value, or a function of the value there was."""
+
+    def change(**values):
+        path = folder / CONFIG_NAME
+        content = json.loads(path.read_text())
+        for key, value in values.items():
+            content[key] = value(content[key]) if callable(value) else value
+        path.write_text(json.dumps(content))
+        return folder
+
+    return change
+
+
+def flipped(digest):
+    return ("0" if digest[0] != "0" else "1") + digest[1:]
+
+
+@pytest.mark.parametrize(
+    ("key", "level", "notices"),
+    [
+        ("backbone_fingerprint", "full", True),
+        ("backbone_fingerprint", "sampled", False),
+        ("backbone_fingerprint", "off", False),
+        ("backbone_fingerprint_sampled", "full", False),
+        ("backbone_fingerprint_sampled", "sampled", True),
+        ("backbone_fingerprint_sampled", "off", False),
+        ("frozen_fingerprint", "full", True),
+        ("layout_hash", "full", True),
+        ("layout_hash", "sampled", True),
+    ],
+)
+def test_a_changed_digest_is_refused_where_it_is_compared(key, level, notices, edit, refused):
+    folder = edit(**{key: flipped})
+    if notices:
+        with refused(FingerprintError, NAME, "seed 0"):
+            load_bn_only_model(folder, verify=level)
+    else:
+        load_bn_only_model(folder, verify=level)
+
+
+@pytest.mark.parametrize("version", ["0.0.1", None], ids=["other", "same"])
+def test_a_mismatch_names_the_versions_on_both_sides(version, edit, refused):
+    changes = {"versions": lambda there: {**there, "timm": version}} if version else {}
+    words = f"timm 0.0.1 -> {timm.__version__}" if version else "versions then and now: the same"
+    with refused(FingerprintError, words):
+        load_bn_only_model(edit(backbone_fingerprint=flipped, **changes))
+
+
+@pytest.fixture
+def given(tmp_path):
+    """A base with weights of its own, and the folder of an adapter on it."""
+    base = timm.create_model("resnet18", num_classes=3)
+    get_bn_only_model(copy.deepcopy(base), BNOnlyConfig()).save_pretrained(tmp_path / "given")
+    return base, tmp_path / "given"
+
+
+@pytest.mark.parametrize(("level", "notices"), [("full", True), ("sampled", False), ("off", False)])
+def test_one_flipped_weight_is_caught_by_full(level, notices, given, refused):
+    base, folder = given
+    with torch.no_grad():
+        base.layer2[0].conv1.weight.view(torch.int32)[3, 2, 1, 1] ^= 1  # the last bit; sampling looks at every 18th
+    before = state(base)
+    if notices:
+        with refused(FingerprintError, "layer2.0.conv1.weight", "pass the base"):
+            load_bn_only_model(folder, base, verify=level)
+        assert same_state(state(base), before)
+        assert not hasattr(base, "peft_config")
+    else:
+        load_bn_only_model(folder, base, verify=level)
+
+
+@pytest.mark.parametrize("level", ["full", "sampled"])
+def test_other_weights_are_refused_by_full_and_sampled(level, given, refused):
+    _, folder = given
+    with refused(FingerprintError, "resnet18"):
+        load_bn_only_model(folder, timm.create_model("resnet18", num_classes=3), verify=level)
+
+
+@pytest.mark.parametrize(
+    "level",
+    ["full", pytest.param("sampled", marks=pytest.mark.xfail(strict=True, reason="bug: sampled skips a frozen head"))],
+)
+def test_another_frozen_head_is_refused(level, given):
+    base, folder = given
+    nn.init.zeros_(base.fc.weight)
+    with pytest.raises(FingerprintError, match=r"fc\.weight"):
+        load_bn_only_model(folder, base, verify=level)
+
+
+# -- bad input: a clear error, and the network given is as it was
+
+
+def without(path):
+    path.unlink()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def garbage(path):
+    path.write_bytes(b"not an adapter at all")
+
+
+def pickle_only(path):
+    path.unlink()
+    torch.save({}, path.with_name(WEIGHTS_NAME))
+
+
+FILE_FAULTS = {
+    "no-configuration": (lambda d: without(d / CONFIG_NAME), CONFIG_NAME),
+    "no-tensors": (lambda d: without(d / SAFETENSORS_WEIGHTS_NAME), SAFETENSORS_WEIGHTS_NAME),
+    "truncated-tensors": (lambda d: truncate(d / SAFETENSORS_WEIGHTS_NAME), "not a whole safetensors file"),
+    "no-safetensors": (lambda d: garbage(d / SAFETENSORS_WEIGHTS_NAME), "not a whole safetensors file"),
+    "empty-file": (lambda d: (d / SAFETENSORS_WEIGHTS_NAME).write_bytes(b""), "not a whole safetensors file"),
+    "pickle": (lambda d: pickle_only(d / SAFETENSORS_WEIGHTS_NAME), f"{WEIGHTS_NAME} is a pickle and is never loaded"),
+    "truncated-configuration": (lambda d: truncate(d / CONFIG_NAME), "not a JSON file"),
+    "configuration-in-bytes": (lambda d: (d / CONFIG_NAME).write_bytes(b"\xff\xfe\x00"), "not a JSON file"),
+    "configuration-is-a-list": (lambda d: (d / CONFIG_NAME).write_text("[]"), "peft_type=None"),
+    "empty-folder": (lambda d: shutil.rmtree(d) or d.mkdir(), "holds nothing"),
+    "no-folder": (shutil.rmtree, "no such folder"),
+}
+
+
+def refused_and_unchanged(refused, folder, kind, *words):
+    """Refused without a network, and with one, which keeps its tensors, modules and mode."""
+    with refused(kind, *words):
+        load_bn_only_model(folder)
+    base = timm.create_model(NAME, num_classes=3)
+    before, modules = state(base), [id(module) for module in base.modules()]
+    with refused(kind, *words):
+        load_bn_only_model(folder, base)
+    assert same_state(state(base), before)
+    assert [id(module) for module in base.modules()] == modules
+    assert base.training
+
+
+@pytest.mark.parametrize("fault", FILE_FAULTS)
+def test_a_broken_folder_is_refused(fault, folder, refused):
+    damage, words = FILE_FAULTS[fault]
+    damage(folder)
+    refused_and_unchanged(refused, folder, AdapterFileError, words, folder.name)
+
+
+@pytest.mark.parametrize("fault", ["no-tensors", "truncated-tensors", "pickle"])
+def test_a_broken_folder_is_refused_by_peft_itself(fault, folder, refused):
+    damage, words = FILE_FAULTS[fault]
+    damage(folder)
+    with refused(AdapterFileError, words):
+        peft.PeftModel.from_pretrained(timm.create_model(NAME, num_classes=3), folder)
+    model = get_bn_only_model(timm.create_model(NAME, num_classes=3), BNOnlyConfig(seed=0)).eval()
+    before, answer = state(model), model(images())
+    with refused(AdapterFileError, words):
+        model.load_adapter(folder, "two")
+    assert list(model.peft_config) == ["default"]
+    assert same_state(state(model), before)
+    assert torch.equal(model(images()), answer)
+
+
+CONFIG_FAULTS = {
+    "newer-format": ({"format_version": 2, "wings": True}, FormatVersionError, ["format_version 2", "pip install -U"]),
+    "unknown-key": ({"train_gama": True}, UnknownKeyError, ["'train_gama'", "'train_gamma'"]),
+    "other-method": ({"peft_type": "LN_TUNING"}, AdapterFileError, ["'LN_TUNING'"]),
+    "no-method": ({"peft_type": None}, AdapterFileError, ["peft_type=None"]),
+    "bad-value": ({"weight_init": "xavier"}, ConfigError, ["weight_init='xavier'", "kaiming_normal"]),
+    "bad-seed": ({"seed": -1}, ConfigError, ["seed=-1"]),
+    "seed-of-text": ({"seed": "0"}, ConfigError, ["seed='0'"]),
+    "other-scheme": ({"init_scheme": "bnaffine-init-v9"}, ConfigError, ["bnaffine-init-v9"]),
+    "loads-something": ({"model_args": {"checkpoint_path": "x"}}, ConfigError, ["checkpoint_path"]),
+    "other-names": ({"layout_hash": flipped}, FingerprintError, ["other names or shapes"]),
+    "other-head": ({"head_layers": ["layer4"]}, FingerprintError, ["other names or shapes"]),
+    "foreign-norm-layer": ({"norm_layers": ["bn7"]}, MissingModuleError, ["'bn7'", "'bn1'"]),
+    "pattern-for-a-name": ({"norm_layers": ["(b+)+n1"]}, MissingModuleError, ["'(b+)+n1'"]),
+    "no-norm-layer": ({"norm_layers": ["conv1"]}, ConfigError, ["conv1"]),
+}
+
+
+@pytest.mark.parametrize("fault", CONFIG_FAULTS)
+def test_a_bad_configuration_is_refused(fault, edit, refused):
+    changes, kind, words = CONFIG_FAULTS[fault]
+    refused_and_unchanged(refused, edit(**changes), kind, *words)
+
+
+@pytest.mark.parametrize("value", [None, 5, "bn1", [1]], ids=str)
+@pytest.mark.parametrize("key", ["norm_layers", "head_layers", "extra_trainable_modules"])
+def test_a_list_of_names_is_a_list_of_names(key, value, edit, request, refused):
+    if value == 5 or (value, key) == (None, "extra_trainable_modules"):
+        request.applymarker(pytest.mark.xfail(strict=True, raises=TypeError, reason="bug: a bare TypeError"))
+    kind = FingerprintError if (value, key) == (None, "head_layers") else ConfigError
+    if (value, key) == (None, "norm_layers"):
+        load_bn_only_model(edit(norm_layers=None))  # all of them, as when it was wrapped
+    else:
+        with refused(kind):
+            load_bn_only_model(edit(**{key: value}))
+
+
+REBUILD_FAULTS = {  # without a network to load on: what the architecture builds here is not what it built there
+    "unknown-architecture": ({"architecture": "test_resnett"}, UnknownArchitectureError, ["'test_resnet'"]),
+    "architecture-is-a-path": ({"architecture": "local-dir:/etc"}, UnknownArchitectureError, ["timm.list_models"]),
+    "other-architecture": (
+        {"architecture": "test_byobnet"},
+        FingerprintError,
+        ["other names or shapes", "the first is"],
+    ),
+    "unknown-argument": ({"model_args": {"wings": 2}}, RebuildError, ["wings"]),
+    "other-shapes": ({"model_args": {"num_classes": 3, "in_chans": 1}}, FingerprintError, ["other names or shapes"]),
+    "other-classes": ({"model_args": {"num_classes": 4}}, FingerprintError, ["head"]),
+    "fewer-norm-layers": ({"norm_layers": lambda names: names[1:]}, FingerprintError, ["norm layers differ"]),
+    "other-seed": ({"seed": 1}, FingerprintError, ["the first layer that differs is conv1.0.weight", "seed 1"]),
+    "base-required": ({"seed": None}, BaseRequiredError, ["given weights", "model=base"]),
+    "no-architecture": ({"architecture": None}, ConfigError, ["architecture=None"]),
+    "no-fingerprint": ({"backbone_fingerprint": None}, ConfigError, ["backbone_fingerprint=None"]),
+}
+
+
+@pytest.mark.parametrize("fault", REBUILD_FAULTS)
+def test_an_architecture_that_no_longer_builds_the_same_tensors_is_refused(fault, edit, refused):
+    changes, kind, words = REBUILD_FAULTS[fault]
+    with refused(kind, *words):
+        load_bn_only_model(edit(**changes))
+
+
+@pytest.mark.parametrize("door", ["load_bn_only_model", "PeftModel.from_pretrained"])
+@pytest.mark.xfail(
+    strict=True, reason="bug: a file without fingerprints is taken for a new adapter and loads unverified"
+)
+def test_an_adapter_without_its_fingerprint_is_refused_on_a_given_network(door, given):
+    _, folder = given
+    content = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**content, "backbone_fingerprint": None}))
+    other = timm.create_model("resnet18", num_classes=3)
+    with pytest.raises((ConfigError, FingerprintError)):
+        load_bn_only_model(folder, other) if door == "load_bn_only_model" else peft.PeftModel.from_pretrained(
+            other, folder
+        )
+
+
+@pytest.mark.xfail(
+    strict=True, reason="bug: a network given is not compared with the creation arguments of the adapter"
+)
+def test_an_adapter_is_refused_on_a_network_with_other_strides(tmp_path):
+    base = timm.create_model("resnet18", output_stride=8)
+    get_bn_only_model(base, BNOnlyConfig(seed=0, model_args={"output_stride": 8})).save_pretrained(tmp_path)
+    with pytest.raises((RebuildError, FingerprintError)):
+        load_bn_only_model(tmp_path, timm.create_model("resnet18"))
+
+
+def drop(tensors):
+    del tensors["base_model.model.bn1.bn_only_layers.weight"]
+
+
+def smuggle(tensors):
+    tensors["base_model.model.conv1.0.weight"] = torch.zeros(1)
+
+
+def reshape(tensors):
+    tensors["base_model.model.bn1.bn_only_layers.weight"] = torch.ones(3)
+
+
+def to_integers(tensors):
+    tensors["base_model.model.bn1.bn_only_layers.weight"] = torch.ones(32, dtype=torch.int64)
+
+
+def to_nan(tensors):
+    tensors["base_model.model.bn1.bn_only_layers.running_var"][5] = torch.nan
+
+
+def rename(tensors):
+    tensors["base_model.model.bn1.bn_only_layers.default.weight"] = tensors.pop(
+        "base_model.model.bn1.bn_only_layers.weight"
+    )
+
+
+TENSOR_FAULTS = {
+    "missing": (drop, ["1 problems", "missing bn1.bn_only_layers.weight"]),
+    "extra": (smuggle, ["1 problems", "extra conv1.0.weight"]),
+    "wrong-shape": (reshape, ["bn1.bn_only_layers.weight", "(3,)", "(32,)"]),
+    "wrong-kind": (to_integers, ["torch.int64", "torch.float32"]),
+    "not-finite": (to_nan, ["bn1.bn_only_layers.running_var", "not finite"]),
+    "renamed": (rename, ["2 problems", "extra", "missing"]),
+    "none": (lambda tensors: tensors.clear(), ["missing"]),
+}
+
+
+@pytest.mark.parametrize("fault", TENSOR_FAULTS)
+def test_tensors_that_do_not_fit_are_refused_on_every_path(fault, folder, refused):
+    damage, words = TENSOR_FAULTS[fault]
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    tensors = load_file(path)
+    damage(tensors)
+    save_file(tensors, path)
+    with refused(AdapterTensorError, *words):
+        load_bn_only_model(folder)
+    with refused(AdapterTensorError, *words):
+        peft.PeftModel.from_pretrained(timm.create_model(NAME, num_classes=3), folder)
+    model = get_bn_only_model(timm.create_model(NAME, num_classes=3), BNOnlyConfig(seed=0)).eval()
+    before = state(model)
+    with refused(AdapterTensorError, *words):
+        model.load_adapter(folder, "two")
+    assert list(model.peft_config) == ["default"]
+    assert same_state(state(model), before)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: after a refusal the network given stays wrapped")
+def test_a_network_given_is_plain_again_after_a_refusal(given):
+    base, folder = given
+    save_file({}, folder / SAFETENSORS_WEIGHTS_NAME)
+    modules = [id(module) for module in base.modules()]
+    with pytest.raises(AdapterTensorError):
+        load_bn_only_model(folder, base)
+    assert [id(module) for module in base.modules()] == modules
+    assert not hasattr(base, "peft_config")
+
+
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_full_disk_loses_nothing(kind, folder, monkeypatch, refused):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device") if kind is OSError else SafetensorError("os error 28")
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = get_bn_only_model(timm.create_model(NAME), BNOnlyConfig(seed=1))
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    with refused(NoSpaceError, str(folder), "bytes free"):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_saving_replaces_the_adapter_that_was_there(folder):
+    model = get_bn_only_model(timm.create_model(NAME), BNOnlyConfig(seed=1)).eval()
+    assert reload_is_exact(model, folder)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        0,
+        pytest.param(
+            None,
+            marks=pytest.mark.xfail(strict=True, reason="bug: torch's NotImplementedError", raises=NotImplementedError),
+        ),
+    ],
+)
+def test_a_network_on_the_meta_device_is_refused(seed, refused):
+    with torch.device("meta"):
+        base = timm.create_model(NAME)
+    with refused(ReinitError, "meta", "real device"):
+        get_bn_only_model(base, BNOnlyConfig(seed=seed))
+
+
+def test_an_adapter_is_never_pickled(tmp_path, refused):
+    model = get_bn_only_model(timm.create_model(NAME), BNOnlyConfig(seed=0))
+    with refused(ConfigError, "never pickled"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.iterdir())

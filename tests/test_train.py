@@ -1,0 +1,269 @@
+"""recipes/train.py and recipes/evaluate.py, run as their users run them."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from bn_affine_adapters.errors import AdapterFileError, ConfigError, DataError, OutputFolderError, UnknownKeyError
+
+ROOT = Path(__file__).parents[1]
+# One epoch of this takes about a second: the digits at their own size.
+TINY = ("image_size=8", "batch_size=128", "epochs=1", "threads=1")
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def train():
+    return script("train")
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    return script("evaluate")
+
+
+@pytest.fixture(autouse=True)
+def each_run_begins_as_in_a_process_of_its_own():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def tiny(train, output, *arguments):
+    return train.run(train.read_recipe([*TINY, f"output_dir={output}", *arguments]))
+
+
+def files(adapter):
+    return {path.name: path.read_bytes() for path in sorted(Path(adapter).iterdir())}
+
+
+def test_the_default_job_passes_92_percent_with_1120_parameters_and_evaluates_alike(train, evaluate, tmp_path):
+    result = train.run(train.read_recipe([f"output_dir={tmp_path / 'run'}"]))
+    assert result["trained"] == 1_120
+    assert result["top1"] >= 92
+    assert result["seconds"] <= 120
+    assert result["hardware"]["threads"] == len(os.sched_getaffinity(0))
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    again = evaluate.run(evaluate.read_options([f"adapter={tmp_path / 'run' / 'adapter'}"]))
+    assert again["top1"] == result["top1"]
+    assert again["images"] == 359
+
+
+def test_the_same_seed_twice_gives_the_same_adapter_bytes(train, tmp_path):
+    first, second, other = (
+        tiny(train, tmp_path / str(i), f"seed={seed}")["adapter"] for i, seed in enumerate((0, 0, 1))
+    )
+    assert sorted(files(first)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert files(first) == files(second)
+    assert files(first)["adapter_model.safetensors"] != files(other)["adapter_model.safetensors"]
+
+
+def launch(*arguments, processes=1, **popen):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    command = command if processes > 1 else [sys.executable]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(
+        [*command, "recipes/train.py", *TINY, *arguments], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen,
+    )  # fmt: skip
+
+
+def test_two_processes_train_and_save_one_adapter_with_the_losses_of_one(train, tmp_path):
+    # A small learning rate: rounding grows chaotically with the steps at a large one.
+    options = ("lr=0.01", "image_size=16")
+    process = launch(*options, f"output_dir={tmp_path / 'two'}", processes=2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
+    one = tiny(train, tmp_path / "one", *options)
+    assert (two["hardware"]["processes"], one["hardware"]["processes"]) == (2, 1)
+    assert len(two["first_losses"]) == len(one["first_losses"]) == 12
+    assert two["first_losses"][:1] == pytest.approx(one["first_losses"][:1], rel=1e-5)
+    assert two["first_losses"] == pytest.approx(one["first_losses"], rel=1e-3)
+    assert sorted(files(two["adapter"])) == ["adapter_config.json", "adapter_model.safetensors"]
+    ours, theirs = (load_file(Path(r["adapter"], "adapter_model.safetensors")) for r in (one, two))
+    assert len(ours) == 75
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name].double(), tensor.double(), rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_a_killed_run_resumes_to_the_adapter_of_one_never_killed(train, tmp_path):
+    options = ("epochs=6", "checkpoint_every=1")
+    process = launch(*options, f"output_dir={tmp_path / 'killed'}", start_new_session=True)
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    output, _ = process.communicate()
+    assert checkpoint.exists(), output
+    done = len(torch.load(checkpoint, weights_only=True)["run"]["epochs"])
+    assert 1 <= done < 6, "the run ended before it was killed: nothing was tested"
+    resumed = tiny(train, tmp_path / "killed", *options, "resume=true")
+    whole = tiny(train, tmp_path / "whole", *options)
+    assert len(resumed["epochs"]) == 6
+    assert resumed["epochs"] == whole["epochs"]
+    assert files(resumed["adapter"]) == files(whole["adapter"])
+
+
+COUNTS = {
+    "bn": 1_120,
+    "bn+head": 1_120 + 650,
+    "head": 650,
+    "gamma": 560,
+    "beta": 560,
+    "bn+shortcut+head": 1_120 + 2_560 + 650,
+    "shortcut+head": 2_560 + 650,
+}
+
+
+@pytest.fixture(scope="module")
+def feed(train):
+    from accelerate import Accelerator
+
+    return train.Feed(train.read_recipe(list(TINY)), Accelerator())
+
+
+@pytest.mark.parametrize("condition", COUNTS)
+def test_a_condition_trains_the_papers_number_of_parameters(train, feed, condition):
+    model = train.build_model(train.read_recipe([*TINY, f"condition={condition}"]), feed)
+    assert model.get_nb_trainable_parameters() == (COUNTS[condition], 175_258)
+
+
+def test_every_condition_of_the_script_was_counted(train):
+    assert set(COUNTS) == set(train.CONDITIONS)
+
+
+def test_every_recipe_in_configs_reads(train):
+    found = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+    recipes = {path.stem: train.read_recipe(["--config", str(path)]) for path in found}
+    assert sorted(recipes) == ["adapt", "cifar10", "digits", "fashion_mnist", "imagenet"]
+    assert recipes["digits"] == train.read_recipe([])
+    cifar = recipes["cifar10"]
+    assert (cifar.epochs, cifar.batch_size, cifar.lr, cifar.weight_decay) == (160, 128, 0.1, 1e-4)
+
+
+def test_the_papers_schedules_come_out(train):
+    cifar = train.read_recipe(["--config", str(ROOT / "recipes/configs/cifar10.yaml")])
+    at = {epoch: train.lr_at(cifar, epoch * 391, 391) for epoch in (0, 79, 80, 119, 120, 159)}
+    assert at == pytest.approx({0: 0.1, 79: 0.1, 80: 0.01, 119: 0.01, 120: 0.001, 159: 0.001})
+    imagenet = train.read_recipe(["--config", str(ROOT / "recipes/configs/imagenet.yaml")])
+    at = {epoch: train.lr_at(imagenet, int(epoch * 1251), 1251) for epoch in (0, 2.5, 5, 29, 30, 60, 80)}
+    assert at == pytest.approx({0: 0, 2.5: 0.2, 5: 0.4, 29: 0.4, 30: 0.04, 60: 0.004, 80: 0.0004}, rel=1e-3)
+
+
+def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(train, tmp_path):
+    # Frozen statistics, so that the parts of a batch do not depend on each other.
+    options = ("running_statistics=frozen", "lr=0.001")
+    whole, parts = (tiny(train, tmp_path / str(n), *options, f"accumulation={n}") for n in (1, 4))
+    assert parts["first_losses"] == pytest.approx(whole["first_losses"], rel=1e-4)
+
+
+def test_streamed_images_give_the_losses_of_those_in_memory(train, tmp_path):
+    # Without augmentation the two show the same images in the same order; a stream drops the last, smaller batch.
+    whole = ("streaming=true", "workers=1", "crop_scale=[1.0,1.0]", "crop_ratio=[1.0,1.0]", "test_crop=1.0")
+    memory, streamed = (tiny(train, tmp_path / str(i), "lr=0.01", *more) for i, more in enumerate(((), whole)))
+    assert len(streamed["first_losses"]) == 11
+    assert streamed["first_losses"] == pytest.approx(memory["first_losses"][:11], rel=1e-3)
+
+
+def test_mixed_precision_checkpoints_trackers_and_result_files_work_together(train, tmp_path):
+    results = tmp_path / "all.jsonl"
+    result = tiny(
+        train, tmp_path / "run", "precision=bf16", "tracker=tensorboard", "checkpoint_every=1", f"results={results}"
+    )
+    lines = results.read_text().splitlines()
+    assert len(lines) == 1
+    assert json.loads(lines[0])["top1"] == result["top1"]
+    assert "adapter" not in json.loads(lines[0])
+    assert str(tmp_path) not in lines[0]
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (["epoch=3"], UnknownKeyError, "epochs"),
+        (["condition=bnn"], ConfigError, "bn\\+head"),
+        (["schedule=step"], ConfigError, "cosine"),
+        (["epochs=many"], ConfigError, "cannot be read"),
+        (["--config", "nowhere.yaml"], ConfigError, "cannot be read"),
+        (["--config"], ConfigError, "cannot be read"),
+        (["pretrained=true"], ConfigError, "seed"),
+        (["seed=null"], ConfigError, "pretrained"),
+    ],
+    ids=["unknown key", "condition", "schedule", "type", "no file", "no name", "both", "neither"],
+)
+def test_a_recipe_that_cannot_be_used_is_refused(train, arguments, error, match):
+    with pytest.raises(error, match=match) as caught:
+        train.read_recipe(arguments)
+    assert caught.value.what
+    assert caught.value.seen
+    assert caught.value.do
+
+
+def test_an_output_folder_that_holds_something_is_left_alone_unless_asked(train, tmp_path):
+    (tmp_path / "kept").write_text("kept")
+    with pytest.raises(OutputFolderError, match="kept"):
+        tiny(train, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    tiny(train, tmp_path, "overwrite=true")
+    assert (tmp_path / "adapter").is_dir()
+    assert (tmp_path / "kept").read_text() == "kept"
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(train, tmp_path):
+    tiny(train, tmp_path, "checkpoint_every=1")
+    with pytest.raises(ConfigError, match=r"lr: 0\.3 -> 0\.2"):
+        tiny(train, tmp_path, "checkpoint_every=1", "resume=true", "lr=0.2")
+
+
+def test_a_wrong_class_count_is_refused_before_anything_is_written(train, tmp_path):
+    with pytest.raises(DataError, match="12 outputs, 10 classes"):
+        tiny(train, tmp_path / "run", "model_args={num_classes: 12}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_is_three_lines_and_no_traceback():
+    done = subprocess.run(
+        [sys.executable, "recipes/train.py", "epoch=3"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-3].startswith("UnknownKeyError: the recipe has no key 'epoch'.")
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluate_refuses_what_it_does_not_know(evaluate, tmp_path):
+    with pytest.raises(UnknownKeyError, match="adapter"):
+        evaluate.read_options(["adaptor=x"])
+    with pytest.raises(AdapterFileError, match="the folder holds nothing"):
+        evaluate.read_options([f"adapter={tmp_path}"])
+
+
+def test_help_lists_every_key(train, capsys):
+    with pytest.raises(SystemExit):
+        train.read_recipe(["--help"])
+    printed = capsys.readouterr().out
+    keys = [line.split("=")[0].strip() for line in printed.splitlines() if line.startswith("  ") and "=" in line]
+    assert len(set(keys) & {field.name for field in train.fields(train.Recipe)}) == len(train.fields(train.Recipe))
