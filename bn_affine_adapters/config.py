@@ -1,5 +1,6 @@
 """BNOnlyConfig: everything that rebuilds a network from an adapter, as a PEFT configuration."""
 
+import json
 import math
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -29,8 +30,16 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 class MethodName(str):
     """The method's name where PEFT expects a member of its PeftType enum."""
 
-    value = property(str)
-    name = property(str)
+    @property
+    def value(self) -> str:
+        """The name, as an enum's member has it."""
+        return self[:]
+
+    name = value
+
+    def __str__(self) -> str:
+        """Print as PEFT's own methods do: its status cuts off what is before the dot."""
+        return f"PeftType.{self[:]}"
 
 
 BN_ONLY = MethodName("BN_ONLY")
@@ -115,6 +124,8 @@ class BNOnlyConfig(PeftConfig):
     versions: dict[str, str] = field(default_factory=dict)
     verify: Literal["full", "sampled", "off"] = "full"
 
+    built_here = False  # set on a configuration whose network was just built from it: not compared once more
+
     def __new__(cls, *args: Any, **kwargs: Any) -> "BNOnlyConfig":
         """Refuse unknown keys before the dataclass does, naming the nearest one."""
         check_keys(kwargs, {f.name for f in fields(cls)}, "BNOnlyConfig")
@@ -143,16 +154,18 @@ class BNOnlyConfig(PeftConfig):
             _check_type(key, getattr(self, key), bool)
         for key in ("extra_trainable_modules", "norm_layers", "head_layers", "label_names"):
             self._check_names(key)
-        for key in ("model_args", "versions"):
-            _check_type(key, getattr(self, key), dict)
-        for key in ("architecture", "backbone_fingerprint", "backbone_digests", "frozen_fingerprint", "layout_hash"):
+        for key in ("model_args", "versions", "data_config"):
+            self._check_plain_dict(key, optional=key == "data_config")
+        for key in (f.name for f in fields(self) if f.name.endswith(("fingerprint", "sampled", "digests", "hash"))):
             _check_type(key, getattr(self, key), str | None)
-        _check_type("data_config", self.data_config, dict | None)
+        _check_type("architecture", self.architecture, str | None)
         self._check_format()
         self._check_args()
 
     def _check_format(self) -> None:
         _check_type("format_version", self.format_version, int)
+        if self.format_version < 1:
+            raise ConfigError("format_version counts from 1.", seen=str(self.format_version), do="leave it out")
         if self.format_version > FORMAT_VERSION:
             raise FormatVersionError(
                 "The adapter was written in a newer format.",
@@ -162,20 +175,33 @@ class BNOnlyConfig(PeftConfig):
 
     def _check_names(self, key: str) -> None:
         value = getattr(self, key)
-        if value is None:
+        if value is None and key != "extra_trainable_modules":
             return
-        if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
             raise ConfigError(f"{key} is not a list of names.", seen=repr(value)[:200], do=f"{key}=['exact.name', ...]")
         setattr(self, key, list(value))
 
+    def _check_plain_dict(self, key: str, optional: bool) -> None:
+        value = getattr(self, key)
+        _check_type(key, value, dict | None if optional else dict)
+        strange = [name for name, item in (value or {}).items() if not isinstance(name, str) or not is_plain(item)]
+        if strange:
+            raise ConfigError(
+                f"{key} holds what cannot be written as JSON: {', '.join(map(str, strange))}.",
+                seen=repr(value)[:200],
+                do="give finite numbers, strings, booleans, None or lists of them",
+            )
+        if value is not None:
+            # As it comes back from JSON, so that a configuration equals its file.
+            setattr(self, key, json.loads(json.dumps(value)))
+
     def _check_args(self) -> None:
         refused = FORBIDDEN_ARGS & set(self.model_args)
-        refused |= {key for key, value in self.model_args.items() if not is_plain(value) or not isinstance(key, str)}
         if refused:
             raise ConfigError(
                 f"model_args holds what cannot travel with an adapter: {', '.join(sorted(map(str, refused)))}.",
                 seen=repr({key: self.model_args[key] for key in refused})[:200],
-                do="give the architecture's own arguments, as finite numbers, strings, booleans, None or lists of them",
+                do="give the architecture's own creation arguments",
             )
 
     @property

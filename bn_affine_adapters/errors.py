@@ -21,6 +21,9 @@ BNAdapterError
 └── NoSpaceError              (OSError)            the disk is full
 """
 
+from errno import ENOSPC
+from typing import Any
+
 
 class BNAdapterError(Exception):
     """Base of every error here; ``what``, ``seen`` and ``do`` are its three parts."""
@@ -29,6 +32,14 @@ class BNAdapterError(Exception):
         """Keep the three parts and join them to the message."""
         super().__init__(f"{what}\n  seen:  {seen}\n  do:    {do}")
         self.what, self.seen, self.do = what, seen, do
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the three parts, so that an error of another process arrives as it was."""
+        return _again, (type(self), self.what, self.seen, self.do)
+
+
+def _again(kind: type[BNAdapterError], what: str, seen: str, do: str) -> BNAdapterError:
+    return kind(what, seen=seen, do=do)
 
 
 class ConfigError(BNAdapterError, ValueError):
@@ -101,3 +112,5 @@ class OutputFolderError(BNAdapterError, FileExistsError):
 
 class NoSpaceError(BNAdapterError, OSError):
     """There is no space left on the device; what was there before is untouched."""
+
+    errno = ENOSPC

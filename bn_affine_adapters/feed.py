@@ -14,6 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch import nn
 
 from .data import Batch, Split, TensorData, batches, decode, eval_batches, load_splits, steps_per_epoch, stream
+from .errors import BNAdapterError, DataError
 
 EVAL_BATCH = 512
 
@@ -62,14 +63,7 @@ class Feed:
         self.options, self.accelerator = options, accelerator
         self.format = torch.channels_last if options.channels_last else torch.contiguous_format
         with accelerator.main_process_first():  # the cache of `datasets` is written once
-            self.train, self.test = load_splits(
-                options.dataset,
-                train_split=options.train_split,
-                test_split=options.test_split,
-                config_name=options.dataset_config,
-                image_column=options.image_column,
-                label_column=options.label_column,
-            )
+            self.train, self.test = _load(options)
         self.label_names = self.train.label_names
         self.steps = steps_per_epoch(
             len(self.train.dataset),
@@ -158,6 +152,26 @@ class Feed:
             count = min(left, len(labels) * self.accelerator.num_processes)
             left -= count
             yield Batch(images.to(memory_format=self.format), labels, count)
+
+
+def _load(options: DataOptions) -> tuple[Split, Split]:
+    try:
+        return load_splits(
+            options.dataset,
+            train_split=options.train_split,
+            test_split=options.test_split,
+            config_name=options.dataset_config,
+            image_column=options.image_column,
+            label_column=options.label_column,
+        )
+    except (OSError, ValueError) as error:  # what `datasets` raises for a name or folder that it cannot read
+        if isinstance(error, BNAdapterError):
+            raise
+        raise DataError(
+            f"The data set {options.dataset} cannot be loaded.",
+            seen=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            do='give "digits", a Hub id, or a folder that datasets.load_dataset reads',
+        ) from error
 
 
 @torch.no_grad()

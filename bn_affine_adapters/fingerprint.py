@@ -26,7 +26,7 @@ class Fingerprint(NamedTuple):
 
 def float32(tensor: torch.Tensor) -> NDArray[np.float32]:
     """Return a tensor's values as a contiguous little-endian float32 array on the CPU."""
-    return np.ascontiguousarray(tensor.detach().to("cpu", torch.float32).numpy(), dtype="<f4")
+    return np.asarray(tensor.detach().to("cpu", torch.float32).contiguous().numpy(), dtype="<f4")
 
 
 def _lines(tensors: Mapping[str, NDArray[np.float32]], sample: int | None) -> tuple[str, list[str]]:

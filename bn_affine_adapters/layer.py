@@ -79,9 +79,13 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> "BNOnlyLayer":
         """Set the mode of the copies; the base layer and frozen running statistics stay in evaluation mode."""
         super().train(mode)
-        if not self.merged:
-            self.base_layer.train(False)
-        for name, copy in self.bn_only_layers.items():
+        # Merging exchanges base and copy: what holds still follows from which is which, not from where it is.
+        held = dict(self.bn_only_layers.items())
+        base = self.base_layer
+        for name in self.merged_adapters:
+            held[name], base = base, held[name]
+        base.train(False)
+        for name, copy in held.items():
             if self.configs[name].running_statistics == "frozen":
                 for module in copy.modules():
                     if is_norm(module):
@@ -122,6 +126,15 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         if enabled:
             self._require_grad(self._flags_while_disabled)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter's copy; which adapter is active next is the tuner's choice, one for all layers."""
+        if adapter_name in self.bn_only_layers:
+            del self.bn_only_layers[adapter_name]
+            del self.configs[adapter_name]
+        kept = {n: flag for n, flag in self._flags_while_disabled.items() if not n.startswith(f"{adapter_name}.")}
+        self._flags_while_disabled = kept
+        self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Exchange the base layer for an adapter's copy; nothing is computed, so the result is exact."""
         names = check_adapters_to_merge(self, adapter_names)
@@ -131,12 +144,13 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
                 seen=f"asked for: {', '.join(names)}",
                 do=f"merge_and_unload(adapter_names=[{names[0]!r}])",
             )
-        if self.merged:
+        if names and self.merged:
             warnings.warn(f"Already merged with {self.merged_adapters[0]}. Unmerging first.", stacklevel=2)
             self.unmerge()
         for name in names:
-            self._exchange(name)
-            self.merged_adapters.append(name)
+            if name in self.bn_only_layers:  # another adapter may own layers that this one does not
+                self._exchange(name)
+                self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Undo `merge`."""

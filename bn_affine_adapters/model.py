@@ -1,20 +1,18 @@
 """The front door: wrap a network, load an adapter."""
 
-import json
 import os
 from pathlib import Path
 from typing import Literal
 
 import peft
 import torch
-from peft.utils import CONFIG_NAME
 from torch import nn
 
 from .backbone import create
 from .config import BN_ONLY, CUSTOM, BNOnlyConfig
-from .errors import AdapterFileError, BaseRequiredError, ConfigError
-from .peft_model import BNOnlyPeftModel, check_files
-from .tuner import BNOnlyTuner
+from .errors import BaseRequiredError
+from .peft_model import BNOnlyPeftModel, check_files, read_config
+from .tuner import BNOnlyTuner, unwrap_
 
 
 def register() -> None:
@@ -83,41 +81,20 @@ def load_bn_only_model(
     config.verify = verify
     if model is None:
         model = _build(config, folder)
-    # The configuration on disk becomes PEFT's argument, so that the run-time choice of `verify` reaches the tuner.
-    return peft.PeftModel.from_pretrained(
-        model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config, torch_device="cpu"
-    ).to(device)
-
-
-def read_config(folder: Path) -> BNOnlyConfig:
-    """Read and check an adapter folder's configuration.
-
-    Raises:
-        AdapterFileError: it is not JSON, or belongs to another PEFT method.
-        UnknownKeyError, FormatVersionError, ConfigError: a key or value is not usable.
-    """
-    path = folder / CONFIG_NAME
+        config.built_here = True
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AdapterFileError(
-            f"{path} is not a JSON file.", seen=str(error), do="download or save the adapter again"
-        ) from error
-    method = content.get("peft_type") if isinstance(content, dict) else None
-    if method != BN_ONLY:
-        raise AdapterFileError(
-            f"{folder} holds no adapter of norm layers.", seen=f"peft_type={method!r}", do="load it with peft itself"
+        # The configuration as an argument, so that the run-time choice of `verify` reaches the tuner.
+        wrapped = peft.PeftModel.from_pretrained(
+            model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config, torch_device="cpu"
         )
-    return BNOnlyConfig(**BNOnlyConfig.check_kwargs(**content))
+    except Exception:
+        unwrap_(model)
+        raise
+    return wrapped.to(device)
 
 
 def _build(config: BNOnlyConfig, folder: Path) -> nn.Module:
-    if config.architecture is None or config.fresh:
-        raise ConfigError(
-            f"{folder} does not say which network it belongs to.",
-            seen=f"architecture={config.architecture!r}, backbone_fingerprint={config.backbone_fingerprint!r}",
-            do="save the adapter again with model.save_pretrained",
-        )
+    assert config.architecture is not None
     if config.seed is None or config.architecture == CUSTOM:
         raise BaseRequiredError(
             f"{folder} was trained on {'given weights' if config.seed is None else 'a network of your own code'}.",

@@ -78,8 +78,7 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (canonical name, module) of the plain network: base layers in place of their wrappers, no copies."""
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        while COPIES in module._modules:
-            module = module.get_submodule("base_layer")
+        module = unwrapped(module)
         yield canonical(name), module
         for child_name, child in module.named_children():
             yield from walk(child, f"{name}.{child_name}" if name else child_name)
@@ -114,7 +113,7 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     modules = list(plain_modules(model))
     found = {name: module for name, module in modules if is_norm(module)}
     if not any(any(affine(module)) for module in found.values()):
-        kinds = sorted({type(module).__name__ for _, module in modules if module._parameters})
+        kinds = sorted({type(module).__name__ for _, module in modules if [*module.parameters(recurse=False)]})
         raise NoNormLayerError(
             f"{type(model).__name__} has no norm layer with gamma and beta to train.",
             seen=f"0 of {len(modules)} modules; those with parameters are {', '.join(kinds) or 'none'}",
@@ -125,7 +124,7 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def head_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return what timm's ``get_classifier()`` returns, by canonical name; empty where there is none."""
-    get_classifier: Any = getattr(model, "get_classifier", tuple)
+    get_classifier: Any = getattr(unwrapped(model), "get_classifier", tuple)
     head = get_classifier()
     parts = list(head) if isinstance(head, tuple | list | nn.ModuleList) else [head]
     wanted = {id(unwrapped(part)) for part in parts if isinstance(part, nn.Module)}
@@ -137,10 +136,17 @@ def head_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module itself, or the base layer of one that holds per-adapter copies."""
-    while COPIES in module._modules:
-        module = module.get_submodule("base_layer")
-    return module
+    """Return what DDP, FSDP, torch.compile, PEFT or a layer with per-adapter copies wraps, or the module itself."""
+    while True:
+        inner = module._modules
+        if COPIES in inner:
+            module = module.get_submodule("base_layer")
+        elif len(inner) == 1 and (name := next(iter(inner))) in {*WRAPPERS, "module"} and not module._parameters:
+            module = module.get_submodule(name)
+        elif "base_model" in inner and hasattr(module, "peft_config"):
+            module = module.get_submodule("base_model.model")
+        else:
+            return module
 
 
 def shortcut_convs(model: nn.Module) -> list[str]:

@@ -1,23 +1,30 @@
 """BNOnlyPeftModel: PEFT's model with honest counts, whole files and nothing unpickled, on every path."""
 
 import errno
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from .errors import AdapterFileError, ConfigError, NoSpaceError
+from .config import BN_ONLY, BNOnlyConfig
+from .errors import AdapterError, AdapterFileError, ConfigError, NoSpaceError
 from .layer import BNOnlyLayer
 
 
 class BNOnlyPeftModel(PeftModel):
     """What `get_bn_only_model`, `peft.get_peft_model` and `PeftModel.from_pretrained` return for a BNOnlyConfig."""
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Wrap a network and stay in its mode. Args: as `peft.PeftModel`."""
+        super().__init__(model, *args, **kwargs)
+        self.training = model.training
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trained, all) parameters of the network as the active adapter runs it, each counted once."""
@@ -41,6 +48,12 @@ class BNOnlyPeftModel(PeftModel):
         """
         if not safe_serialization:
             raise ConfigError("An adapter is never pickled.", seen="safe_serialization=False", do="leave it out")
+        if any(layer.merged for layer in self.modules() if isinstance(layer, BNOnlyLayer)):
+            raise AdapterError(
+                "A merged adapter cannot be saved: its layers have changed places with the base's.",
+                seen=f"merged: {', '.join(self.active_adapters)}",
+                do="model.unmerge_adapter() first, or save the network that merge_and_unload() returns",
+            )
         kwargs.setdefault("save_embedding_layers", False)  # "auto" would look the base up on the network
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
@@ -77,15 +90,30 @@ class BNOnlyPeftModel(PeftModel):
             AdapterTensorError: its tensors do not fit the network.
         """
         folder = Path(model_id, kwargs.get("subfolder") or "")
+        known = adapter_name in self.peft_config
         if folder.is_dir():
             check_files(folder)
-        known = adapter_name in self.peft_config
+            config = read_config(folder)
+            if known:
+                _check_same(config, self.peft_config[adapter_name], adapter_name)
         try:
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
         except Exception:
             if not known and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
+
+
+def _check_same(theirs: BNOnlyConfig, ours: BNOnlyConfig, name: str) -> None:
+    keys = ["seed", "weight_init", "architecture", "backbone_fingerprint"]
+    keys += ["target_modules"] if theirs.norm_layers is not None else []
+    different = [key for key in keys if getattr(theirs, key) != getattr(ours, key)]
+    if different:
+        raise AdapterError(
+            f"The adapter {name!r} of this network is another one: its tensors cannot be replaced by these.",
+            seen=f"different: {', '.join(different)}",
+            do="load it under a name of its own",
+        )
 
 
 def check_files(folder: Path) -> None:
@@ -113,7 +141,30 @@ def check_files(folder: Path) -> None:
         ) from error
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a checked adapter folder."""
-    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # safe_open is no mapping
+def read_config(folder: Path) -> BNOnlyConfig:
+    """Read and check an adapter folder's configuration.
+
+    Raises:
+        AdapterFileError: it is not JSON, or belongs to another PEFT method.
+        UnknownKeyError, FormatVersionError, ConfigError: a key or value is not usable, or it names no network.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterFileError(
+            f"{path} is not a JSON file.", seen=str(error), do="download or save the adapter again"
+        ) from error
+    method = content.get("peft_type") if isinstance(content, dict) else None
+    if method != BN_ONLY:
+        raise AdapterFileError(
+            f"{folder} holds no adapter of norm layers.", seen=f"peft_type={method!r}", do="load it with peft itself"
+        )
+    config = BNOnlyConfig(**BNOnlyConfig.check_kwargs(**content))
+    if config.architecture is None or config.fresh:
+        raise ConfigError(
+            f"{folder} does not say which network it belongs to.",
+            seen=f"architecture={config.architecture!r}, backbone_fingerprint={config.backbone_fingerprint!r}",
+            do="save the adapter again with model.save_pretrained",
+        )
+    return config

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import draws
@@ -157,9 +156,10 @@ def _check(name: str, owner: nn.Module, tensor: torch.Tensor, taken: dict[str, n
             do="pass the network before it is wrapped",
         )
     taken[name] = owner
-    if parametrize.is_parametrized(owner) or "parametrizations." in name:
+    if "parametrizations." in name:
+        shown = name.replace("parametrizations.", "").rpartition(".original")[0] or name
         raise ReinitError(
-            f"{name} is computed by a parametrisation, so that it has no values of its own to redraw.",
+            f"{shown} is computed by a parametrisation, so that it has no values of its own to redraw.",
             seen=f"torch.nn.utils.parametrize on {type(owner).__name__}",
             do="call torch.nn.utils.parametrize.remove_parametrizations first",
         )
@@ -262,10 +262,8 @@ class _RandomIsNaN(TorchDispatchMode):
             if args[0].numel():
                 args[0][(0,) * args[0].dim()].fill_(torch.nan)
             return args[0]
-        if name in _RANDOM_FACTORIES:
-            with torch.random.fork_rng(devices=[]):
-                return func(*args, **(kwargs or {})).fill_(torch.nan)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        return out.fill_(torch.nan) if name in _RANDOM_FACTORIES else out
 
 
 @contextmanager
@@ -275,5 +273,5 @@ def constants_only() -> Iterator[None]:
     Saves the time of a random initialisation that is redrawn anyway, leaves the global generators alone, and tells
     a constant from a draw: what holds a NaN after `reinit_` was never given a rule.
     """
-    with _RandomIsNaN():
+    with torch.random.fork_rng(devices=[]), _RandomIsNaN():
         yield

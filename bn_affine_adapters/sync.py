@@ -35,10 +35,12 @@ class _Synchronised(_BatchNorm):
     def _normalise(self, x: Tensor) -> Tensor:
         shape = (1, -1) + (1,) * (x.dim() - 2)
         axes = [axis for axis in range(x.dim()) if axis != 1]
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = wide.new_full((1,), x.numel() / x.shape[1])
         total = _SumOverProcesses.apply(torch.cat([wide.sum(axes), count]))
         n = total[-1].detach()
+        if n <= 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
         mean = total[:-1] / n
         centred = wide - mean.view(shape)
         # In two passes: the difference of E[x^2] and E[x]^2 would lose most of its digits.

@@ -1,19 +1,29 @@
 """BNOnlyTuner: injects per-adapter copies of norm layers, head and extra modules into a network."""
 
+import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
-import timm.data
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _check_adapters_not_merged
 from torch import nn
 
-from .backbone import check_rebuild, create, describe, infer_architecture, infer_args, inside, verify, verify_layout
+from .backbone import check_rebuild, create, describe, verify, verify_layout
 from .config import CUSTOM, BNOnlyConfig
-from .errors import AdapterError, AdapterNameError, AdapterTensorError, ConfigError, MissingModuleError
+from .errors import AdapterTensorError
 from .layer import BNOnlyLayer
-from .norms import COPIES, head_layers, is_norm, named_layers, norm_layers
+from .norms import COPIES, is_norm
+from .prepare import (
+    PREFIX,
+    check_adapter_name,
+    check_agreement,
+    check_frozen_norms,
+    check_memory,
+    check_nesting,
+    choose_layers,
+    infer,
+)
 from .reinit import draw_into_, draw_norm_, reinit_, rule_for
 
 
@@ -24,24 +34,29 @@ class BNOnlyTuner(BaseTuner):
     agree with it, and brings its own gamma, beta, running statistics and head.
     """
 
-    prefix = "bn_only_"
+    prefix = PREFIX
     tuner_layer_cls = BNOnlyLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Redraw and verify the network, complete a copy of the configuration, then inject the copies."""
         check_adapter_name(model, adapter_name)
+        check_memory(model)
         # A copy, so that the caller's configuration can be used for another network.
         config = self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
         first = next((other for name, other in self.peft_config.items() if name != adapter_name), None)
         fresh, training = config.fresh, model.training
-        if first is not None:
-            _check_agreement(model, config, first)
         if fresh:
-            _infer(model, config, first)
+            infer(model, config, first)
         else:
             verify_layout(model, config)
-        _choose_layers(model, config)
-        _check_nesting(model, config)
+        if first is not None:
+            check_agreement(model, config, first)
+        elif config.architecture != CUSTOM and not config.built_here and config.verify != "off":
+            check_rebuild(model, config)
+        choose_layers(model, config)
+        check_nesting(model, config)
+        if first is not None:
+            check_frozen_norms(model, config, first)
         # Everything that can be refused has been: from here on the network changes.
         if config.seed is not None and first is None:
             reinit_(
@@ -76,8 +91,8 @@ class BNOnlyTuner(BaseTuner):
         copy = layer.copy_of_base()
         if current_key in (peft_config.head_layers or []):
             _fit_head(copy, current_key, peft_config)
-        if peft_config.seed is not None and is_norm(copy):
-            draw_norm_(copy, current_key, peft_config.seed, peft_config.norm_init or "uniform")
+        if peft_config.seed is not None and peft_config.norm_init not in (None, "keep") and is_norm(copy):
+            draw_norm_(copy, current_key, peft_config.seed, peft_config.norm_init)
         layer.add_copy(adapter_name, copy, peft_config)
         setattr(parent, target_name, layer)
 
@@ -102,18 +117,35 @@ class BNOnlyTuner(BaseTuner):
     ) -> nn.Module:
         # PEFT's own would take any module with an attribute `base_layer`, such as DLA's, for one of its layers.
         names = adapter_names or self.active_adapters
-        for name, layer in list(self.model.named_modules()):
+        for layer in self.model.modules():
             if isinstance(layer, BNOnlyLayer):
                 if merge:
                     layer.merge(safe_merge, names)
-                elif layer.merged:
+                else:
                     layer.unmerge()
-                self.model.set_submodule(name, layer.base_layer)
         if merge and names and hasattr(self.model, "num_classes"):
             self.model.num_classes = self.peft_config[names[0]].model_args.get("num_classes", self.model.num_classes)
-        if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
-        return self.model.train(self.model.training)
+        return unwrap_(self.model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was active, the first of those left is activated on every layer."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        _check_adapters_not_merged(self.model, adapter_name)
+        was_active = adapter_name in self.active_adapters
+        del self.peft_config[adapter_name]
+        for layer in self.model.modules():
+            if isinstance(layer, BNOnlyLayer):
+                layer.delete_adapter(adapter_name)
+        if was_active and self.peft_config:
+            name = next(iter(self.peft_config))
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {name}.",
+                stacklevel=3,
+            )
+            self.set_adapter(name)
+        elif was_active:
+            self.active_adapter: str | list[str] = []
 
     @classmethod
     def _get_adapter_state_dict(
@@ -140,6 +172,16 @@ class BNOnlyTuner(BaseTuner):
         given = {_bare(key): tensor for key, tensor in state_dict.items()}
         check_tensors(given, {bare: own[key] for bare, key in keys.items()})
         return {keys[bare]: tensor for bare, tensor in given.items()}
+
+
+def unwrap_(model: nn.Module) -> nn.Module:
+    """Put what is in the place of each wrapped layer back into the network, and take PEFT's traces off it."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BNOnlyLayer):
+            model.set_submodule(name, layer.base_layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model.train(model.training)
 
 
 def _bare(key: str) -> str:
@@ -170,101 +212,9 @@ def check_tensors(given: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         )
 
 
-def check_adapter_name(model: nn.Module, name: str) -> None:
-    """Refuse names that are unusable as a key, or that PEFT would mistake for part of another tensor's name.
-
-    Raises:
-        AdapterNameError: with the reason.
-    """
-    why = None
-    if not isinstance(name, str) or not name.isprintable() or not name or set(name) & set("./\\"):
-        why = "it is empty, or holds a dot, a slash or an unprintable character"
-    elif hasattr(nn.ModuleDict, name):
-        why = "torch.nn.ModuleDict has an attribute of that name"
-    elif name in BNOnlyTuner.prefix:
-        why = f"PEFT takes it for part of the prefix {BNOnlyTuner.prefix!r}"
-    else:
-        parts = {
-            part for key in [*model.state_dict(), f"base_model.model.base_layer.{COPIES}"] for part in key.split(".")
-        }
-        adapters = {key for layer in model.modules() if isinstance(layer, BNOnlyLayer) for key in layer.configs}
-        if name in parts - adapters:
-            why = "the network has a module or tensor of that name"
-    if why:
-        raise AdapterNameError(
-            f"{name!r} cannot be the name of an adapter.", seen=why, do='choose another, e.g. "default" or "task_1"'
-        )
-
-
-def _check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig) -> None:
-    mine, theirs = ((c.seed, c.weight_init if c.seed is not None else None, c.init_scheme) for c in (config, first))
-    if mine != theirs:
-        raise AdapterError(
-            "Adapters on one network share its frozen weights, and this one was made for others.",
-            seen=f"seed, weight_init and scheme {mine}; the network was drawn with {theirs}",
-            do="use the same seed and weight_init, or load the adapter on a network of its own",
-        )
-    if any(layer.merged for layer in model.modules() if isinstance(layer, BNOnlyLayer)):
-        raise AdapterError(
-            "An adapter cannot be added while another is merged: it would copy merged weights.",
-            seen="merged norm layers",
-            do="model.unmerge_adapter() first",
-        )
-
-
-def _infer(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
-    if first is not None:
-        config.architecture = config.architecture or first.architecture
-        config.model_args = {**first.model_args, **config.model_args}
-    else:
-        config.architecture = config.architecture or infer_architecture(model)
-        config.model_args = infer_args(model, config.model_args)
-        if config.architecture != CUSTOM:
-            check_rebuild(model, config)
-    if config.data_config is None and getattr(model, "pretrained_cfg", None):
-        data = timm.data.resolve_model_data_config(model)
-        config.data_config = {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(data.items())}
-
-
 def _as_constructed(config: BNOnlyConfig) -> nn.Module:
     assert config.architecture is not None
     return create(config.architecture, config.model_args)
-
-
-def _choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
-    if config.head_layers is None:
-        config.head_layers = list(head_layers(model))
-    if config.train_head and not config.head_layers:
-        raise MissingModuleError(
-            f"{type(model).__name__} has no head that could train.",
-            seen=f"get_classifier() gives no module with parameters; num_classes={getattr(model, 'num_classes', None)}",
-            do="create the network with num_classes=..., or name its last layer in extra_trainable_modules",
-        )
-    whole = [*(config.head_layers if config.train_head else []), *config.extra_trainable_modules]
-    named_layers(model, whole, "head or extra_trainable_modules")
-    if config.norm_layers is None:
-        # A norm layer inside a module that the adapter owns as a whole is part of that module's copy.
-        config.norm_layers = [name for name in norm_layers(model) if not inside(name, whole)]
-    strange = [n for n, m in named_layers(model, config.norm_layers, "norm_layers").items() if not is_norm(m)]
-    if strange:
-        raise ConfigError(
-            "norm_layers names a module that is no norm layer.",
-            seen=strange[0],
-            do="name it in extra_trainable_modules to train it as a whole",
-        )
-    if not config.target_modules:
-        raise ConfigError("Nothing is adapted.", seen="norm_layers=[] and no head", do="leave norm_layers out for all")
-
-
-def _check_nesting(model: nn.Module, config: BNOnlyConfig) -> None:
-    names = [*config.target_modules, *(m.canonical_name for m in model.modules() if isinstance(m, BNOnlyLayer))]
-    nested = [(a, b) for a in names for b in names if b.startswith(f"{a}.")]
-    if nested:
-        raise ConfigError(
-            "One module that an adapter owns lies inside another.",
-            seen=f"{nested[0][1]} lies inside {nested[0][0]}",
-            do="adapters on one network have to choose the same one of the two",
-        )
 
 
 def _fit_head(head: nn.Module, name: str, config: BNOnlyConfig) -> None:

@@ -28,7 +28,7 @@ from bn_affine_adapters import BNAdapterError, BNOnlyConfig, errors, get_bn_only
 from bn_affine_adapters.data import load_splits
 
 REPOSITORY = Path(__file__).parent.parent
-CLASSES = {name: kind for name, kind in vars(errors).items() if inspect.isclass(kind)}
+CLASSES = {n: k for n, k in vars(errors).items() if inspect.isclass(k) and k.__module__ == errors.__name__}
 # These two only gather others: catch them, never raise them.
 BASES = {"BNAdapterError", "NetworkError"}
 

@@ -134,7 +134,6 @@ def test_merging_another_adapter_unmerges_the_first_and_says_so():
     assert torch.equal(layer(IMAGES), answer)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: merging what is merged unmerges it")
 def test_merging_twice_is_merging_once():
     layer = wrap(nn.BatchNorm2d(8).eval(), "one")
     layer.merge()
@@ -143,7 +142,6 @@ def test_merging_twice_is_merging_once():
     assert layer.merged_adapters == ["one"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: KeyError where the adapter to merge has no copy of this layer")
 def test_merging_an_adapter_that_is_not_here_leaves_the_base():
     layer = wrap(nn.BatchNorm2d(8).eval(), "one")
     base = layer.base_layer
@@ -185,7 +183,6 @@ def test_running_statistics_of_the_active_copy_move_unless_frozen(statistics):
     assert moved == ({f"bn_only_layers.one.{name}" for name in names} if statistics == "update" else set())
 
 
-@pytest.mark.xfail(strict=True, reason="bug: train() on a merged layer puts a frozen copy into training mode")
 def test_frozen_running_statistics_hold_while_merged():
     layer = wrap(nn.BatchNorm2d(8), "one", running_statistics="frozen")
     layer.merge()

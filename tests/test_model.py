@@ -132,6 +132,15 @@ def test_a_network_whose_arguments_cannot_be_inferred_asks_for_them(arguments, d
     assert not hasattr(base, "peft_config")
 
 
+def test_arguments_that_timm_kept_need_not_be_given(tmp_path):
+    base = timm.create_model("resnet18", output_stride=8, num_classes=3)
+    if not hasattr(base, "_model_args"):
+        pytest.skip("this timm keeps no creation arguments; 1.0.31 is the first that does")
+    model = get_bn_only_model(base, BNOnlyConfig(seed=0)).eval()
+    assert model.peft_config["default"].model_args == {"output_stride": 8, "num_classes": 3}
+    assert reload_is_exact(model, tmp_path, size=64)
+
+
 def test_a_network_changed_by_hand_is_custom_and_loads_only_with_its_base(tmp_path, refused, train_step):
     def by_hand():
         base = timm.create_model("resnet18", num_classes=3)
@@ -155,7 +164,6 @@ def test_data_configuration_and_label_names_travel(tmp_path):
     assert config.to_dict() == {**model.peft_config["default"].to_dict(), "inference_mode": True}
 
 
-@pytest.mark.xfail(strict=True, reason="bug: timm's default of three channels is saved for a network of one")
 def test_data_configuration_has_the_channels_of_the_network():
     model = get_bn_only_model(timm.create_model(NAME, in_chans=1), BNOnlyConfig(seed=0))
     assert model.peft_config["default"].data_config["input_size"] == [1, 160, 160]
@@ -184,7 +192,7 @@ def test_counts_and_sizes_are_those_promised(name, arguments, counts, most, tmp_
 
 
 MEASURE = """
-import gc, json, sys, time
+import ctypes, gc, json, sys, time
 import torch
 torch.set_num_threads(1)
 from bn_affine_adapters import load_bn_only_model
@@ -196,6 +204,7 @@ def kilobytes(key):
 small, large = sys.argv[1:]
 load_bn_only_model(small)  # what PEFT and timm import on first use
 gc.collect()
+getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # or the memory it left behind would be used again, uncounted
 before = kilobytes("VmRSS")
 model = load_bn_only_model(large)
 grown = 1024 * (kilobytes("VmHWM") - before)
@@ -224,7 +233,7 @@ def test_rebuilding_is_fast_and_needs_little_more_memory_than_the_network(tmp_pa
     print(found)
     assert found["seconds"]["cifar_resnet110"] < 1
     assert found["seconds"]["resnet50"] < 2
-    assert 0.8 < found["memory"] < 1.3  # far less than the network would mean that its peak was not seen
+    assert 0.95 < found["memory"] < 1.3  # far less than the network would mean that its peak was not seen
 
 
 # -- the frozen weights are verified
@@ -316,6 +325,15 @@ def test_one_flipped_weight_is_caught_by_full(level, notices, given, refused):
         load_bn_only_model(folder, base, verify=level)
 
 
+@pytest.mark.parametrize("name", [NAME, "test_convnext", "test_vit3", "regnetx_002", "mobilenetv3_small_050"])
+def test_an_adapter_with_a_head_loads_on_its_base_whatever_head_that_has(name, tmp_path):
+    base = timm.create_model(name, **({"img_size": 32} if "vit" in name else {}))
+    five = copy.deepcopy(base)
+    five.reset_classifier(5)
+    model = get_bn_only_model(five, BNOnlyConfig(train_head=True)).eval()
+    assert reload_is_exact(model, tmp_path, base=base)
+
+
 @pytest.mark.parametrize("level", ["full", "sampled"])
 def test_other_weights_are_refused_by_full_and_sampled(level, given, refused):
     _, folder = given
@@ -325,7 +343,7 @@ def test_other_weights_are_refused_by_full_and_sampled(level, given, refused):
 
 @pytest.mark.parametrize(
     "level",
-    ["full", pytest.param("sampled", marks=pytest.mark.xfail(strict=True, reason="bug: sampled skips a frozen head"))],
+    ["full", "sampled"],
 )
 def test_another_frozen_head_is_refused(level, given):
     base, folder = given
@@ -430,9 +448,7 @@ def test_a_bad_configuration_is_refused(fault, edit, refused):
 
 @pytest.mark.parametrize("value", [None, 5, "bn1", [1]], ids=str)
 @pytest.mark.parametrize("key", ["norm_layers", "head_layers", "extra_trainable_modules"])
-def test_a_list_of_names_is_a_list_of_names(key, value, edit, request, refused):
-    if value == 5 or (value, key) == (None, "extra_trainable_modules"):
-        request.applymarker(pytest.mark.xfail(strict=True, raises=TypeError, reason="bug: a bare TypeError"))
+def test_a_list_of_names_is_a_list_of_names(key, value, edit, refused):
     kind = FingerprintError if (value, key) == (None, "head_layers") else ConfigError
     if (value, key) == (None, "norm_layers"):
         load_bn_only_model(edit(norm_layers=None))  # all of them, as when it was wrapped
@@ -468,9 +484,6 @@ def test_an_architecture_that_no_longer_builds_the_same_tensors_is_refused(fault
 
 
 @pytest.mark.parametrize("door", ["load_bn_only_model", "PeftModel.from_pretrained"])
-@pytest.mark.xfail(
-    strict=True, reason="bug: a file without fingerprints is taken for a new adapter and loads unverified"
-)
 def test_an_adapter_without_its_fingerprint_is_refused_on_a_given_network(door, given):
     _, folder = given
     content = json.loads((folder / CONFIG_NAME).read_text())
@@ -482,9 +495,6 @@ def test_an_adapter_without_its_fingerprint_is_refused_on_a_given_network(door, 
         )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bug: a network given is not compared with the creation arguments of the adapter"
-)
 def test_an_adapter_is_refused_on_a_network_with_other_strides(tmp_path):
     base = timm.create_model("resnet18", output_stride=8)
     get_bn_only_model(base, BNOnlyConfig(seed=0, model_args={"output_stride": 8})).save_pretrained(tmp_path)
@@ -548,15 +558,24 @@ def test_tensors_that_do_not_fit_are_refused_on_every_path(fault, folder, refuse
     assert same_state(state(model), before)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: after a refusal the network given stays wrapped")
 def test_a_network_given_is_plain_again_after_a_refusal(given):
     base, folder = given
     save_file({}, folder / SAFETENSORS_WEIGHTS_NAME)
-    modules = [id(module) for module in base.modules()]
+    before, modules = state(base), [id(module) for module in base.modules()]
     with pytest.raises(AdapterTensorError):
         load_bn_only_model(folder, base)
     assert [id(module) for module in base.modules()] == modules
     assert not hasattr(base, "peft_config")
+    assert same_state(state(base), before)
+    assert {module.training for module in base.modules()} == {True}
+
+
+def test_a_network_given_can_be_trained_again_after_a_refusal(given):
+    base, folder = given
+    save_file({}, folder / SAFETENSORS_WEIGHTS_NAME)
+    with pytest.raises(AdapterTensorError):
+        load_bn_only_model(folder, base)
+    assert all(parameter.requires_grad for parameter in base.parameters())
 
 
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
@@ -582,10 +601,7 @@ def test_saving_replaces_the_adapter_that_was_there(folder):
     "seed",
     [
         0,
-        pytest.param(
-            None,
-            marks=pytest.mark.xfail(strict=True, reason="bug: torch's NotImplementedError", raises=NotImplementedError),
-        ),
+        None,
     ],
 )
 def test_a_network_on_the_meta_device_is_refused(seed, refused):

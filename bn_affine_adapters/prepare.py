@@ -1,0 +1,158 @@
+"""What is decided and refused before a network is wrapped: names, layers, and agreement between its adapters."""
+
+import timm.data
+from torch import nn
+
+from .backbone import infer_architecture, infer_args, inside
+from .config import BNOnlyConfig
+from .errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, ReinitError
+from .layer import BNOnlyLayer
+from .norms import COPIES, head_layers, is_norm, named_layers, norm_layers
+
+PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT knows them
+
+
+def check_adapter_name(model: nn.Module, name: str) -> None:
+    """Refuse names that are unusable as a key, or that PEFT would mistake for part of another tensor's name.
+
+    Raises:
+        AdapterNameError: with the reason.
+    """
+    why = None
+    if not isinstance(name, str) or not name.isprintable() or not name or set(name) & set("./\\"):
+        why = "it is empty, or holds a dot, a slash or an unprintable character"
+    elif hasattr(nn.ModuleDict, name):
+        why = "torch.nn.ModuleDict has an attribute of that name"
+    elif name in PREFIX:
+        why = f"PEFT takes it for part of the prefix {PREFIX!r}"
+    else:
+        parts = {
+            part for key in [*model.state_dict(), f"base_model.model.base_layer.{COPIES}"] for part in key.split(".")
+        }
+        adapters = {key for layer in model.modules() if isinstance(layer, BNOnlyLayer) for key in layer.configs}
+        if name in parts - adapters:
+            why = "the network has a module or tensor of that name"
+    if why:
+        raise AdapterNameError(
+            f"{name!r} cannot be the name of an adapter.", seen=why, do='choose another, e.g. "default" or "task_1"'
+        )
+
+
+def check_memory(model: nn.Module) -> None:
+    """Raise ReinitError if a parameter lies on the meta device."""
+    meta = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+    if meta is not None:
+        raise ReinitError(
+            f"{meta} lies on the meta device and has no values.",
+            seen="device meta",
+            do="build the network on a real device",
+        )
+
+
+def infer(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
+    """Fill in what a new adapter's configuration leaves to its network: architecture, arguments, data."""
+    if first is not None:
+        config.architecture = config.architecture or first.architecture
+        config.model_args = {**first.model_args, **config.model_args}
+    else:
+        config.architecture = config.architecture or infer_architecture(model)
+        config.model_args = infer_args(model, config.model_args)
+    if config.data_config is None and getattr(model, "pretrained_cfg", None):
+        data = timm.data.resolve_model_data_config(model)
+        channels = config.model_args.get("in_chans", data["input_size"][0])
+        if channels != data["input_size"][0]:
+            # timm's mean and std are for three channels: another number gets their average.
+            data["input_size"] = (channels, *data["input_size"][1:])
+            data |= {key: (sum(data[key]) / len(data[key]),) * channels for key in ("mean", "std")}
+        config.data_config = {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(data.items())}
+
+
+def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Fill in the exact names of the layers that the adapter owns, and check those given.
+
+    Raises:
+        MissingModuleError: there is no head to train, or no module of a name.
+        ConfigError: a name is no norm layer's, or nothing is adapted.
+    """
+    if config.head_layers is None:
+        config.head_layers = list(head_layers(model))
+    if config.train_head and not config.head_layers:
+        raise MissingModuleError(
+            f"{type(model).__name__} has no head that could train.",
+            seen=f"get_classifier() gives no module with parameters; num_classes={getattr(model, 'num_classes', None)}",
+            do="create the network with num_classes=..., or name its last layer in extra_trainable_modules",
+        )
+    whole = [*(config.head_layers if config.train_head else []), *config.extra_trainable_modules]
+    named_layers(model, whole, "head or extra_trainable_modules")
+    if config.norm_layers is None:
+        # A norm layer inside a module that the adapter owns as a whole is part of that module's copy.
+        config.norm_layers = [name for name in norm_layers(model) if not inside(name, whole)]
+    strange = [n for n, m in named_layers(model, config.norm_layers, "norm_layers").items() if not is_norm(m)]
+    if strange:
+        raise ConfigError(
+            "norm_layers names a module that is no norm layer.",
+            seen=strange[0],
+            do="name it in extra_trainable_modules to train it as a whole",
+        )
+    if not config.target_modules:
+        raise ConfigError("Nothing is adapted.", seen="norm_layers=[] and no head", do="leave norm_layers out for all")
+
+
+def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig) -> None:
+    """Raise unless a further adapter fits the network as the first one made it.
+
+    Raises:
+        AdapterError: it belongs to other frozen weights, or an adapter is merged.
+        ConfigError: it belongs to another architecture, or has its own number of classes and no head.
+    """
+    mine, theirs = ((c.seed, c.weight_init if c.seed is not None else None, c.init_scheme) for c in (config, first))
+    if mine != theirs:
+        raise AdapterError(
+            "Adapters on one network share its frozen weights, and this one was made for others.",
+            seen=f"seed, weight_init and scheme {mine}; the network was drawn with {theirs}",
+            do="use the same seed and weight_init, or load the adapter on a network of its own",
+        )
+    built, there = ((c.architecture, {**c.model_args, "num_classes": None}) for c in (config, first))
+    if built != there:
+        raise ConfigError(
+            "Adapters on one network are adapters of one architecture; they may differ in num_classes.",
+            seen=f"{built[0]} {config.model_args}; the network is {there[0]} {first.model_args}",
+            do="load the adapter on a network of its own",
+        )
+    classes = config.model_args.get("num_classes")
+    if not config.train_head and classes != first.model_args.get("num_classes"):
+        raise ConfigError(
+            "An adapter with its own number of classes has to train its head.",
+            seen=f"num_classes={classes}; the network has {first.model_args.get('num_classes')}",
+            do="train_head=True",
+        )
+    if any(layer.merged for layer in model.modules() if isinstance(layer, BNOnlyLayer)):
+        raise AdapterError(
+            "An adapter cannot be added while another is merged: it would copy merged weights.",
+            seen="merged norm layers",
+            do="model.unmerge_adapter() first",
+        )
+
+
+def check_nesting(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Raise ConfigError if a module that an adapter owns lies inside another such module."""
+    names = [*config.target_modules, *(m.canonical_name for m in model.modules() if isinstance(m, BNOnlyLayer))]
+    nested = [(a, b) for a in names for b in names if b.startswith(f"{a}.")]
+    if nested:
+        raise ConfigError(
+            "One module that an adapter owns lies inside another.",
+            seen=f"{nested[0][1]} lies inside {nested[0][0]}",
+            do="adapters on one network have to choose the same one of the two",
+        )
+
+
+def check_frozen_norms(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig) -> None:
+    """Raise ConfigError if norm layers outside a further adapter were drawn by another norm_init."""
+    # A rebuild draws the norm layers outside the adapter by its own norm_init; here the first adapter's has drawn them.
+    outside = [name for name in norm_layers(model) if not inside(name, config.target_modules)]
+    if config.seed is not None and outside and config.norm_init != first.norm_init:
+        raise ConfigError(
+            "The norm layers that this adapter leaves frozen were drawn otherwise on this network.",
+            seen=f"norm_init={config.norm_init!r}, {first.norm_init!r} for the network; the first is {outside[0]}",
+            do=f"norm_init={first.norm_init!r}, or all norm layers",
+        )
