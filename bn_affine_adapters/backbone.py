@@ -118,7 +118,9 @@ def check_rebuild(model: nn.Module, config: BNOnlyConfig) -> None:
             seen=f"{len(different)} differences, the first at {key}: {ours.get(key)!r} in the network given, "
             f"{theirs.get(key)!r} in the rebuilt one",
             do="give the creation arguments as BNOnlyConfig(model_args={...}), or architecture='custom' for a network "
-            "changed by hand, which then loads only with model=",
+            "changed by hand, which then loads only with model="
+            if config.fresh
+            else f"pass the network of timm.create_model({config.architecture!r}, **{config.model_args})",
         )
 
 

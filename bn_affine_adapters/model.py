@@ -82,6 +82,7 @@ def load_bn_only_model(
     if model is None:
         model = _build(config, folder)
         config.built_here = True
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         # The configuration as an argument, so that the run-time choice of `verify` reaches the tuner.
         wrapped = peft.PeftModel.from_pretrained(
@@ -89,6 +90,8 @@ def load_bn_only_model(
         )
     except Exception:
         unwrap_(model)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         raise
     return wrapped.to(device)
 

@@ -1,5 +1,7 @@
 """What is decided and refused before a network is wrapped: names, layers, and agreement between its adapters."""
 
+from copy import deepcopy
+
 import timm.data
 from torch import nn
 
@@ -8,6 +10,7 @@ from .config import BNOnlyConfig
 from .errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, ReinitError
 from .layer import BNOnlyLayer
 from .norms import COPIES, head_layers, is_norm, named_layers, norm_layers
+from .reinit import draw_norm_
 
 PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT knows them
 
@@ -21,6 +24,8 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
     why = None
     if not isinstance(name, str) or not name.isprintable() or not name or set(name) & set("./\\"):
         why = "it is empty, or holds a dot, a slash or an unprintable character"
+    elif len(name) > 100:
+        why = f"it has {len(name)} characters, and becomes the name of a folder"
     elif hasattr(nn.ModuleDict, name):
         why = "torch.nn.ModuleDict has an attribute of that name"
     elif name in PREFIX:
@@ -146,13 +151,18 @@ def check_nesting(model: nn.Module, config: BNOnlyConfig) -> None:
         )
 
 
-def check_frozen_norms(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig) -> None:
-    """Raise ConfigError if norm layers outside a further adapter were drawn by another norm_init."""
-    # A rebuild draws the norm layers outside the adapter by its own norm_init; here the first adapter's has drawn them.
-    outside = [name for name in norm_layers(model) if not inside(name, config.target_modules)]
-    if config.seed is not None and outside and config.norm_init != first.norm_init:
-        raise ConfigError(
-            "The norm layers that this adapter leaves frozen were drawn otherwise on this network.",
-            seen=f"norm_init={config.norm_init!r}, {first.norm_init!r} for the network; the first is {outside[0]}",
-            do=f"norm_init={first.norm_init!r}, or all norm layers",
-        )
+def check_frozen_norms(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Raise ConfigError if norm layers outside a further adapter are not as its own norm_init draws them."""
+    if config.seed is None or config.norm_init in (None, "keep"):
+        return
+    for name, layer in norm_layers(model).items():
+        if inside(name, config.target_modules):
+            continue
+        drawn = deepcopy(layer)
+        draw_norm_(drawn, name, config.seed, config.norm_init)
+        if any(not a.equal(b) for a, b in zip(drawn.parameters(), layer.parameters(), strict=True)):
+            raise ConfigError(
+                "The norm layers that this adapter leaves frozen were drawn otherwise on this network.",
+                seen=f"norm_init={config.norm_init!r} draws another {name}",
+                do="give the norm_init that the network was drawn with, or all norm layers",
+            )

@@ -56,7 +56,7 @@ class BNOnlyTuner(BaseTuner):
         choose_layers(model, config)
         check_nesting(model, config)
         if first is not None:
-            check_frozen_norms(model, config, first)
+            check_frozen_norms(model, config)
         # Everything that can be refused has been: from here on the network changes.
         if config.seed is not None and first is None:
             reinit_(

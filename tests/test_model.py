@@ -570,7 +570,6 @@ def test_a_network_given_is_plain_again_after_a_refusal(given):
     assert {module.training for module in base.modules()} == {True}
 
 
-@pytest.mark.xfail(strict=True, reason="bug: after a refusal the parameters of the network given are frozen")
 def test_a_network_given_can_be_trained_again_after_a_refusal(given):
     base, folder = given
     save_file({}, folder / SAFETENSORS_WEIGHTS_NAME)

@@ -324,7 +324,6 @@ def test_an_adapter_that_its_network_cannot_be_rebuilt_for_is_refused(name, sett
     assert torch.equal(load_bn_only_model(tmp_path / "two")(images), model(images))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: compared with the adapter that is first now, not with the tensors")
 def test_frozen_norm_layers_are_those_that_were_drawn_though_their_adapter_is_gone(tmp_path):
     model = wrapped()
     model.add_adapter("two", BNOnlyConfig(seed=0, norm_init="ones"))
