@@ -1,6 +1,8 @@
 """What several test files share: the data folder, a training step, a look at an error."""
 
+import importlib.util
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +14,16 @@ from bn_affine_adapters import BNAdapterError
 
 # The networks of the tests are so small that threads wait for each other for longer than they compute.
 torch.set_num_threads(1)
+
+
+def script(name):
+    """Import recipes/NAME.py, which is no module of a package, as it stands."""
+    path = Path(__file__).parents[1] / "recipes" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

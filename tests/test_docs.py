@@ -1,13 +1,12 @@
 """Every code block of README.md and docs/ runs as printed."""
 
-import importlib.util
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import script
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,14 +44,6 @@ def test_a_block_that_is_wrong_would_be_noticed():
         exec(compile("assert 1 == 2", "<page>", "exec"), {})
 
 
-def recipe(name):
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def check_launch(line):
     """Parse a launch line with the launcher's own parser, then the recipe's arguments with the recipe's own."""
     words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
@@ -66,7 +57,7 @@ def check_launch(line):
         parsed = get_args_parser().parse_args(words[1:])
     assert (ROOT / parsed.training_script).is_file(), parsed.training_script
     if parsed.training_script == "recipes/train.py":
-        recipe("train").read_recipe(parsed.training_script_args)
+        script("train").read_recipe(parsed.training_script_args)
 
 
 @pytest.mark.parametrize("code", blocks("bash"))

@@ -1,6 +1,5 @@
 """recipes/train.py and recipes/evaluate.py, run as their users run them."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import script
 from safetensors.torch import load_file
 
 from bn_affine_adapters.errors import AdapterFileError, ConfigError, DataError, OutputFolderError, UnknownKeyError
@@ -19,14 +19,6 @@ from bn_affine_adapters.errors import AdapterFileError, ConfigError, DataError, 
 ROOT = Path(__file__).parents[1]
 # One epoch of this takes about a second: the digits at their own size.
 TINY = ("image_size=8", "batch_size=128", "epochs=1", "threads=1")
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
