@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 # Else recipes/evaluate.py hides the library `evaluate`.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow on a machine that is shared
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import timm

@@ -71,7 +71,7 @@ def test_the_same_seed_twice_gives_the_same_adapter_bytes(train, tmp_path):
 def launch(*arguments, processes=1, **popen):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     command = command if processes > 1 else [sys.executable]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
         [*command, "recipes/train.py", *TINY, *arguments], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen,
