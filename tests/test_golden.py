@@ -15,7 +15,7 @@ VERSIONS = range(1, FORMAT_VERSION + 1)
 
 
 def test_there_is_an_adapter_of_every_format_version():
-    found = {path.name: json.loads((path / "adapter_config.json").read_text()) for path in GOLDEN.glob("adapter-v*")}
+    found = {path.name: json.loads((path / "adapter_config.json").read_text()) for path in GOLDEN.glob("adapter-v*/")}
     assert {name: config["format_version"] for name, config in found.items()} == {f"adapter-v{v}": v for v in VERSIONS}
 
 

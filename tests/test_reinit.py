@@ -634,7 +634,7 @@ def test_every_parameter_is_redrawn(name):
 
 
 def test_the_networks_are_many():
-    assert len(MANY) == len(set(MANY)) == 35
+    assert len(MANY) == len(set(MANY)) >= 32  # as many as the oldest timm supported has of them
 
 
 def test_every_error_here_is_the_packages():
