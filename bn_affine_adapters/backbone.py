@@ -1,5 +1,6 @@
 """The frozen backbone: build its architecture again, describe what is frozen, verify it."""
 
+import json
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -74,7 +75,7 @@ def infer_args(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         args["img_size"] = list(size)
     if (classes := getattr(model, "num_classes", None)) is not None:
         args["num_classes"] = classes
-    return {**args, **given}
+    return json.loads(json.dumps({**args, **given}))  # with lists for tuples, as it comes back from a file
 
 
 def _traits(model: nn.Module) -> dict[str, Any]:

@@ -169,6 +169,17 @@ def test_data_configuration_has_the_channels_of_the_network():
     assert model.peft_config["default"].data_config["input_size"] == [1, 160, 160]
 
 
+def test_an_adapter_of_a_network_with_an_image_size_joins_another(tmp_path):
+    # A tuple among the creation arguments is a list in the file; the two mean the same network.
+    first, second = (
+        get_bn_only_model(timm.create_model("test_vit", img_size=(64, 64)), BNOnlyConfig(seed=0)) for _ in "12"
+    )
+    assert first.peft_config["default"].model_args["img_size"] == [64, 64]
+    first.save_pretrained(tmp_path)
+    second.load_adapter(tmp_path, "two")
+    assert torch.equal(load_bn_only_model(tmp_path)(torch.ones(1, 3, 64, 64)), first.eval()(torch.ones(1, 3, 64, 64)))
+
+
 # -- how much it is
 
 
