@@ -1,12 +1,17 @@
 """Every code block of README.md and docs/ runs as printed."""
 
+import doctest
+import importlib
 import os
+import pkgutil
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 from conftest import script
+
+import bn_affine_adapters
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,6 +76,17 @@ def test_a_pages_commands_are_run_by_ci_or_understood_by_their_programs(code, mo
                 check_launch(line)
         seen += 1
     assert seen
+
+
+def test_every_example_in_a_docstring_prints_what_it_says(capsys):
+    attempted = {}
+    for info in pkgutil.walk_packages(bn_affine_adapters.__path__, "bn_affine_adapters."):
+        result = doctest.testmod(importlib.import_module(info.name))
+        assert result.failed == 0, f"{info.name}: {capsys.readouterr().out}"
+        attempted[info.name] = result.attempted
+    files = [path for path in (ROOT / "bn_affine_adapters").rglob("*.py") if path.parent.name != "__pycache__"]
+    assert len(attempted) == len(files) - 1  # the package itself has no example
+    assert sum(count > 0 for count in attempted.values()) >= 7
 
 
 def test_a_launch_line_with_an_unknown_key_would_be_noticed(monkeypatch):

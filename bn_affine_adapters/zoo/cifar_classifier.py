@@ -87,7 +87,7 @@ class CifarClassifier(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the features of images before pooling, shape (N, num_features, h, w)."""
-        raise NotImplementedError
+        raise NotImplementedError  # what the two families differ in
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits of features, shape (N, num_classes); before the head if ``pre_logits``."""
