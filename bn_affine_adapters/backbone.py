@@ -129,9 +129,11 @@ def check_rebuild(model: nn.Module, config: BNOnlyConfig) -> None:
         )
 
 
-def inside(name: str, modules: Collection[str] | None) -> bool:
-    """Tell whether a name is one of the modules or lies in one of them."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules or ())
+def holder(name: str, modules: Collection[str]) -> str | None:
+    """Return which of the modules a name is or lies in; in steps of the name's depth, not of their number."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
 def frozen_tensors(model: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -143,14 +145,16 @@ def frozen_tensors(model: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, to
     """
     backbone: dict[str, torch.Tensor] = {}
     rest: dict[str, torch.Tensor] = {}
+    extra, heads = set(config.extra_trainable_modules), set(config.head_layers or ())
+    norms = set(config.norm_layers or ())
     for name, owner, attribute, tensor in plain_tensors(model):
-        if inside(name, config.extra_trainable_modules):
+        if holder(name, extra):
             continue
-        if inside(name, config.head_layers):
+        if holder(name, heads):
             if not config.train_head:
                 rest[name] = tensor
         elif is_norm(owner) and attribute in (*affine(owner), *STATISTICS):
-            if not inside(name, config.norm_layers):
+            if not holder(name, norms):
                 rest[name] = tensor
         else:
             backbone[name] = tensor
@@ -194,8 +198,9 @@ def describe(model: nn.Module, config: BNOnlyConfig) -> None:
 
 def _layout(model: nn.Module, config: BNOnlyConfig, backbone: Mapping[str, torch.Tensor]) -> str:
     shapes = {name: tuple(tensor.shape) for name, tensor in backbone.items()}
+    heads = set(config.head_layers or ())
     for name, owner, attribute, tensor in plain_tensors(model):
-        if is_norm(owner) and attribute in affine(owner) and not inside(name, config.head_layers):
+        if is_norm(owner) and attribute in affine(owner) and not holder(name, heads):
             shapes[name] = tuple(tensor.shape)
     return layout(shapes, config.init_scheme)
 

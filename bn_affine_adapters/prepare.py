@@ -5,7 +5,7 @@ from copy import deepcopy
 import timm.data
 from torch import nn
 
-from .backbone import infer_architecture, infer_args, inside
+from .backbone import holder, infer_architecture, infer_args
 from .config import BNOnlyConfig
 from .errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, ReinitError
 from .layer import BNOnlyLayer
@@ -91,7 +91,7 @@ def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
     named_layers(model, whole, "head or extra_trainable_modules")
     if config.norm_layers is None:
         # A norm layer inside a module that the adapter owns as a whole is part of that module's copy.
-        config.norm_layers = [name for name in norm_layers(model) if not inside(name, whole)]
+        config.norm_layers = [name for name in norm_layers(model) if not holder(name, whole)]
     strange = [n for n, m in named_layers(model, config.norm_layers, "norm_layers").items() if not is_norm(m)]
     if strange:
         raise ConfigError(
@@ -141,12 +141,12 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
 
 def check_nesting(model: nn.Module, config: BNOnlyConfig) -> None:
     """Raise ConfigError if a module that an adapter owns lies inside another such module."""
-    names = [*config.target_modules, *(m.canonical_name for m in model.modules() if isinstance(m, BNOnlyLayer))]
-    nested = [(a, b) for a in names for b in names if b.startswith(f"{a}.")]
+    names = {*config.target_modules, *(m.canonical_name for m in model.modules() if isinstance(m, BNOnlyLayer))}
+    nested = [(name, outer) for name in sorted(names) if (outer := holder(name.rpartition(".")[0], names))]
     if nested:
         raise ConfigError(
             "One module that an adapter owns lies inside another.",
-            seen=f"{nested[0][1]} lies inside {nested[0][0]}",
+            seen=f"{nested[0][0]} lies inside {nested[0][1]}",
             do="adapters on one network have to choose the same one of the two",
         )
 
@@ -155,8 +155,9 @@ def check_frozen_norms(model: nn.Module, config: BNOnlyConfig) -> None:
     """Raise ConfigError if norm layers outside a further adapter are not as its own norm_init draws them."""
     if config.seed is None or config.norm_init in (None, "keep"):
         return
+    owned = set(config.target_modules)
     for name, layer in norm_layers(model).items():
-        if inside(name, config.target_modules):
+        if holder(name, owned):
             continue
         drawn = deepcopy(layer)
         draw_norm_(drawn, name, config.seed, config.norm_init)
