@@ -8,11 +8,11 @@ __version__ = "0.1.0"
 from . import zoo
 from .config import BNOnlyConfig
 from .errors import BNAdapterError
-from .export import export
+from .exporting import export
 from .model import get_bn_only_model, load_bn_only_model, register
 from .norms import shortcut_convs
 from .peft_model import BNOnlyPeftModel
-from .predict import predict
+from .prediction import predict
 from .reinit import reinit_
 
 register()

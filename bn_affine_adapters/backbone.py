@@ -12,6 +12,7 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from torch import nn
 
 from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
@@ -66,8 +67,13 @@ def create_pretrained(architecture: str, model_args: dict[str, Any], file: Path)
         FingerprintError: the file's tensors are not such a network's.
     """
     create(architecture, model_args, "meta")  # so that what fails below is the file's fault
-    overlay = {"file": str(file)}
+    overlay: dict[str, Any] = {"file": str(file)}
+    head = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
     try:
+        with safe_open(file, "pt") as opened:
+            if isinstance(head, str) and f"{head}.weight" in opened.keys():  # noqa: SIM118  # not a dict
+                # timm drops a head whose number of classes is not the one it knows of the weights.
+                overlay["num_classes"] = opened.get_slice(f"{head}.weight").get_shape()[0]
         with torch.random.fork_rng(devices=[]):
             return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
     except Exception as error:  # every architecture converts a file's tensors in its own way

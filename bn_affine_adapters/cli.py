@@ -18,13 +18,13 @@ from .card import write_card
 from .config import BNOnlyConfig
 from .contents import compare, describe, read_tensors
 from .errors import BNAdapterError, FingerprintError, printable
-from .export import export
+from .exporting import export
 from .files import check_files, read_config
 from .hub import fetch, push_folder
 from .limits import MAX_PARAMETERS
 from .model import load_bn_only_model
 from .peft_model import BNOnlyPeftModel
-from .predict import predict
+from .prediction import predict
 
 
 class _Commands(click.Group):

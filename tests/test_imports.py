@@ -33,8 +33,8 @@ TOWER = [
     "tuner",
     "peft_model",
     "model",
-    "predict",
-    "export",
+    "prediction",
+    "exporting",
     "cli",
 ]
 # Beside the tower: what these may import.

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model, reinit_
+from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model, reinit_
 from bn_affine_adapters.errors import (
     AdapterError,
     ConfigError,
@@ -26,7 +26,6 @@ from bn_affine_adapters.errors import (
     OutputFolderError,
     RebuildError,
 )
-from bn_affine_adapters.export import export
 from bn_affine_adapters.layer import BNOnlyLayer
 from bn_affine_adapters.norms import norm_layers
 
@@ -490,7 +489,7 @@ def test_a_full_disk_leaves_nothing(error, exists, format, tmp_path, monkeypatch
     if exists:
         (tmp_path / "out").mkdir()
     monkeypatch.setattr("safetensors.torch.save_file", fails)
-    monkeypatch.setattr("bn_affine_adapters.export.save_file", fails)
+    monkeypatch.setattr("bn_affine_adapters.exporting.save_file", fails)
     model = wrapped(NAME, {}, {"seed": 0})
     if error.args == (5,):
         with pytest.raises(OSError, match="5") as caught:

@@ -1,0 +1,244 @@
+"""The command line: what it prints, its exit codes, and that every command's example is understood."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters.cli import main
+
+COMMANDS = {"inspect", "verify", "predict", "push", "card", "export", "diff"}
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def run():
+    """Run a command line; return its exit code, output and errors."""
+
+    def invoke(*words):
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with an adapter of a seeded test_resnet, three classes with names."""
+    config = BNOnlyConfig(seed=0, label_names=["cat", "dog", "owl"])
+    folder = tmp_path_factory.mktemp("cli") / "adapter"
+    get_bn_only_model(timm.create_model("test_resnet", num_classes=3), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "adapter"))
+
+
+def change(folder, name_part="running_mean"):
+    tensors = load_file(folder / WEIGHTS)
+    name = next(name for name in tensors if name_part in name)
+    tensors[name] = tensors[name] + 0.5
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return name
+
+
+def test_inspect_shows_settings_parts_gamma_and_files(run, folder):
+    code, table, _ = run("inspect", folder)
+    assert code == 0
+    for word in (
+        "architecture",
+        "test_resnet",
+        "kaiming_normal",
+        "gamma",
+        "running statistics",
+        "negative, %",
+        WEIGHTS,
+    ):
+        assert word in table, word
+
+
+def test_inspect_in_json_has_the_true_numbers(run, folder):
+    code, text, _ = run("inspect", folder, "--json")
+    found, tensors = json.loads(text), load_file(folder / WEIGHTS)
+    assert code == 0
+    assert (found["seed"], found["architecture"], found["trains"]) == (0, "test_resnet", ["gamma", "beta"])
+    gamma = torch.cat([tensor for name, tensor in tensors.items() if name.endswith("weight")])
+    assert found["contents"]["gamma"]["values"] == gamma.numel() > 100
+    assert sum(part["values"] for part in found["contents"].values()) == sum(t.numel() for t in tensors.values())
+    assert sum(part["bytes"] for part in found["contents"].values()) == sum(t.nbytes for t in tensors.values())
+    assert found["gamma"]["mean"] == pytest.approx(gamma.mean().item(), abs=1e-5)
+    assert found["gamma"]["negative, %"] == 0
+    assert found["gamma"]["|gamma| < 0.01, %"] == pytest.approx(100 * (gamma < 0.01).float().mean().item(), abs=0.01)
+    assert found["files"][WEIGHTS] == (folder / WEIGHTS).stat().st_size
+
+
+@pytest.mark.parametrize("options", [[], ["--sampled"]])
+def test_verify_says_how_much_was_compared(run, folder, options):
+    code, text, _ = run("verify", folder, "--json", *options)
+    found = json.loads(text)
+    assert code == 0
+    assert found["verified"] == ("sampled" if options else "full")
+    plain = timm.create_model("test_resnet", num_classes=3)
+    trained = json.loads(run("inspect", folder, "--json")[1])["contents"]
+    norm = trained["gamma"]["values"] + trained["beta"]["values"]
+    assert found["values"] == sum(p.numel() for p in plain.parameters()) - norm
+    assert "fingerprint" in run("verify", folder)[1]
+
+
+def test_verify_exits_with_1_on_another_network_and_names_the_layer(run, folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "seed": 1}))
+    code, out, err = run("verify", folder)
+    assert (code, out) == (1, "")
+    assert "FingerprintError" in err
+    assert "the first layer that differs is conv1.0.weight" in err
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_what_cannot_be_done_exits_with_2_and_says_what_to_do(run, command, tmp_path):
+    code, out, err = run(command, tmp_path / "nowhere")
+    assert (code, out) == (2, "")
+    assert "AdapterFileError" in err
+    assert "do:" in err
+
+
+def test_a_network_over_the_limit_exits_with_2(run, folder):
+    code, _, err = run("verify", folder, "--max-parameters", 1000)
+    assert code == 2
+    assert "TooLargeError" in err
+
+
+def test_predict_prints_the_names_and_probabilities_of_each_image(run, folder, tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.effect_noise((40, 30), 80).save(tmp_path / name)
+    code, text, _ = run("predict", folder, tmp_path / "a.png", tmp_path / "b.png", "--json", "--top-k", 2)
+    found = json.loads(text)
+    assert code == 0
+    assert [Path(name).name for name in found] == ["a.png", "b.png"]
+    for classes in found.values():
+        assert len(classes) == 2
+        assert {best["label"] for best in classes} < {"cat", "dog", "owl"}
+        assert classes[0]["probability"] >= classes[1]["probability"] > 0
+    code, table, _ = run("predict", folder, tmp_path / "a.png")
+    assert code == 0
+    assert {"cat", "dog", "owl"} < set(table.split())
+
+
+def test_a_broken_image_exits_with_2(run, folder, tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    code, _, err = run("predict", folder, tmp_path / "a.png")
+    assert code == 2
+    assert "DataError" in err
+
+
+def test_an_adapter_on_given_weights_takes_its_base_from_a_file(run, tmp_path):
+    base = timm.create_model("test_resnet", num_classes=3)
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    get_bn_only_model(base, BNOnlyConfig()).save_pretrained(tmp_path / "adapter")
+    code, _, err = run("verify", tmp_path / "adapter")
+    assert code == 2
+    assert "BaseRequiredError" in err
+    assert run("verify", tmp_path / "adapter", "--base", tmp_path / "base.safetensors")[0] == 0
+    other = timm.create_model("test_resnet", num_classes=3)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    assert run("verify", tmp_path / "adapter", "--base", tmp_path / "other.safetensors")[0] == 1
+
+
+def test_diff_of_equal_adapters_is_empty_and_exits_with_0(run, folder, saved):
+    code, text, _ = run("diff", folder, saved, "--json")
+    assert code == 0
+    assert json.loads(text) == {"settings": {}, "layers": {}}
+
+
+def test_diff_names_the_layer_that_changed_and_by_how_much(run, folder, saved):
+    layer, _, tensor = change(folder).removeprefix("base_model.model.").partition(".bn_only_layers.")
+    code, text, _ = run("diff", saved, folder, "--json")
+    assert code == 1
+    assert json.loads(text) == {"settings": {}, "layers": {layer: {tensor: 0.5}}}
+    code, table, _ = run("diff", saved, folder)
+    assert code == 1
+    assert "0.5" in table
+    assert layer in table
+
+
+def test_diff_shows_settings_and_layers_of_one_side_only(run, folder, tmp_path):
+    other = get_bn_only_model(timm.create_model("test_efficientnet", num_classes=3), BNOnlyConfig(seed=4))
+    other.save_pretrained(tmp_path / "other")
+    code, text, _ = run("diff", folder, tmp_path / "other", "--json")
+    found = json.loads(text)
+    assert code == 1
+    assert found["settings"]["seed"] == [0, 4]
+    words = {word for layer in found["layers"].values() for word in layer.values() if isinstance(word, str)}
+    assert {"only in the first", "only in the second"} <= words
+
+
+def test_export_and_card_write_their_files(run, folder, tmp_path):
+    code, out, _ = run("export", folder, tmp_path / "plain")
+    assert (code, out.strip()) == (0, str(tmp_path / "plain"))
+    code, out, _ = run("card", folder, "me/x", "--output", tmp_path / "card", "--license", "mit")
+    assert (code, out.strip()) == (0, str(tmp_path / "card" / "README.md"))
+    assert "license: mit" in (tmp_path / "card" / "README.md").read_text()
+    assert run("export", folder, tmp_path / "card")[0] == 2
+
+
+def test_every_command_has_help_with_an_example_that_is_understood(run):
+    assert set(main.commands) == COMMANDS
+    for name, command in main.commands.items():
+        code, text, _ = run(name, "--help")
+        assert code == 0
+        line = text.partition("Example:")[2].strip().partition("\n")[0].partition("&&")[0]
+        words = shlex.split(line)
+        assert words[:2] == ["bn-adapters", name]
+        # Existing paths are checked by click itself, so those of the example are replaced by ones that exist.
+        swapped = [str(Path(__file__).parent) if word.startswith("runs/") else word for word in words[2:]]
+        swapped = [__file__ if word.endswith(".png") else word for word in swapped]
+        with command.make_context(name, swapped) as context:
+            assert context.params
+
+
+def test_an_option_that_does_not_exist_exits_with_2(run, folder):
+    assert run("inspect", folder, "--jsn")[0] == 2
+
+
+def test_the_program_itself_runs(folder):
+    program = Path(sys.executable).parent / "bn-adapters"
+    command = [str(program)] if program.exists() else [sys.executable, "-m", "bn_affine_adapters.cli"]
+    done = subprocess.run([*command, "verify", str(folder), "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verified"] == "full"
+
+
+def test_a_name_from_a_strangers_file_cannot_command_the_terminal(run, folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["label_names"] = ["\x1b[2Jcat", "dog\r", "owl"]
+    config["versions"] = {"torch": "\x1b]0;title\x07"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    image = folder.parent / "a.png"
+    Image.new("RGB", (30, 30)).save(image)
+    for words in (("inspect", folder), ("predict", folder, image), ("inspect", folder, "--json")):
+        code, out, _ = run(*words)
+        assert code == 0
+        assert "\x1b" not in out
+        assert "\r" not in out
+
+
+def test_the_loaded_network_is_what_predict_used(run, folder, tmp_path):
+    Image.effect_noise((40, 30), 80).save(tmp_path / "a.png")
+    from bn_affine_adapters import predict
+
+    expected = predict(load_bn_only_model(folder), tmp_path / "a.png", top_k=1)[0]
+    (classes,) = json.loads(run("predict", folder, tmp_path / "a.png", "--json")[1]).values()
+    assert classes[0] == {"label": expected.label, "probability": expected.probability}
