@@ -19,7 +19,7 @@ from hub.server import Hub
 
 # Before huggingface_hub is imported, which reads its environment then: no test, and no process that a test starts,
 # sees a Hub other than ours, a token, or a cache that was there before.
-HUB = Hub().__enter__()
+HUB = Hub().start()
 HOME = Path(tempfile.mkdtemp(prefix="bnaa-hub-"))
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
@@ -136,15 +136,30 @@ def hub(tmp_path, monkeypatch):
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HUGGINGFACE_HUB_CACHE", str(tmp_path / "hub-cache"))
-    # Between its tries the client sleeps for up to 8 s: a clock of its own, so that all others keep theirs.
+    # Between its tries the client sleeps, for up to 8 s: a clock of its own, so that all others keep theirs.
     clock = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
+    for module in ("utils._http", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", clock)
     # The Xet client remembers which chunks the Hub has: a new session with a memory of its own.
     monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet-cache"))
     _xet.abort_xet_session()
     _xet.XET_CONNECTION_INFO_CACHE.clear()
     yield HUB
     HUB.reset()
+
+
+@pytest.fixture
+def out_of_reach(hub):
+    """Stop the Hub: connections are refused until the test ends."""
+
+    def stop():
+        hub.stop()
+        huggingface_hub.close_session()
+
+    yield stop
+    if hub.server is None:
+        hub.start()
+        huggingface_hub.close_session()
 
 
 @pytest.fixture(params=["xet", "lfs"])

@@ -1,4 +1,4 @@
-"""Whatever goes wrong at whatever stage of a push or a load: an error says what to do, and nothing is left in halves."""
+"""Whatever goes wrong at any stage of a push or a load: an error says what to do, and nothing is left in halves."""
 
 import re
 import shlex
@@ -39,7 +39,6 @@ FAULTS = {
     "answer-lost": ({"status": 0, "done": True}, HubUnavailableError),
     "answer-cut": ({"status": 0, "after": 1}, HubUnavailableError),
 }
-SHORT = ["503", "dropped", "answer-lost"]
 
 # The stages of a push, and which requests they are.
 STAGES = {
@@ -56,7 +55,10 @@ STAGES = {
     "tag": ("POST", "/tag/"),
 }
 # Where the client takes the answer for a good one: what was to be made is there.
-OVERCOME = {("create", "403"), ("create", "409"), ("branch", "409")}
+OVERCOME = {("create", "401"), ("create", "403")}
+# To a creation 409 says that it is there: that is met by every push to a repository or a branch that exists.
+EXISTS = {("create", "409"), ("branch", "409")}
+CASES = [(stage, fault) for stage in STAGES for fault in FAULTS if (stage, fault) not in EXISTS]
 
 
 def content(hub, revision="main"):
@@ -95,25 +97,22 @@ def use(monkeypatch, hub):
 def pushed(hub, versions, alice, use):
     """What the Hub holds after the first version was pushed, and will hold after the second."""
     use("lfs")
-    push_folder(versions[1].folder, REPO, token=alice)
-    new = content(hub)
-    hub.reset()
-    push_folder(versions[0].folder, REPO, token=alice)
+    push_folder(versions[0].folder, REPO, token=alice, card=False)
     old = content(hub)
+    new = old | {name: (versions[1].folder / name).read_bytes() for name in PAIR}
     assert old != new
     hub.requests.clear()
     return old, new
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "fault"), CASES)
 def test_a_push_that_fails_leaves_the_old_or_the_new_and_can_be_resumed(
     stage, fault, versions, pushed, hub, alice, use, here
 ):
     old, new = pushed
     use(stage)
     arguments, kind = FAULTS[fault]
-    options = {"tag": "v2", "revision": "further" if stage == "branch" else None}
+    options = {"tag": "v2", "revision": "further" if stage == "branch" else None, "card": False}
     branch = options["revision"] or "main"
     folder = versions[1].folder
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -139,12 +138,12 @@ def test_a_push_that_fails_leaves_the_old_or_the_new_and_can_be_resumed(
     assert torch.equal(load_bn_only_model(REPO, revision="v2")(images()), versions[1].logits)
 
 
-@pytest.mark.parametrize("fault", SHORT)
+@pytest.mark.parametrize("fault", ["503", "answer-lost"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_model_of_a_push_that_fails_is_kept_in_a_folder(stage, fault, versions, hub, alice, use, here):
     use(stage)
     arguments, _ = FAULTS[fault]
-    options = {"tag": "v1", "revision": "further" if stage == "branch" else None}
+    options = {"tag": "v1", "revision": "further" if stage == "branch" else None, "card": False}
     there = hub.fail(*STAGES[stage], times=FOREVER, **arguments)
     with pytest.raises(HubUnavailableError) as caught:
         versions[1].model.push_to_hub(REPO, token=alice, **options)
@@ -154,7 +153,7 @@ def test_the_model_of_a_push_that_fails_is_kept_in_a_folder(stage, fault, versio
     assert torch.equal(load_bn_only_model(folder)(images()), versions[1].logits)
     assert any("v1" in flag for flag in flags)
     found = content(hub, options["revision"] or "main")
-    assert found is None or set(found) == {".gitattributes"} or {*PAIR, "README.md"} < set(found)
+    assert found is None or set(found) == {".gitattributes"} or {".gitattributes", *PAIR} == set(found)
     hub.faults.clear()
     if content(hub, "v1") is None:
         push_folder(folder, REPO, token=alice, **options)
@@ -174,25 +173,25 @@ def test_the_model_that_was_not_pushed_is_as_it_was(versions, hub, alice, here):
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "503", "dropped"])
-@pytest.mark.parametrize("stage", ["preupload", "lfs-upload", "xet-token", "xet-xorb", "xet-shard", "commit"])
+@pytest.mark.parametrize("stage", ["preupload", "lfs-upload", "xet-token", "xet-xorb", "xet-shard"])
 def test_a_short_trouble_is_overcome(stage, fault, versions, hub, alice, use):
     use(stage)
     there = hub.fail(*STAGES[stage], times=1, **FAULTS[fault][0])
-    push_folder(versions[0].folder, REPO, token=alice)
+    push_folder(versions[0].folder, REPO, token=alice, card=False)
     assert there.hits == 1
     assert torch.equal(load_bn_only_model(REPO)(images()), versions[0].logits)
 
 
 def test_a_push_to_a_branch_that_moved_meanwhile_loses_nothing(versions, hub, alice, monkeypatch):
     """Two at work on one branch: each commit is whole, and the later one holds."""
-    push_folder(versions[0].folder, REPO, token=alice)
+    push_folder(versions[0].folder, REPO, token=alice, card=False)
     repo = hub.repos["models", REPO]
     there = hub.fail("POST", "/commit/", 412, 1)
     with pytest.raises(HubConflictError, match="meanwhile") as caught:
-        push_folder(versions[1].folder, REPO, token=alice)
+        push_folder(versions[1].folder, REPO, token=alice, card=False)
     assert (there.hits, caught.value.status) == (1, 412)
     assert len(repo.history()) == 2
-    push_folder(versions[1].folder, REPO, token=alice)
+    push_folder(versions[1].folder, REPO, token=alice, card=False)
     assert len(repo.history()) == 3
 
 
@@ -236,7 +235,7 @@ def test_a_load_that_fails_leaves_a_usable_cache(stage, fault, door, versions, h
     if stage.endswith("head") and fault == "answer-cut":
         fault = "answer-lost"  # it has no body
     use(stage)
-    push_folder(versions[0].folder, REPO, token=alice)
+    push_folder(versions[0].folder, REPO, token=alice, card=False)
     before, answer = list(second.peft_config), second(images())
     arguments, kind = FAULTS[fault]
     there = hub.fail(*LOADING[stage], times=FOREVER, **arguments)
@@ -255,20 +254,21 @@ def test_a_load_that_fails_leaves_a_usable_cache(stage, fault, door, versions, h
     assert torch.equal(load_bn_only_model(REPO, local_files_only=True)(images()), versions[0].logits)
 
 
-@pytest.mark.parametrize("stage", LOADING)
-def test_a_short_trouble_while_loading_is_overcome(stage, versions, hub, alice, use):
+@pytest.mark.parametrize("stage", ["config-head", "tensors-head", "xet-token", "xet-plan", "xet-bytes"])
+def test_a_short_trouble_while_loading_gives_the_new_or_the_cached_version(stage, versions, hub, alice, use):
     use(stage)
-    push_folder(versions[0].folder, REPO, token=alice)
-    load_bn_only_model(REPO)  # a HEAD is not tried again, but what is cached stands in for it
+    push_folder(versions[0].folder, REPO, token=alice, card=False)
+    load_bn_only_model(REPO)
+    push_folder(versions[1].folder, REPO, token=alice, card=False)
     there = hub.fail(*LOADING[stage], times=1, status=503)
-    push_folder(versions[1].folder, REPO, token=alice)
-    expected = versions[1].logits if there.pattern.pattern and not stage.endswith("head") else versions[0].logits
-    assert torch.equal(load_bn_only_model(REPO)(images()), expected)
+    found = load_bn_only_model(REPO)(images())
+    assert there.hits == 1
+    assert [torch.equal(found, version.logits) for version in versions].count(True) == 1
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "503", "dropped"])
+@pytest.mark.parametrize("fault", ["429", "500", "503"])
 def test_a_cached_adapter_stands_in_while_the_hub_is_in_trouble(fault, versions, hub, alice):
-    push_folder(versions[0].folder, REPO, token=alice)
+    push_folder(versions[0].folder, REPO, token=alice, card=False)
     load_bn_only_model(REPO)
     there = hub.fail("*", "", times=FOREVER, **FAULTS[fault][0])
     assert torch.equal(load_bn_only_model(REPO)(images()), versions[0].logits)
@@ -277,7 +277,7 @@ def test_a_cached_adapter_stands_in_while_the_hub_is_in_trouble(fault, versions,
 
 def test_the_branch_may_move_between_the_two_files(versions, hub, alice):
     """The second file is fetched at the commit of the first: never one's configuration with another's tensors."""
-    push_folder(versions[0].folder, REPO, token=alice)
+    push_folder(versions[0].folder, REPO, token=alice, card=False)
     first = hub.repos["models", REPO].branches["main"]
     load_bn_only_model(REPO)
     asked = [request.path for request in hub.requests if SAFETENSORS_WEIGHTS_NAME in request.path]

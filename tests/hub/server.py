@@ -61,9 +61,10 @@ def git_sha(data):
 class Refused(Exception):
     """An answer that is no success: raised anywhere in a route, sent by the handler."""
 
-    def __init__(self, status, message, code=None, headers=None):
+    def __init__(self, status, message, code=None, headers=None, **more):
         super().__init__(message)
-        self.status, self.code, self.message, self.headers = status, code, message, headers or {}
+        self.status, self.code, self.headers = status, code, headers or {}
+        self.message, self.body = message, {"error": message, **more}
 
 
 class Dropped(Exception):
@@ -161,10 +162,7 @@ class Hub:
         self.xet_enabled, self.cdn = xet, cdn
         self.lock = threading.RLock()
         self.reset()
-        self.server = Server((host, port), type("BoundHandler", (Handler,), {"hub": self}))
-        self.port = self.server.server_address[1]
-        self.url = f"http://{host}:{self.port}"
-        self.cdn_url = f"http://localhost:{self.port}"  # another host than the Hub's own, as in the real one
+        self.host, self.port, self.server = host, port, None
 
     def reset(self):
         """Forget every repository, object, fault and request; keep address, users and tokens."""
@@ -213,13 +211,25 @@ class Hub:
         hits = [request for request in self.requests if re.search(pattern, request.path)]
         return sum(request.received for request in hits), sum(request.sent for request in hits)
 
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    def start(self):
+        """Listen, where it listened before if it did."""
+        self.server = Server((self.host, self.port), type("BoundHandler", (Handler,), {"hub": self}))
+        self.port = self.server.server_address[1]
+        self.url = f"http://{self.host}:{self.port}"
+        self.cdn_url = f"http://localhost:{self.port}"  # another host than the Hub's own, as in the real one
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
-    def __exit__(self, *exc):
+    def stop(self):
+        """Refuse new connections; what is open stays open until the client closes it. The state is kept."""
         self.server.shutdown()
         self.server.server_close()
+        self.server = None
+
+    __enter__ = start
+
+    def __exit__(self, *exc):
+        self.stop()
 
     def create(self, id, files, user="alice", private=False):
         """Create a model with files {path: bytes} in one commit, past all requests; return it."""
@@ -491,7 +501,7 @@ class Handler(BaseHTTPRequestHandler):
             code = {"X_Error_Code": refused.code} if refused.code else {}
             headers = {"X_Error_Message": refused.message, **code, **refused.headers}
             try:
-                self.send(refused.status, {"error": refused.message}, **headers)
+                self.send(refused.status, refused.body, **headers)
             except Dropped:
                 self.hang_up()
         except Dropped:
@@ -548,6 +558,13 @@ class Handler(BaseHTTPRequestHandler):
             self.writable(owner, f"your token has no write permission on {id}")
         return repo
 
+    def changeable(self, repo, revision):
+        """Refuse who may not write, but for a pull request: everybody may open one, and write to one's own."""
+        number = revision.removeprefix("refs/pr/")
+        own = number.isdigit() and repo.threads.get(int(number), {}).get("author", {}).get("name") == self.user
+        if self.user is None or not ("create_pr" in self.query or own):
+            self.repo(repo.kind, repo.id, "write")
+
     def writable(self, namespace, why):
         if self.user is None:
             raise Refused(401, "Invalid username or password.")
@@ -577,7 +594,7 @@ def create(h):
     url = f"{h.hub.url}/{'' if kind == 'models' else kind + '/'}{id}"
     with h.hub.lock:
         if (kind, id) in h.hub.repos:
-            raise Refused(409, f"You already created this {kind[:-1]} repo: {id}")
+            raise Refused(409, f"You already created this {kind[:-1]} repo: {id}", url=url)
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         h.hub.repos[kind, id] = Repo(kind, id, private, h.user)
     h.send(200, {"url": url, "name": id, "id": "0" * 24})
@@ -754,8 +771,7 @@ def squash(h, repo, revision):
 
 @route("POST", "/api/{repo}/preupload/(?P<revision>[^/]+)")
 def preupload(h, repo, revision):
-    if "create_pr" not in h.query:
-        h.repo(repo.kind, repo.id, "write")
+    h.changeable(repo, revision)
     asked, files, out = h.json(), repo.tree(revision), []
     ignored = asked.get("gitIgnore") or (h.hub.content(files[".gitignore"]).decode() if ".gitignore" in files else "")
     ignored = [line.strip() for line in ignored.splitlines() if line.strip() and not line.startswith("#")]
@@ -823,8 +839,7 @@ def lfs_finish(h, oid, step):
 @route("POST", "/api/{repo}/commit/(?P<revision>[^/]+)")
 def commit(h, repo, revision):
     is_pr = "create_pr" in h.query
-    if h.user is None or not is_pr:
-        h.repo(repo.kind, repo.id, "write")
+    h.changeable(repo, revision)
     lines = [json.loads(line) for line in h.raw.splitlines() if line.strip()]
     head = next(line["value"] for line in lines if line["key"] == "header")
     branch = revision.removeprefix("refs/heads/")
@@ -961,8 +976,8 @@ def send_range(h, data, head):
 def xet_token(h, repo, mode, revision):
     if not h.hub.xet_enabled:
         raise Refused(404, "Xet is not enabled")
-    if mode == "write" and "create_pr" not in h.query:
-        h.repo(repo.kind, repo.id, "write")
+    if mode == "write":
+        h.changeable(repo, revision)
     rights = {"casUrl": h.hub.url + "/cas", "exp": int(time.time()) + 3600, "accessToken": "xet_test"}
     head = {
         "X_Xet_Cas_Url": rights["casUrl"],
