@@ -11,6 +11,7 @@ from .errors import BNAdapterError
 from .model import get_bn_only_model, load_bn_only_model, register
 from .norms import shortcut_convs
 from .peft_model import BNOnlyPeftModel
+from .predict import predict
 from .reinit import reinit_
 
 register()
@@ -21,6 +22,7 @@ __all__ = [
     "BNOnlyPeftModel",
     "get_bn_only_model",
     "load_bn_only_model",
+    "predict",
     "reinit_",
     "shortcut_convs",
     "zoo",

@@ -1,9 +1,11 @@
 """The frozen backbone: build its architecture again, describe what is frozen, verify it."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from .errors import FingerprintError, RebuildError, ReinitError, UnknownArchitec
 from .fingerprint import fingerprint, first_difference, float32, layout, sampled
 from .norms import STATISTICS, affine, is_norm, plain_modules, plain_tensors
 from .reinit import constants_only, plan, values
+
+NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # of an architecture, with timm's tag of weights
 
 # Attributes that differ between equal networks, or change only how the same numbers are computed.
 _INCIDENTAL = {"training", "grad_checkpointing", "fused_attn", "fast_norm", "_fast_norm", "name_or_path"}
@@ -35,8 +39,9 @@ def create(architecture: str, model_args: dict[str, Any], device: str | torch.de
         UnknownArchitectureError: the name is not registered; the message gives the nearest one.
         RebuildError: the constructor does not take the arguments.
     """
-    if not timm.is_model(architecture):
-        near = get_close_matches(architecture, timm.list_models(), n=1)
+    # timm would take "hf-hub:..." and "local-dir:..." for instructions to load something.
+    if not NAME.fullmatch(architecture) or not timm.is_model(architecture):
+        near = get_close_matches(architecture[:80], timm.list_models(), n=1)
         raise UnknownArchitectureError(
             f"timm {version('timm')} has no architecture {architecture[:80]!r}.",
             seen=f"{len(timm.list_models())} registered names" + (f"; the nearest is {near[0]!r}" if near else ""),
@@ -50,6 +55,26 @@ def create(architecture: str, model_args: dict[str, Any], device: str | torch.de
             f"{architecture} cannot be built with these arguments.",
             seen=f"model_args={model_args}; {type(error).__name__}: {error}",
             do="give the creation arguments of the architecture as model_args",
+        ) from error
+
+
+def create_pretrained(architecture: str, model_args: dict[str, Any], file: Path) -> nn.Module:
+    """Build a network that timm has registered, with the pretrained weights of a safetensors file.
+
+    Raises:
+        UnknownArchitectureError, RebuildError: as `create`.
+        FingerprintError: the file's tensors are not such a network's.
+    """
+    create(architecture, model_args, "meta")  # so that what fails below is the file's fault
+    overlay = {"file": str(file)}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
+    except Exception as error:  # every architecture converts a file's tensors in its own way
+        raise FingerprintError(
+            f"The weights fetched are not those of a {architecture}.",
+            seen=f"{type(error).__name__}: {error}",
+            do="load the adapter with model=base",
         ) from error
 
 

@@ -158,7 +158,8 @@ class BNOnlyConfig(PeftConfig):
             self._check_plain_dict(key, optional=key == "data_config")
         for key in (f.name for f in fields(self) if f.name.endswith(("fingerprint", "sampled", "digests", "hash"))):
             _check_type(key, getattr(self, key), str | None)
-        _check_type("architecture", self.architecture, str | None)
+        for key in ("architecture", "base_model_name_or_path", "revision"):
+            _check_type(key, getattr(self, key), str | None)
         self._check_format()
         self._check_args()
 
@@ -177,8 +178,13 @@ class BNOnlyConfig(PeftConfig):
         value = getattr(self, key)
         if value is None and key != "extra_trainable_modules":
             return
-        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-            raise ConfigError(f"{key} is not a list of names.", seen=repr(value)[:200], do=f"{key}=['exact.name', ...]")
+        names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+        if not names or (key != "label_names" and len(set(value)) < len(value)):
+            raise ConfigError(
+                f"{key} is not a list of {'different names' if names else 'names'}.",
+                seen=repr(value)[:200],
+                do=f"{key}=['exact.name', ...]",
+            )
         setattr(self, key, list(value))
 
     def _check_plain_dict(self, key: str, optional: bool) -> None:
@@ -240,7 +246,7 @@ def check_keys(given: dict[str, Any], known: set[str], where: str) -> None:
     """Raise UnknownKeyError for the first key that is not known, naming the nearest one that is."""
     for key in given:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1, cutoff=0.5)
+            near = get_close_matches(str(key)[:80], known, n=1, cutoff=0.5)
             raise UnknownKeyError(
                 f"{where} has no key {str(key)[:80]!r}.",
                 seen=f"{str(key)[:80]!r}" + (f"; the nearest key is {near[0]!r}" if near else ""),

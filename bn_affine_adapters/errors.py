@@ -14,8 +14,14 @@ BNAdapterError
 │   ├── AdapterNameError                           the adapter's name would clash
 │   ├── AdapterFileError      (OSError)            a file is missing, truncated or not safetensors
 │   ├── AdapterTensorError                         tensors are missing, extra, or of another shape or type
+│   ├── TooLargeError                              a file or network is larger than the limit
 │   ├── FingerprintError                           the frozen network is not the one it was trained on
 │   └── BaseRequiredError                          it was trained on given weights: pass model=
+├── HubError                  (OSError)            the Hub did not do what was asked
+│   ├── HubAccessError        (PermissionError)    no token, or one without the right: 401, 403
+│   ├── HubNotFoundError      (FileNotFoundError)  no such repository, revision or file: 404
+│   ├── HubConflictError                           it changed meanwhile, or exists: 409, 412
+│   └── HubUnavailableError   (ConnectionError)    busy, broken or out of reach: 429, 5xx, offline
 ├── DataError                 (ValueError)         a data set cannot be used
 ├── OutputFolderError         (FileExistsError)    the output folder holds something
 └── NoSpaceError              (OSError)            the disk is full
@@ -29,13 +35,20 @@ class BNAdapterError(Exception):
     """Base of every error here; ``what``, ``seen`` and ``do`` are its three parts."""
 
     def __init__(self, what: str, *, seen: str, do: str) -> None:
-        """Keep the three parts and join them to the message."""
+        """Keep the three parts, printable, and join them to the message."""
+        what, seen, do = printable(what), printable(seen), printable(do)
         super().__init__(f"{what}\n  seen:  {seen}\n  do:    {do}")
         self.what, self.seen, self.do = what, seen, do
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the three parts, so that an error of another process arrives as it was."""
-        return _again, (type(self), self.what, self.seen, self.do)
+        return _again, (type(self), self.what, self.seen, self.do), self.__dict__
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """Return a text, which may come from a stranger's file, without what a terminal would obey, and not too long."""
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text[: limit + 1])
+    return shown if len(text) <= limit else f"{shown[:limit]} ..."
 
 
 def _again(kind: type[BNAdapterError], what: str, seen: str, do: str) -> BNAdapterError:
@@ -94,12 +107,38 @@ class AdapterTensorError(AdapterError):
     """The adapter's tensors do not fit the network: missing, extra, other shape, type, or not finite."""
 
 
+class TooLargeError(AdapterError):
+    """A file, or the network that a configuration asks for, is larger than the limit."""
+
+
 class FingerprintError(AdapterError):
     """The frozen network is not the one that the adapter was trained on."""
 
 
 class BaseRequiredError(AdapterError):
     """The adapter was trained on given weights, which have to be passed as ``model=``."""
+
+
+class HubError(BNAdapterError, OSError):
+    """The Hub did not do what was asked; ``status`` is the HTTP status, or None where there was no answer."""
+
+    status: int | None = None
+
+
+class HubAccessError(HubError, PermissionError):
+    """There is no token, or it has not the right that is needed."""
+
+
+class HubNotFoundError(HubError, FileNotFoundError):
+    """The Hub has no such repository, revision or file, or hides it from this token."""
+
+
+class HubConflictError(HubError):
+    """The branch moved meanwhile, or what was to be made exists."""
+
+
+class HubUnavailableError(HubError, ConnectionError):
+    """The Hub is busy, broken or out of reach, or this process is offline and the file is not in the cache."""
 
 
 class DataError(BNAdapterError, ValueError):

@@ -2,16 +2,20 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import peft
 import torch
 from torch import nn
 
-from .backbone import create
+from .backbone import create, create_pretrained, verify_layout
 from .config import BN_ONLY, CUSTOM, BNOnlyConfig
 from .errors import BaseRequiredError
-from .peft_model import BNOnlyPeftModel, check_files, read_config
+from .files import check_files, check_header, read_config
+from .hub import fetch, fetch_base
+from .limits import MAX_PARAMETERS, bounded, build_within
+from .peft_model import BNOnlyPeftModel
+from .prepare import choose_layers
 from .tuner import BNOnlyTuner, unwrap_
 
 
@@ -57,30 +61,48 @@ def load_bn_only_model(
     is_trainable: bool = False,
     verify: Literal["full", "sampled", "off"] = "full",
     device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    max_parameters: int | None = MAX_PARAMETERS,
 ) -> BNOnlyPeftModel:
-    """Rebuild a network from an adapter folder: architecture + seed redraw the weights, which are then verified.
+    """Rebuild a network from an adapter: architecture + seed redraw the weights, which are then verified.
 
     Args:
-        adapter: a folder that ``model.save_pretrained`` wrote.
-        model: the base of an adapter without a seed; verified against the adapter's fingerprint. With a seed it may
-            be any network of the same architecture, which is redrawn in place.
+        adapter: a folder that ``model.save_pretrained`` wrote, or the Hub id of what ``model.push_to_hub`` pushed.
+        model: the base of an adapter without a seed; verified against the adapter's fingerprint. By default it is
+            fetched from the Hub, if the adapter names it at a commit. With a seed it may be any network of the same
+            architecture, which is redrawn in place.
         adapter_name: as in PEFT.
         is_trainable: train on; otherwise the adapter is frozen and the network in evaluation mode.
         verify: compare every frozen value, at most 4,096 a tensor, or none.
         device: where the network goes after it was drawn on the CPU.
+        dtype: of the whole network, cast after it was verified.
+        revision: a branch, tag or commit on the Hub.
+        subfolder: of the folder or repository, where the adapter lies.
+        token: of the Hub; by default that of ``hf auth login``.
+        cache_dir: of the Hub's client.
+        local_files_only: take what is in the cache, and ask no server.
+        max_parameters: refuse a network with more; None lifts this and every other bound on what is built.
 
     Raises:
         AdapterFileError: a file is missing, truncated or not safetensors.
         BaseRequiredError: the adapter belongs to given weights: pass ``model``.
         FingerprintError: the network is not the one that the adapter was trained on.
         AdapterTensorError: the adapter's tensors do not fit the network.
+        TooLargeError: the network asked for, or a file, is over the limit.
+        HubError: the Hub has it not, hides it, or cannot be reached.
     """
-    folder = Path(adapter)
+    common: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = fetch(adapter, revision=revision, subfolder=subfolder, max_parameters=max_parameters, **common)
     check_files(folder)
     config = read_config(folder)
     config.verify = verify
     if model is None:
-        model = _build(config, folder)
+        model = _build(config, str(adapter), folder, max_parameters, common)
         config.built_here = True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -93,15 +115,25 @@ def load_bn_only_model(
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
-    return wrapped.to(device)
+    return wrapped.to(device, dtype)
 
 
-def _build(config: BNOnlyConfig, folder: Path) -> nn.Module:
+def _build(
+    config: BNOnlyConfig, adapter: str, folder: Path, max_parameters: int | None, common: dict[str, Any]
+) -> nn.Module:
     assert config.architecture is not None
-    if config.seed is None or config.architecture == CUSTOM:
+    if config.architecture == CUSTOM or (config.seed is None and config.base_model_name_or_path is None):
         raise BaseRequiredError(
-            f"{folder} was trained on {'given weights' if config.seed is None else 'a network of your own code'}.",
+            f"{adapter} was trained on {'a network of your own code' if config.seed is not None else 'given weights'}.",
             seen=f"seed={config.seed}, architecture={config.architecture!r}, model_args={config.model_args}",
-            do=f"load_bn_only_model({str(folder)!r}, model=base)",
+            do=f"load_bn_only_model({adapter!r}, model=base)",
         )
-    return create(config.architecture, config.model_args).eval()
+    outline = build_within(config, max_parameters)
+    if outline is not None:
+        verify_layout(outline, config)
+        choose_layers(outline, config)
+        check_header(folder, outline, config)
+    with bounded(config, max_parameters):
+        if config.seed is not None:
+            return create(config.architecture, config.model_args).eval()
+    return create_pretrained(config.architecture, config.model_args, fetch_base(config, **common)).eval()

@@ -175,9 +175,9 @@ def named_layers(model: nn.Module, names: list[str], role: str) -> dict[str, nn.
     modules = dict(plain_modules(model))
     for name in names:
         if not name or name not in modules:
-            near = get_close_matches(name, modules, n=1)
+            near = get_close_matches(name[:200], modules, n=1)
             raise MissingModuleError(
-                f"{type(model).__name__} has no module named {name!r} ({role}).",
+                f"{type(model).__name__} has no module named {name[:200]!r} ({role}).",
                 seen=f"{len(modules)} modules" + (f"; the nearest name is {near[0]!r}" if near else ""),
                 do="give exact names from model.named_modules()",
             )

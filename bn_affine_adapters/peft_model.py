@@ -1,21 +1,26 @@
 """BNOnlyPeftModel: PEFT's model with honest counts, whole files and nothing unpickled, on every path."""
 
 import errno
-import json
 import os
 import shutil
 import tempfile
+import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
-from .config import BN_ONLY, BNOnlyConfig
-from .errors import AdapterError, AdapterFileError, ConfigError, NoSpaceError
+from .backbone import create_pretrained, verify
+from .config import CUSTOM, BNOnlyConfig
+from .errors import AdapterError, BNAdapterError, ConfigError, HubError, NoSpaceError
+from .files import check_files, check_header, read_config
+from .hub import fetch, fetch_base, locate_base, push_folder
 from .layer import BNOnlyLayer
+from .prepare import choose_layers
 
 
 class BNOnlyPeftModel(PeftModel):
@@ -78,30 +83,86 @@ class BNOnlyPeftModel(PeftModel):
             shutil.rmtree(scratch, ignore_errors=True)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """Write no card on save: PEFT's template is for language models."""
+        """Write no card on save: PEFT's is for language models, and ours needs the repository's name."""
+
+    def push_to_hub(
+        self, repo_id: str, *, adapter_name: str | None = None, max_shard_size: Any = None, **options: Any
+    ) -> CommitInfo:
+        """Push an adapter in one commit: its two files, the model card with a figure, and the results.
+
+        Args:
+            repo_id: "me/name", or "name" for the token's owner; made if there is none.
+            adapter_name: by default the active adapter.
+            max_shard_size: ignored; an adapter is one file.
+            options: of `hub.push_folder`: private, token, revision (a branch), create_pr, commit_message,
+                commit_description, tag, card; and of `card.write_card`: results, license, tags, datasets.
+
+        Returns:
+            What `huggingface_hub.HfApi.upload_folder` returns.
+
+        Raises:
+            HubError: the push failed; the adapter is kept in a folder, and the message says how to resume.
+        """
+        name = adapter_name or self.active_adapter
+        config = self.peft_config[name]
+        if config.seed is None and config.base_model_name_or_path is None:
+            _pin_base(config, self.get_base_model(), options.get("token"))
+        folder = Path(tempfile.mkdtemp(prefix="bn-adapter-"))
+        try:
+            self.save_pretrained(folder, selected_adapters=[name])
+            commit = push_folder(folder if name == "default" else folder / name, repo_id, **options)
+        except HubError:
+            raise  # the folder stays: the message tells how to go on from there
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        return commit
 
     def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter's tensors, refusing anything but a whole safetensors file; undone when it fails.
 
-        Args: as `peft.PeftModel.load_adapter`.
+        Args: as `peft.PeftModel.load_adapter`; ``model_id`` is a folder or a Hub id.
 
         Raises:
             AdapterFileError: the file is missing, truncated or a pickle.
             AdapterTensorError: its tensors do not fit the network.
+            HubError: the Hub has it not, hides it, or cannot be reached.
         """
-        folder = Path(model_id, kwargs.get("subfolder") or "")
+        where = {key: kwargs.pop(key, None) for key in ("revision", "subfolder", "token", "cache_dir")}
+        folder = fetch(model_id, **where, local_files_only=bool(kwargs.pop("local_files_only", False)))
         known = adapter_name in self.peft_config
-        if folder.is_dir():
-            check_files(folder)
-            config = read_config(folder)
-            if known:
-                _check_same(config, self.peft_config[adapter_name], adapter_name)
+        check_files(folder)
+        config = read_config(folder)
+        if known:
+            _check_same(config, self.peft_config[adapter_name], adapter_name)
+        choose_layers(self.get_base_model(), config)
+        check_header(folder, self.get_base_model(), config)
         try:
-            return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
+            return super().load_adapter(str(folder), adapter_name, *args, **kwargs)
         except Exception:
             if not known and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
+
+
+def _pin_base(config: BNOnlyConfig, network: nn.Module, token: str | bool | None) -> None:
+    """Name the repository and commit of pretrained weights, if those there are the ones the adapter was trained on."""
+    cfg = getattr(network, "pretrained_cfg", None) or {}
+    hub_id = cfg.get("hf_hub_id") if config.architecture != CUSTOM else None
+    if not hub_id:
+        return
+    pinned = deepcopy(config)
+    pinned.base_model_name_or_path = hub_id
+    try:
+        pinned.revision = locate_base(hub_id, token)
+        assert pinned.architecture is not None
+        file = fetch_base(pinned, token=token)
+        verify(create_pretrained(pinned.architecture, pinned.model_args, file), pinned)
+    except BNAdapterError as error:
+        warnings.warn(f"The adapter will load only with model=: {error.what} {error.seen}", stacklevel=3)
+        return
+    config.base_model_name_or_path, config.revision = hub_id, pinned.revision
 
 
 def _check_same(theirs: BNOnlyConfig, ours: BNOnlyConfig, name: str) -> None:
@@ -114,57 +175,3 @@ def _check_same(theirs: BNOnlyConfig, ours: BNOnlyConfig, name: str) -> None:
             seen=f"different: {', '.join(different)}",
             do="load it under a name of its own",
         )
-
-
-def check_files(folder: Path) -> None:
-    """Raise AdapterFileError unless a folder holds a configuration and a readable safetensors file."""
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    here = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else None
-    seen = "no such folder" if here is None else f"the folder holds {', '.join(here) or 'nothing'}"
-    for file in (folder / CONFIG_NAME, weights):
-        if file.is_file():
-            continue
-        pickled = file == weights and (folder / WEIGHTS_NAME).exists()
-        raise AdapterFileError(
-            f"{folder} has no {file.name}" + (f"; {WEIGHTS_NAME} is a pickle and is never loaded." if pickled else "."),
-            seen=seen,
-            do="give a folder that model.save_pretrained(...) wrote",
-        )
-    try:
-        with safe_open(weights, "pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(
-            f"{weights} is not a whole safetensors file.",
-            seen=f"{weights.stat().st_size:,} bytes; {error}",
-            do="download or save the adapter again",
-        ) from error
-
-
-def read_config(folder: Path) -> BNOnlyConfig:
-    """Read and check an adapter folder's configuration.
-
-    Raises:
-        AdapterFileError: it is not JSON, or belongs to another PEFT method.
-        UnknownKeyError, FormatVersionError, ConfigError: a key or value is not usable, or it names no network.
-    """
-    path = folder / CONFIG_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AdapterFileError(
-            f"{path} is not a JSON file.", seen=str(error), do="download or save the adapter again"
-        ) from error
-    method = content.get("peft_type") if isinstance(content, dict) else None
-    if method != BN_ONLY:
-        raise AdapterFileError(
-            f"{folder} holds no adapter of norm layers.", seen=f"peft_type={method!r}", do="load it with peft itself"
-        )
-    config = BNOnlyConfig(**BNOnlyConfig.check_kwargs(**content))
-    if config.architecture is None or config.fresh:
-        raise ConfigError(
-            f"{folder} does not say which network it belongs to.",
-            seen=f"architecture={config.architecture!r}, backbone_fingerprint={config.backbone_fingerprint!r}",
-            do="save the adapter again with model.save_pretrained",
-        )
-    return config

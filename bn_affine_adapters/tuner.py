@@ -11,8 +11,9 @@ from torch import nn
 
 from .backbone import check_rebuild, create, describe, verify, verify_layout
 from .config import CUSTOM, BNOnlyConfig
-from .errors import AdapterTensorError
+from .files import bare, check_tensors
 from .layer import BNOnlyLayer
+from .limits import MAX_NUMBER, bounded
 from .norms import COPIES, is_norm
 from .prepare import (
     PREFIX,
@@ -52,7 +53,10 @@ class BNOnlyTuner(BaseTuner):
         if first is not None:
             check_agreement(model, config, first)
         elif config.architecture != CUSTOM and not config.built_here and config.verify != "off":
-            check_rebuild(model, config)
+            # A configuration that was read may ask for no larger a network than the one it is loaded on.
+            most = None if fresh else 2 * sum(p.numel() for p in model.parameters()) + MAX_NUMBER
+            with bounded(config, most):
+                check_rebuild(model, config)
         choose_layers(model, config)
         check_nesting(model, config)
         if first is not None:
@@ -168,10 +172,10 @@ class BNOnlyTuner(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Map a file's keys to the network's. Nothing but this adapter's own tensors is ever let through."""
         own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), [])
-        keys = {_bare(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
-        given = {_bare(key): tensor for key, tensor in state_dict.items()}
-        check_tensors(given, {bare: own[key] for bare, key in keys.items()})
-        return {keys[bare]: tensor for bare, tensor in given.items()}
+        keys = {bare(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
+        given = {bare(key): tensor for key, tensor in state_dict.items()}
+        check_tensors(given, {name: own[key] for name, key in keys.items()})
+        return {keys[name]: tensor for name, tensor in given.items()}
 
 
 def unwrap_(model: nn.Module) -> nn.Module:
@@ -182,34 +186,6 @@ def unwrap_(model: nn.Module) -> nn.Module:
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.train(model.training)
-
-
-def _bare(key: str) -> str:
-    return key.removeprefix("base_model.model.")
-
-
-def check_tensors(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Compare names, shapes, kinds and finiteness of an adapter's tensors with what the network expects.
-
-    Raises:
-        AdapterTensorError: something is missing, extra, or not as expected.
-    """
-    problems = [f"missing {name}" for name in expected if name not in given]
-    problems += [f"extra {name[:200]}" for name in given if name not in expected]
-    for name in expected.keys() & given.keys():
-        ours, theirs = expected[name], given[name]
-        if ours.shape != theirs.shape:
-            problems.append(f"{name} has shape {tuple(theirs.shape)}, the network needs {tuple(ours.shape)}")
-        elif ours.is_floating_point() != theirs.is_floating_point() or theirs.is_complex():
-            problems.append(f"{name} has dtype {theirs.dtype}, the network needs {ours.dtype}")
-        elif theirs.is_floating_point() and not bool(theirs.isfinite().all()):
-            problems.append(f"{name} has values that are not finite")
-    if problems:
-        raise AdapterTensorError(
-            "The adapter's tensors do not fit the network.",
-            seen=f"{len(problems)} problems; {'; '.join(sorted(problems)[:3])}",
-            do="load it on the architecture it was made for, or download it again",
-        )
 
 
 def _as_constructed(config: BNOnlyConfig) -> nn.Module:

@@ -27,7 +27,7 @@ from bn_affine_adapters.config import check_keys
 from bn_affine_adapters.data import check_classes
 from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.feed import DataOptions, Feed, accuracy
-from bn_affine_adapters.peft_model import check_files, read_config
+from bn_affine_adapters.files import check_files, read_config
 
 
 @dataclass

@@ -1,0 +1,156 @@
+"""Bounds on what a stranger's configuration may ask for, checked before memory or time is spent on it."""
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .backbone import create
+from .config import BNOnlyConfig
+from .errors import RebuildError, TooLargeError
+
+MAX_PARAMETERS = 200_000_000  # 800 MB in float32
+MAX_NUMBER = 100_000  # in creation arguments, but for num_classes: some constructors make lists of that length
+MAX_ITEMS = 1_000  # of all creation arguments, lists in lists included
+MAX_TENSORS = 20_000  # made by a constructor; cifar_resnet866, the deepest, makes 4,337
+BUILD_SECONDS = 4.0  # of processor time; no network of timm takes one on the meta device
+LIFT = "load_bn_only_model(..., max_parameters=N), or None for no limit, if you trust whoever made it"
+
+
+def build_within(config: BNOnlyConfig, max_parameters: int | None) -> nn.Module | None:
+    """Build the network that a configuration asks for on the meta device, where it takes no memory.
+
+    Returns:
+        The network, without values; None where its constructor needs a real device.
+
+    Raises:
+        TooLargeError: it has more parameters than allowed, or building it takes too long.
+        UnknownArchitectureError, RebuildError: it cannot be built.
+    """
+    assert config.architecture is not None
+    with bounded(config, max_parameters):
+        try:
+            network = create(config.architecture, config.model_args, "meta")
+        except RebuildError:  # some constructors compute with values; where that was not it, the next build says so
+            return None
+    count = sum(parameter.numel() for parameter in network.parameters())
+    if max_parameters is not None and count > max_parameters:
+        raise _too_large(config, f"{count:,} parameters; the limit is {max_parameters:,}")
+    return network
+
+
+@contextmanager
+def bounded(config: BNOnlyConfig, max_parameters: int | None) -> Iterator[None]:
+    """Bound what is built inside: the numbers asked for, the tensors made, the processor time of this thread.
+
+    Raises:
+        TooLargeError: one of them is exceeded.
+    """
+    if max_parameters is None:
+        yield
+        return
+    for text in _excessive(config.model_args):
+        raise _too_large(config, text)
+    try:
+        with _deadline(BUILD_SECONDS), _Counted(2 * max_parameters + MAX_NUMBER):
+            yield
+    except _TooSlow:
+        raise _too_large(config, f"its constructor took more than {BUILD_SECONDS} s") from None
+    except _TooMany:
+        seen = f"over {MAX_TENSORS:,} tensors, or {2 * max_parameters:,} values, in its constructor"
+        raise _too_large(config, seen) from None
+
+
+def _too_large(config: BNOnlyConfig, seen: str) -> TooLargeError:
+    args = ", ".join(f"{key}={value!r}"[:80] for key, value in list(config.model_args.items())[:8])
+    return TooLargeError(
+        "The adapter asks for a network that is too large to be built for a stranger.",
+        seen=f"{config.architecture} with {args or 'no arguments'}: {seen}",
+        do=LIFT,
+    )
+
+
+def _excessive(args: dict[str, Any]) -> Iterator[str]:
+    waiting, items = [*args.items()], 0
+    while waiting:
+        name, value = waiting.pop()
+        items += 1
+        if items > MAX_ITEMS:
+            yield f"more than {MAX_ITEMS} values"
+            return
+        if isinstance(value, list | tuple):
+            waiting.extend((name, item) for item in value[: MAX_ITEMS + 1])
+        elif isinstance(value, str) and len(value) > MAX_ITEMS:
+            yield f"{name[:80]} has {len(value):,} characters"
+        elif isinstance(value, int | float) and abs(value) > MAX_NUMBER and name != "num_classes":
+            yield f"{name[:80]} is over {MAX_NUMBER:,}"
+
+
+class _TooMany(BaseException):  # not an Exception, so that no constructor's own handling holds it up
+    pass
+
+
+class _TooSlow(BaseException):
+    pass
+
+
+class _Counted(TorchDispatchMode):
+    """Count the values of all tensors made, on any device; views and what is changed in place are not made."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.values, self.tensors = limit, MAX_TENSORS
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view and not func._schema.is_mutable:
+            self.values -= out.numel()
+            self.tensors -= 1
+            if min(self.values, self.tensors) < 0:
+                raise _TooMany
+        return out
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise _TooSlow inside, from a second thread, once this one has used so much processor time.
+
+    Only that ends a constructor's own loop over, say, all pairs of positions of a window. Time of the processor, not
+    of the clock: a busy machine refuses nothing.
+    """
+    thread, clock = threading.get_ident(), _clock()
+    end, over, lock = clock() + seconds, threading.Event(), threading.Lock()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            if clock() > end:
+                with lock:
+                    if not over.is_set():
+                        _raise_in(thread, _TooSlow)
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        with lock:
+            over.set()
+        _raise_in(thread, None)  # takes back what was not raised yet
+
+
+def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+    error = ctypes.py_object(kind) if kind else None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
+
+
+def _clock() -> Callable[[], float]:
+    if hasattr(time, "pthread_getcpuclockid"):
+        number = time.pthread_getcpuclockid(threading.get_ident())
+        return lambda: time.clock_gettime(number)
+    return time.monotonic
