@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 from . import zoo
 from .config import BNOnlyConfig
 from .errors import BNAdapterError
+from .export import export
 from .model import get_bn_only_model, load_bn_only_model, register
 from .norms import shortcut_convs
 from .peft_model import BNOnlyPeftModel
@@ -20,6 +21,7 @@ __all__ = [
     "BNAdapterError",
     "BNOnlyConfig",
     "BNOnlyPeftModel",
+    "export",
     "get_bn_only_model",
     "load_bn_only_model",
     "predict",

@@ -16,8 +16,9 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from torch import Tensor
 
 from .config import CUSTOM, BNOnlyConfig
+from .contents import parts, read_tensors
 from .errors import ConfigError, printable
-from .files import parts, read_config, read_tensors
+from .files import HUB_ID, read_config
 from .limits import build_within
 from .plots import gamma_histogram
 
@@ -47,9 +48,10 @@ def write_card(
     license: str | None = None,
     tags: Sequence[str] | None = None,
     datasets: Sequence[str] | None = None,
+    output: Path | None = None,
     write_readme: bool = True,
 ) -> None:
-    """Write an adapter's model card, figure and results into its folder.
+    """Write an adapter's model card, figure and results.
 
     Args:
         folder: an adapter's, with results.json if `recipes/train.py` wrote one.
@@ -60,22 +62,25 @@ def write_card(
         license: an identifier of the Hub; left out when not given.
         tags: besides those that every adapter has.
         datasets: Hub ids of the training data; by default those of the results that are Hub ids.
+        output: where to write; by default the adapter's folder.
         write_readme: False writes the results alone.
 
     Raises:
         ConfigError: the results are not readable as such.
     """
     lines = merged(folder, results)
+    output = output or folder
+    output.mkdir(parents=True, exist_ok=True)
     if lines:
-        (folder / RESULTS_NAME).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+        (output / RESULTS_NAME).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
     if not write_readme:
         return
     found = scores(lines)
-    _write_eval_results(folder, found)
+    _write_eval_results(output, found)
     config, tensors = read_config(folder), read_tensors(folder)
-    figure = _draw(folder, config, tensors)
+    figure = _draw(output, config, tensors)
     text = render(repo_id, config, tensors, lines, figure=figure, license=license, tags=tags, datasets=datasets)
-    (folder / CARD_NAME).write_text(text, encoding="utf-8")
+    (output / CARD_NAME).write_text(text, encoding="utf-8")
 
 
 def render(
@@ -173,7 +178,8 @@ def _metadata(
         pipeline_tag="image-classification",
         license=license,
         tags=list(dict.fromkeys([*TAGS, *(tags or ())])),
-        datasets=list(datasets or sorted({score.dataset for score in found if "/" in score.dataset})) or None,
+        datasets=list(datasets or sorted({score.dataset for score in found if HUB_ID.fullmatch(score.dataset)}))
+        or None,
         metrics=["accuracy"] if found else None,
         base_model=base,
         base_model_relation="adapter" if base else None,
@@ -200,7 +206,7 @@ def _evaluation(score: Score) -> EvalResult:
 def _write_eval_results(folder: Path, found: list[Score]) -> None:
     """Write the Hub's newer form of evaluation results, which knows only data sets of the Hub."""
     for score in found:
-        if "/" not in score.dataset:
+        if not HUB_ID.fullmatch(score.dataset):
             continue
         file = folder / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', score.dataset.partition('/')[2])}.yaml"
         file.parent.mkdir(exist_ok=True)

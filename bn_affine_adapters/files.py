@@ -1,22 +1,22 @@
 """The files of an adapter folder: read within bounds, never unpickled, refused where they do not fit."""
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from .config import BN_ONLY, BNOnlyConfig
 from .errors import AdapterFileError, AdapterTensorError, ConfigError, TooLargeError
 from .norms import COPIES, named_layers
 
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
 MAX_BYTES = 8_000_000  # of a configuration, and of the names and shapes at the head of a safetensors file
 _PREFIX = "base_model.model."
-_KINDS = {"gamma": ("weight", "alpha"), "beta": ("bias", "beta")}  # as norm layers name them: see `norms.affine`
 _DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64,
 }  # fmt: skip
@@ -101,22 +101,6 @@ def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
                 shape = (classes, *shape[1:])  # each adapter's head has its own number of classes
             expected[f"{name}.{COPIES}.{key}"] = torch.empty(shape, dtype=tensor.dtype, device="meta")
     check_tensors(read_header(folder), expected)
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors by name in the network; their number and size were bounded by `check_files`."""
-    return {bare(name): tensor for name, tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items()}
-
-
-def parts(config: BNOnlyConfig, names: Iterable[str]) -> dict[str, list[str]]:
-    """Sort an adapter's tensors into "gamma", "beta", "running statistics", "head" and "other modules"."""
-    norms, heads = set(config.norm_layers or ()), set(config.head_layers or ())
-    found: dict[str, list[str]] = {part: [] for part in (*_KINDS, "running statistics", "head", "other modules")}
-    for name in names:
-        layer, _, key = name.partition(f".{COPIES}.")
-        kind = next((part for part, keys in _KINDS.items() if key in keys), "running statistics")
-        found[kind if layer in norms else "head" if layer in heads else "other modules"].append(name)
-    return found
 
 
 def bare(key: str) -> str:

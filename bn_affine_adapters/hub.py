@@ -31,12 +31,11 @@ from .errors import (
     NoSpaceError,
     TooLargeError,
 )
-from .files import MAX_BYTES, check_files, read_config
+from .files import HUB_ID, MAX_BYTES, check_files, read_config
 from .limits import LIFT, MAX_PARAMETERS
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}
 BASE_FILE = "model.safetensors"
-_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADVICE: dict[int | None, tuple[type[HubError], str]] = {
     401: (HubAccessError, "hf auth login, or pass token=; a private repository looks like none without it"),
@@ -71,7 +70,7 @@ def fetch(
     inside = Path(subfolder or "")
     if inside.is_absolute() or ".." in inside.parts:
         raise AdapterFileError("A subfolder lies inside its repository.", seen=repr(subfolder), do="give a plain name")
-    if Path(adapter).is_dir() or not _ID.fullmatch(str(adapter)):
+    if Path(adapter).is_dir() or not HUB_ID.fullmatch(str(adapter)):
         return Path(adapter, inside)
     repo, common = str(adapter), {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     most = None if max_parameters is None else MAX_BYTES + 8 * max_parameters
@@ -107,7 +106,7 @@ def fetch_base(config: BNOnlyConfig, **common: Any) -> Path:
         HubError: the Hub has it not, hides it, or cannot be reached.
     """
     base, commit = config.base_model_name_or_path or "", config.revision or ""
-    if not _ID.fullmatch(base) or not _COMMIT.fullmatch(commit):
+    if not HUB_ID.fullmatch(base) or not _COMMIT.fullmatch(commit):
         raise BaseRequiredError(
             "The adapter was trained on given weights and does not say where on the Hub they are.",
             seen=f"base_model_name_or_path={base[:200]!r}, revision={commit[:200]!r}",

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .contents import NEAR_ZERO
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-NEAR_ZERO = 0.01
 
 
 def gamma_histogram(ax: "Axes", gammas: Mapping[str, ArrayLike]) -> "Axes":

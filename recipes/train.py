@@ -9,8 +9,7 @@ Prints one JSON line: the recipe, seeds, versions, accuracy, seconds; writes it 
 import json
 import math
 import os
-import platform
-import subprocess
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -33,12 +32,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, BNOnlyPeftModel, get_bn_only_model, shortcut_convs
-from bn_affine_adapters.backbone import versions
+from bn_affine_adapters.card import RESULTS_NAME
 from bn_affine_adapters.config import CONDITIONS, check_keys
 from bn_affine_adapters.data import check_classes
 from bn_affine_adapters.errors import ConfigError, OutputFolderError
 from bn_affine_adapters.feed import DataOptions, Feed, accuracy
 from bn_affine_adapters.reinit import check_choice
+from bn_affine_adapters.runs import cores, provenance
 from bn_affine_adapters.sync import sync_norms_
 
 
@@ -145,6 +145,7 @@ def build_model(recipe: Recipe, feed: Feed) -> BNOnlyPeftModel:
             "std": recipe.std,
             "interpolation": "bilinear",
             "crop_pct": recipe.test_crop if recipe.streaming else 1.0,
+            "crop_mode": "center" if recipe.streaming else "squash",  # as the images were prepared here
         },
         extra_trainable_modules=shortcut_convs(network) if "shortcut" in recipe.condition else [],
         **CONDITIONS[recipe.condition],
@@ -204,6 +205,14 @@ def recorded(recipe: Recipe) -> dict[str, Any]:
     return kept
 
 
+def command(recipe: Recipe) -> str:
+    """Return the line that trains a recipe again, from the keys in which it differs from the default."""
+    default, own = recorded(read_recipe([])), recorded(recipe)
+    changed = {key: value for key, value in own.items() if value != default[key]}
+    words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
+    return shlex.join(["accelerate", "launch", "recipes/train.py", *words])
+
+
 def save_checkpoint(path: Path, recipe: Recipe, model: BNOnlyPeftModel, optimizer: Any, scaler: Any, run: dict) -> None:
     """Write the adapter, the optimiser's state and the history so far, whole or not at all."""
     state = {
@@ -236,28 +245,6 @@ def load_checkpoint(path: Path, recipe: Recipe, model: BNOnlyPeftModel, optimize
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return state["run"]
-
-
-def cores() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def provenance(accelerator: Accelerator) -> dict[str, Any]:
-    """Return what a run ran on: hardware, versions, and the commit of this checkout if it is one."""
-    cuda = accelerator.device.type == "cuda"
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return {
-        "hardware": {
-            "device": accelerator.device.type,
-            "name": torch.cuda.get_device_name() if cuda else platform.machine(),
-            "processes": accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "cores": cores(),
-        },
-        "versions": {"python": platform.python_version(), **versions()},
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None,
-    }
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -322,8 +309,9 @@ def summary(
         "adapter_bytes": weights.stat().st_size if accelerator.is_main_process else None,
         "seconds": round(history["seconds"], 2),
         "images_per_second": round(feed.steps * recipe.batch_size * recipe.epochs / max(history["seconds"], 1e-9), 1),
-        **provenance(accelerator),
+        **provenance(accelerator, Path(__file__).parent),
         "recipe": recorded(recipe),
+        "command": command(recipe),
         "first_losses": [round(loss, 6) for loss in history["first_losses"]],
         "epochs": [{key: round(value, 4) for key, value in entry.items()} for entry in history["epochs"]],
     }
@@ -333,8 +321,9 @@ def write_result(recipe: Recipe, output: Path, result: dict[str, Any]) -> None:
     """Print the result as one JSON line, and keep it beside the adapter and where the recipe asks for it."""
     line = json.dumps(result)
     (output / "result.json").write_text(line + "\n")
+    published = {key: value for key, value in result.items() if key != "adapter"}
+    Path(result["adapter"], RESULTS_NAME).write_text(json.dumps([published]) + "\n")  # for its model card
     if recipe.results:
-        published = {key: value for key, value in result.items() if key != "adapter"}
         with open(recipe.results, "a") as file:
             file.write(json.dumps(published) + "\n")
     print(line)

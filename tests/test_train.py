@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,8 +44,14 @@ def tiny(train, output, *arguments):
     return train.run(train.read_recipe([*TINY, f"output_dir={output}", *arguments]))
 
 
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def files(adapter):
-    return {path.name: path.read_bytes() for path in sorted(Path(adapter).iterdir())}
+    """The adapter's files by name, without the results beside them, whose seconds differ."""
+    names = sorted(path.name for path in Path(adapter).iterdir())
+    assert names == [*ADAPTER, "results.json"]
+    return {name: Path(adapter, name).read_bytes() for name in ADAPTER}
 
 
 def test_the_default_job_passes_92_percent_with_1120_parameters_and_evaluates_alike(train, evaluate, tmp_path):
@@ -63,7 +70,6 @@ def test_the_same_seed_twice_gives_the_same_adapter_bytes(train, tmp_path):
     first, second, other = (
         tiny(train, tmp_path / str(i), f"seed={seed}")["adapter"] for i, seed in enumerate((0, 0, 1))
     )
-    assert sorted(files(first)) == ["adapter_config.json", "adapter_model.safetensors"]
     assert files(first) == files(second)
     assert files(first)["adapter_model.safetensors"] != files(other)["adapter_model.safetensors"]
 
@@ -90,7 +96,7 @@ def test_two_processes_train_and_save_one_adapter_with_the_losses_of_one(train, 
     assert len(two["first_losses"]) == len(one["first_losses"]) == 12
     assert two["first_losses"][:1] == pytest.approx(one["first_losses"][:1], rel=1e-5)
     assert two["first_losses"] == pytest.approx(one["first_losses"], rel=1e-3)
-    assert sorted(files(two["adapter"])) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(files(two["adapter"])) == ADAPTER
     ours, theirs = (load_file(Path(r["adapter"], "adapter_model.safetensors")) for r in (one, two))
     assert len(ours) == 75
     for name, tensor in ours.items():
@@ -114,6 +120,15 @@ def test_a_killed_run_resumes_to_the_adapter_of_one_never_killed(train, tmp_path
     assert len(resumed["epochs"]) == 6
     assert resumed["epochs"] == whole["epochs"]
     assert files(resumed["adapter"]) == files(whole["adapter"])
+
+
+def test_the_command_in_a_result_line_means_the_same_recipe(train, tmp_path):
+    changes = ["condition=bn+head", "mean=[0.1,0.2,0.3]", "norm_init=ones", "model_args={drop_rate: 0.1}", "flip=true"]
+    recipe = train.read_recipe([f"output_dir={tmp_path}", "seed=3", *changes])
+    words = shlex.split(train.command(recipe))
+    assert words[:3] == ["accelerate", "launch", "recipes/train.py"]
+    assert len(words) == 3 + 1 + len(changes)
+    assert train.recorded(train.read_recipe(words[3:])) == train.recorded(recipe)
 
 
 COUNTS = {

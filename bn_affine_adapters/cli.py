@@ -1,0 +1,259 @@
+"""The command line: bn-adapters inspect | verify | predict | push | card | export | diff.
+
+Exit codes: 0; 1 where a comparison found a difference (diff, verify); 2 where something could not be done.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from .backbone import create_pretrained, frozen_tensors
+from .card import write_card
+from .config import BNOnlyConfig
+from .contents import compare, describe, read_tensors
+from .errors import BNAdapterError, FingerprintError, printable
+from .export import export
+from .files import check_files, read_config
+from .hub import fetch, push_folder
+from .limits import MAX_PARAMETERS
+from .model import load_bn_only_model
+from .peft_model import BNOnlyPeftModel
+from .predict import predict
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BNAdapterError as error:
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            ctx.exit(1 if isinstance(error, FingerprintError) else 2)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="bn-affine-adapters")
+def main() -> None:
+    """Look at, verify, use and share adapters of norm layers.
+
+    ADAPTER is a folder or a Hub id. The token is that of `hf auth login`, or HF_TOKEN.
+
+    \b
+    Example:
+      bn-adapters inspect me/cifar10-resnet110-bn-only
+    """
+
+
+def _options(*options: Callable) -> Callable:
+    return lambda command: reduce(lambda done, option: option(done), reversed(options), command)
+
+
+_where = _options(
+    click.option("--revision", help="A branch, tag or commit on the Hub."),
+    click.option("--subfolder", help="Where in the folder or repository the adapter lies."),
+    click.option("--local-files-only", is_flag=True, help="Take what is in the cache, and ask no server."),
+)
+_network = _options(
+    _where,
+    click.option(
+        "--base",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A .safetensors file with the pretrained weights, for an adapter that does not name them on the Hub.",
+    ),
+    click.option("--max-parameters", default=MAX_PARAMETERS, show_default=True, help="Refuse a larger network."),
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def _load(adapter: str, base: Path | None, verify: str = "full", **where: Any) -> BNOnlyPeftModel:
+    network = None
+    if base is not None:
+        _, config, _ = _read(adapter, **where)
+        network = create_pretrained(str(config.architecture), config.model_args, base)
+    return load_bn_only_model(adapter, network, verify=verify, **where)  # type: ignore[arg-type]  # click's Choice
+
+
+def _read(adapter: str, **where: Any) -> tuple[Path, BNOnlyConfig, dict[str, torch.Tensor]]:
+    folder = fetch(adapter, **where)
+    check_files(folder)
+    return folder, read_config(folder), read_tensors(folder)
+
+
+def _table(rows: list[list[Any]]) -> None:
+    cells = [["" if cell is None else printable(str(cell), 100) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@main.command()
+@click.argument("adapter")
+@_where
+@_json
+def inspect(adapter: str, as_json: bool, **where: Any) -> None:
+    """Show what an adapter holds, without building its network.
+
+    \b
+    Example:
+      bn-adapters inspect runs/digits/adapter --json
+    """
+    found = describe(*_read(adapter, **where))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    sizes, gamma, files = (found.pop(key) for key in ("contents", "gamma", "files"))
+    _table([[key, value] for key, value in found.items()])
+    click.echo()
+    _table([["", "tensors", "values", "bytes"], *([part, *size.values()] for part, size in sizes.items())])
+    click.echo()
+    _table([["gamma", *gamma], ["", *gamma.values()]])
+    click.echo()
+    _table([["file", "bytes"], *([name, size] for name, size in files.items())])
+
+
+@main.command()
+@click.argument("adapter")
+@_network
+@click.option("--sampled", is_flag=True, help="Compare at most 4,096 values a tensor.")
+@_json
+def verify(adapter: str, sampled: bool, as_json: bool, **where: Any) -> None:
+    """Rebuild an adapter's network and compare every frozen value with its fingerprint.
+
+    \b
+    Example:
+      bn-adapters verify me/cifar10-resnet110-bn-only --revision v1
+    """
+    start = time.perf_counter()
+    model = _load(adapter, verify="sampled" if sampled else "full", **where)
+    seconds = time.perf_counter() - start
+    config = model.peft_config[model.active_adapter]
+    frozen = [tensor for group in frozen_tensors(model.get_base_model(), config) for tensor in group.values()]
+    found = {
+        "verified": "sampled" if sampled else "full",
+        "tensors": len(frozen),
+        "values": sum(tensor.numel() for tensor in frozen),
+        "fingerprint": config.backbone_fingerprint_sampled if sampled else config.backbone_fingerprint,
+        "seconds": round(seconds, 3),
+    }
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        _table([[key, value] for key, value in found.items()])
+
+
+@main.command("predict")
+@click.argument("adapter")
+@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@_network
+@click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes.")
+@_json
+def predict_(adapter: str, images: tuple[str, ...], top_k: int, as_json: bool, **where: Any) -> None:
+    """Classify images, with the adapter's own preparation and class names.
+
+    \b
+    Example:
+      bn-adapters predict me/cifar10-resnet110-bn-only cat.png dog.png --top-k 3
+    """
+    model = _load(adapter, **where)
+    found = {image: predict(model, image, top_k) for image in images}
+    if as_json:
+        click.echo(json.dumps({image: [best._asdict() for best in classes] for image, classes in found.items()}))
+        return
+    for image, classes in found.items():
+        click.echo(image)
+        _table([[f"  {best.probability:.4f}", best.label] for best in classes])
+
+
+_about = _options(
+    click.option("--license", help="An identifier of the Hub, e.g. apache-2.0; none is stated by default."),
+    click.option(
+        "--results", type=click.Path(exists=True, dir_okay=False), help="A .jsonl file of replicates' results."
+    ),
+    click.option("--dataset", "datasets", multiple=True, help="The Hub id of training data; may be repeated."),
+)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.argument("repo_id")
+@click.option("--private/--public", default=None, help="Of a new repository.")
+@click.option("--revision", help="The branch, made if there is none.")
+@click.option("--tag", help="Put this new tag on the commit.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--message", "commit_message", help="Of the commit.")
+@click.option("--no-card", "card", flag_value=False, default=True, help="Leave the card on the Hub as it is.")
+@_about
+def push(folder: str, repo_id: str, results: str | None, **options: Any) -> None:
+    """Push an adapter's folder, with a model card, in one commit.
+
+    \b
+    Example:
+      bn-adapters push runs/digits/adapter me/digits-bn-only --private --tag v1
+    """
+    click.echo(push_folder(folder, repo_id, results=results or (), **options).commit_url)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.argument("repo_id")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Where to write; the folder itself.")
+@_about
+def card(folder: str, repo_id: str, output: Path | None, results: str | None, **options: Any) -> None:
+    """Write the model card that a push to REPO_ID would write.
+
+    \b
+    Example:
+      bn-adapters card runs/digits/adapter me/digits-bn-only --output hub_cards/digits
+    """
+    check_files(Path(folder))
+    write_card(Path(folder), repo_id, output=output, results=results or (), **options)
+    click.echo(str((output or Path(folder)) / "README.md"))
+
+
+@main.command("export")
+@click.argument("adapter")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["timm", "ln_tuning"]), default="timm", show_default=True)
+@_network
+def export_(adapter: str, folder: Path, form: str, **where: Any) -> None:
+    """Write a plain timm checkpoint, or an adapter that PEFT alone loads on the rebuilt network.
+
+    \b
+    Example:
+      bn-adapters export me/cifar10-resnet110-bn-only plain && python -c "import bn_affine_adapters, timm;
+      timm.create_model('local-dir:plain', pretrained=True)"
+    """
+    click.echo(str(export(_load(adapter, **where), folder, form)))  # type: ignore[arg-type]  # of click's Choice
+
+
+@main.command()
+@click.argument("one")
+@click.argument("other")
+@_json
+def diff(one: str, other: str, as_json: bool) -> None:
+    """Compare two adapters, setting by setting and layer by layer; exits with 1 where they differ.
+
+    \b
+    Example:
+      bn-adapters diff runs/digits/adapter me/digits-bn-only
+    """
+    (_, ours, tensors), (_, theirs, others) = _read(one), _read(other)
+    settings, layers = compare(ours, tensors, theirs, others)
+    if as_json:
+        click.echo(json.dumps({"settings": settings, "layers": layers}))
+    else:
+        columns = sorted({tensor for found in layers.values() for tensor in found})
+        _table([["setting", one, other], *([key, *pair] for key, pair in settings.items())])
+        click.echo()
+        _table([["largest difference", *columns], *([n, *map(found.get, columns)] for n, found in layers.items())])
+        click.echo(f"\n{len(settings)} settings and {len(layers)} layers differ; {len(tensors)} tensors in the first")
+    click.get_current_context().exit(1 if settings or layers else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Hand an adapted network to tools that do not know this package: to timm alone, or to PEFT alone."""
+
+import errno
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import timm
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from .config import CUSTOM, BNOnlyConfig
+from .errors import AdapterError, BNAdapterError, ConfigError, NoSpaceError, OutputFolderError, RebuildError
+from .norms import named_layers
+from .peft_model import BNOnlyPeftModel
+from .reinit import check_choice, constants_only
+
+# What the export keeps of timm's configuration, the origin for given weights alone; the rest is of the base's data.
+_ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
+_DATA = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+def export(
+    model: BNOnlyPeftModel,
+    folder: str | os.PathLike[str],
+    format: Literal["timm", "ln_tuning"] = "timm",
+    adapter_name: str | None = None,
+) -> Path:
+    """Write a network as timm's own folder, or an adapter as PEFT's own LN tuning; the model stays as it is.
+
+    Args:
+        model: what `get_bn_only_model` or `load_bn_only_model` returned.
+        folder: does not exist yet, or is empty.
+        format: "timm" writes config.json and model.safetensors, the network with the adapter merged, for
+            ``timm.create_model("hf-hub:...", pretrained=True)``, or "local-dir:FOLDER" from timm 1.0.26 on; it comes
+            back in float32. "ln_tuning" writes adapter_config.json and adapter_model.safetensors for
+            ``peft.PeftModel.from_pretrained(base, FOLDER)``; the base is ``load_bn_only_model(adapter).unload()``.
+        adapter_name: by default the active adapter.
+
+    Returns:
+        The folder; timm or PEFT loaded what is in it, and gave the same tensors and logits.
+
+    Raises:
+        OutputFolderError: there is something in the folder.
+        RebuildError: timm does not build the same network; it cannot build one of your own code ("custom").
+        AdapterError: there is not one such adapter, or PEFT gives other logits (a norm layer's weight is read).
+        ConfigError: there is no such format, or the network takes no images of data_config's size.
+        NoSpaceError: the disk is full.
+
+    >>> from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
+    >>> model = get_bn_only_model(timm.create_model("cifar_resnet14"), BNOnlyConfig(seed=0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(path.name for path in export(model, folder).iterdir())
+    ['config.json', 'model.safetensors']
+    """
+    check_choice("format", format, ("timm", "ln_tuning"))
+    names = model.active_adapters if adapter_name is None else [adapter_name]
+    if len(names) != 1 or names[0] not in model.peft_config:
+        seen, do = f"{len(names)}: {', '.join(names)}", f"choose adapter_name from {', '.join(model.peft_config)}"
+        raise AdapterError("One adapter is exported: the one named, or the only active one.", seen=seen, do=do)
+    config = model.peft_config[names[0]]
+    if format == "timm" and config.architecture == CUSTOM:
+        what = "timm cannot build a network of your own code, so that it could not load the export."
+        do = 'format="ln_tuning", or save the state dict of the network that merge_and_unload() returns'
+        raise RebuildError(what, seen=f"architecture={CUSTOM!r}", do=do)
+    with _whole(Path(folder).resolve()) as files:
+        (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, names[0]), config, files)
+    return Path(folder)
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """Give a scratch folder on the same disk, whose files come to their place when the block ends well."""
+    here = sorted(path.name for path in target.iterdir())[:5] if target.is_dir() else []
+    if seen := "a file" if target.is_file() else ", ".join(here):
+        raise OutputFolderError(f"{target} is not an empty folder.", seen=seen, do="export to a new folder")
+    outer = target if target.exists() else target.parent
+    try:
+        outer.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".exporting-", dir=outer) as scratch:
+            (files := Path(scratch, "files")).mkdir()  # the scratch folder itself is closed to all but its owner
+            yield files
+            if outer != target:
+                os.replace(files, target)
+            else:  # may be a mount; nothing loads it without its .json, which comes last
+                for file in sorted(files.iterdir(), key=lambda file: file.suffix == ".json"):
+                    os.replace(file, target / file.name)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
+            raise
+        what, do = f"There is no space left to export to {target}.", "free some space and export again"
+        raise NoSpaceError(what, seen=str(error), do=do) from error
+
+
+def _merged(model: BNOnlyPeftModel, name: str) -> nn.Module:
+    """Return the plain network of one adapter on the CPU, in evaluation mode, sharing nothing with the model."""
+    copy = deepcopy(model)
+    copy.unmerge_adapter()
+    plain = copy.merge_and_unload(adapter_names=[name]).eval().requires_grad_(False)
+    return plain.to("cpu", memory_format=torch.contiguous_format)  # another format adds up in another order
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:  # safetensors takes none that are tied
+    return {key: tensor.clone() for key, tensor in module.state_dict().items()}
+
+
+def _creation(plain: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, Any], list[int] | None, bool]:
+    """Return (creation arguments, input size (C, H, W) if known, whether the network takes no other size)."""
+    cfg: Any = getattr(plain, "pretrained_cfg", None) or {}
+    args, size = dict(config.model_args), (config.data_config or {}).get("input_size") or cfg.get("input_size")
+    if not size or not cfg.get("input_size"):
+        return args, size, False
+    if strict := bool(cfg.get("fixed_input_size")):  # or timm would build the network for whatever size data_config has
+        height, width = cfg["input_size"][1:]
+        own = args.setdefault("img_size", height if height == width else [height, width])  # some take no list
+        strict = not args.get("dynamic_img_size") and args.get("strict_img_size", True)
+        size = [0, *([own, own] if isinstance(own, int) else own)] if strict else size
+    return args, [args.get("in_chans", cfg["input_size"][0]), *size[1:]], strict
+
+
+def _write_timm(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> None:
+    args, size, strict = _creation(plain, config)
+    kept = ("first_conv", "classifier", *(_ORIGIN if config.seed is None else ()))
+    cfg = {key: value for key, value in vars(plain)["pretrained_cfg"].items() if key in kept}
+    cfg |= {key: value for key, value in (config.data_config or {}).items() if key in _DATA}
+    cfg |= {"input_size": size, "fixed_input_size": strict, "num_classes": plain.num_classes}
+    if args.get("in_chans", 3) != 3:
+        cfg["first_conv"] = None  # timm before 1.0.31 takes it for one of three channels, and redraws it at random
+    tensors, cfg["architecture"] = _tensors(plain), config.architecture
+    # What timm itself knows is of the base, its head and its arguments, which may be no JSON.
+    vars(plain).update(state_dict=lambda: tensors, pretrained_cfg=cfg, _model_args={})
+    timm.models.save_for_hf(plain, folder, {"label_names": config.label_names}, safe_serialization=True)
+    content = json.loads((file := folder / "config.json").read_text()) | {"model_args": args, "pretrained_cfg": cfg}
+    file.write_text(json.dumps(content, indent=2))  # ASCII, as timm's own
+    cfg["file"] = str(folder / "model.safetensors")  # not by local-dir:, which timm before 1.0.26 unpickles
+    expected = _answers(plain, size)
+    with _noticing(RebuildError, "timm does not load the export as the same network."):
+        with constants_only():
+            again = timm.create_model(config.architecture, pretrained=True, pretrained_cfg=cfg, **args)
+        _compare(tensors | expected, again.state_dict() | _answers(again, size))
+
+
+def _write_ln_tuning(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> None:
+    # Heads too, part by part: PEFT loads no nested keys, finds modules_to_save by suffix and leaves them wrapped.
+    owned, mark = named_layers(plain, list(config.target_modules), "of the adapter"), ".ln_tuning_layers."
+    parts = ((f"{n}.{inner}".strip("."), part) for n, layer in owned.items() for inner, part in layer.named_modules())
+    layers = {name: part for name, part in parts if part._parameters or part._buffers}
+    tensors = {f"base_model.model.{n}{mark}{key}": t for n, part in layers.items() for key, t in _tensors(part).items()}
+    about = {"format": "pt", "bn_only_config": json.dumps(config.to_dict())}  # tells people which base this is for
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=about)
+    # A list would match every module whose name ends like an entry; a pattern has to match the whole name.
+    stock_config = peft.LNTuningConfig(target_modules="|".join(map(re.escape, layers)), inference_mode=True)
+    stock_config.base_model_name_or_path = config.base_model_name_or_path if config.seed is None else None
+    stock_config.save_pretrained(str(folder))
+    size = _creation(plain, config)[1]
+    expected = _answers(plain, size)
+    for layer in layers.values():
+        layer.load_state_dict({k: t * 0 for k, t in layer.state_dict().items()})  # only the file can bring them back
+    what = "Stock PEFT does not load the export as the same network."
+    with _noticing(AdapterError, what), warnings.catch_warnings(action="ignore"):  # one for each BatchNorm
+        stock = peft.PeftModel.from_pretrained(plain, str(folder), torch_device="cpu")
+        held = {k.replace(f"{mark}default.", mark): t for k, t in stock.state_dict().items() if mark in k}
+        _compare(tensors | expected, held | _answers(stock, size))
+
+
+def _answers(model: nn.Module, size: list[int] | None) -> dict[str, torch.Tensor]:
+    """Return the logits of two images, in float32, by number; of a network whose size of images is unknown, none."""
+    if size is None:
+        return {}
+    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    with _noticing(ConfigError, f"The network does not take images of data_config's size {size}."), torch.no_grad():
+        outputs = model.float().eval()(images)
+    return {f"output {i}": part for i, part in enumerate(outputs if isinstance(outputs, tuple | list) else [outputs])}
+
+
+def _compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    wrong = sorted(ours.keys() ^ theirs.keys())
+    wrong += [key for key in ours if key in theirs and not ours[key].to(theirs[key].dtype).equal(theirs[key])]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(ours)} tensors differ, the first is {wrong[0]}")
+
+
+@contextmanager
+def _noticing(kind: type[BNAdapterError], what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        cause, do = error.__cause__ or error, "choose the other format, or model.save_pretrained(folder)"
+        raise kind(what, seen=f"{type(cause).__name__}: {cause}", do=do) from error

@@ -1,0 +1,191 @@
+"""The model card says what is true of an adapter, runs as printed, and holds nothing that a stranger put there."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from string import Template
+
+import pytest
+import timm
+import yaml
+from conftest import script
+from PIL import Image
+
+from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
+from bn_affine_adapters.backbone import versions
+from bn_affine_adapters.card import CARD_NAME, FIGURE_NAME, RESULTS_NAME, md, render, scores, write_card
+from bn_affine_adapters.contents import read_tensors
+from bn_affine_adapters.errors import ConfigError
+from bn_affine_adapters.files import read_config
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = ("epochs=2", "image_size=8", "threads=1")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of an adapter after a real short training, and its result line."""
+    train = script("train")
+    result = train.run(train.read_recipe([*TINY, f"output_dir={tmp_path_factory.mktemp('card') / 'run'}"]))
+    return Path(result["adapter"]), result
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    return Path(shutil.copytree(trained[0], tmp_path / "adapter"))
+
+
+def metadata(text):
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
+
+
+def test_the_card_of_a_real_training_is_the_golden_one(folder, trained):
+    write_card(folder, "me/digits-bn-only", license="apache-2.0")
+    result = trained[1]
+    values = {"top1": round(result["top1"], 2), "top5": round(result["top5"], 2), "command": result["command"]}
+    made_with = ", ".join(f"{name} {number}" for name, number in sorted(versions().items()))
+    golden = Template((GOLDEN / "card.md").read_text()).substitute(values, made_with=made_with)
+    assert (folder / CARD_NAME).read_text() == golden
+    assert "More Information Needed" not in golden
+
+
+def test_an_unchanged_adapter_has_an_unchanged_card_and_picture(folder, tmp_path):
+    for output in ("one", "two"):
+        write_card(folder, "me/x", output=tmp_path / output)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == [CARD_NAME, FIGURE_NAME, RESULTS_NAME]
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+
+
+def test_the_picture_is_one(folder):
+    write_card(folder, "me/x")
+    with Image.open(folder / FIGURE_NAME) as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 300
+        assert len(set(picture.convert("L").tobytes())) > 10
+    assert f"]({FIGURE_NAME})" in (folder / CARD_NAME).read_text()
+
+
+def test_without_matplotlib_the_card_has_no_picture_and_says_how_to_get_one(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.warns(UserWarning, match=r"bn-affine-adapters\[plots\]"):
+        write_card(folder, "me/x")
+    assert FIGURE_NAME not in (folder / CARD_NAME).read_text()
+    assert not (folder / FIGURE_NAME).exists()
+
+
+def test_a_license_is_stated_only_when_given(folder):
+    text = render("me/x", read_config(folder), read_tensors(folder))
+    assert "license" not in metadata(text)
+    assert "license" not in text.lower()
+    assert metadata(render("me/x", read_config(folder), read_tensors(folder), license="mit"))["license"] == "mit"
+
+
+def test_without_results_there_is_no_accuracy(folder):
+    data = metadata(text := render("me/x", read_config(folder), read_tensors(folder)))
+    assert "model-index" not in data
+    assert "metrics" not in data
+    assert "No accuracy was recorded." in text
+
+
+def test_replicates_give_n_mean_and_standard_deviation(folder, trained, tmp_path):
+    own = json.loads((folder / RESULTS_NAME).read_text())[0]
+    other = {**own, "recipe": {**own["recipe"], "seed": 1}, "top1": own["top1"] + 3}
+    foreign = {**own, "recipe": {**own["recipe"], "lr": 9.0}, "top1": 99}
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in (own, other, foreign)))
+    write_card(folder, "me/x", results=file)
+    (score,) = scores(json.loads((folder / RESULTS_NAME).read_text()))
+    assert (score.n, score.top1) == (2, round(own["top1"], 2))
+    assert score.mean == pytest.approx(own["top1"] + 1.5, abs=0.01)
+    assert score.deviation == pytest.approx(3 / math.sqrt(2), abs=0.01)
+    (entry,) = metadata((folder / CARD_NAME).read_text())["model-index"][0]["results"]
+    assert entry["metrics"][0]["value"] == score.top1
+    assert entry["metrics"][0]["args"] == {"n": 2, "mean": score.mean, "standard_deviation": score.deviation}
+
+
+def test_results_on_a_data_set_of_the_hub_are_written_in_its_newer_form_too(folder):
+    write_card(folder, "me/x", results=[{"dataset": "uoft-cs/cifar10", "top1": 69.5, "top5": 97.0}])
+    (entry,) = yaml.safe_load((folder / ".eval_results" / "cifar10.yaml").read_text())
+    assert entry["dataset"]["id"] == "uoft-cs/cifar10"
+    assert entry["value"] == 69.5
+    assert metadata((folder / CARD_NAME).read_text())["datasets"] == ["uoft-cs/cifar10"]
+
+
+@pytest.mark.parametrize(
+    "results", [[{"top1": 3}], [{"dataset": "x"}], [{"dataset": "x", "top1": math.nan}], [7], "no.jsonl"]
+)
+def test_results_that_are_none_are_refused(folder, results, refused):
+    with refused(ConfigError, "results"):
+        write_card(folder, "me/x", results=results)
+    assert not (folder / CARD_NAME).exists()
+
+
+def test_a_base_on_the_hub_is_named_as_what_was_adapted(folder):
+    config = read_config(folder)
+    config.seed, config.base_model_name_or_path, config.revision = None, "timm/some.weights", "0" * 40
+    data = metadata(text := render("me/x", config, read_tensors(folder)))
+    assert (data["base_model"], data["base_model_relation"]) == ("timm/some.weights", "adapter")
+    assert "0" * 40 in text
+    config.base_model_name_or_path = config.revision = None
+    assert "base_model" not in metadata(text := render("me/x", config, read_tensors(folder)))
+    assert "model=base" in text
+    assert "base_model" not in metadata(render("me/x", read_config(folder), read_tensors(folder)))
+
+
+STRANGE = ["a\n---\nlicense: mit\n---\n", "<script>alert(1)</script>", "](http://evil.example) |", "`code` ``` \x1b[2J"]
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_a_text_from_elsewhere_stays_one_line_of_text(text, tmp_path):
+    model = get_bn_only_model(timm.create_model("test_resnet", num_classes=2), BNOnlyConfig(seed=0))
+    config = model.peft_config["default"]
+    config.label_names, config.versions = [text, "b"], {text: text}
+    model.save_pretrained(tmp_path)
+    write_card(tmp_path, "me/x", results=[{"dataset": text, "split": text, "top1": 1, "command": text}])
+    written = (tmp_path / CARD_NAME).read_text()
+    data = metadata(written)
+    assert "license" not in data
+    assert written.count("\n---\n") == 1
+    assert data["model-index"][0]["results"][0]["dataset"]["name"] == text
+    body = written.partition("\n---\n")[2]
+    outside = re.sub(r"^```\w+\n.*?^```$|`[^`\n]+`", "", body, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\]\(http", outside)
+    assert "\x1b" not in written
+    assert re.findall(r"^```\w*$", body, re.MULTILINE) == [
+        "```bash",
+        "```",
+        "```python",
+        "```",
+        "```bash",
+        "```",
+        "```bibtex",
+        "```",
+    ]
+
+
+def test_markdown_is_escaped():
+    assert md("a|b*c_[d](e)<f>`g`\nh") == "a\\|b\\*c\\_\\[d\\](e)\\<f\\>\\`g\\` h"
+
+
+def test_what_looks_like_a_token_never_reaches_a_card(folder):
+    token = "hf_" + "aB3" * 11
+    text = render(
+        "me/x", read_config(folder), read_tensors(folder), [{"dataset": "d", "top1": 1, "command": f"T={token}"}]
+    )
+    assert token not in text
+    assert "hf_***" in text
+
+
+def test_the_snippet_runs_as_printed(folder, tmp_path, monkeypatch, capsys):
+    write_card(folder, "me/digits-bn-only")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / CARD_NAME).read_text(), re.DOTALL)
+    assert 'load_bn_only_model("me/digits-bn-only")' in snippet
+    (tmp_path / "me").mkdir()
+    shutil.copytree(folder, tmp_path / "me" / "digits-bn-only")
+    Image.new("RGB", (30, 20), "gray").save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "<card>", "exec"), {})
+    assert capsys.readouterr().out.count("Prediction(label=") == 5
