@@ -1,16 +1,48 @@
-"""What several test files share: the data folder, a training step, a look at an error."""
+"""What several test files share: a Hub on loopback, the data folder, a training step, a look at an error."""
 
+import atexit
+import copy
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
+import time
+from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hub.server import Hub
+
+# Before huggingface_hub is imported, which reads its environment then: no test, and no process that a test starts,
+# sees a Hub other than ours, a token, or a cache that was there before.
+HUB = Hub().start()
+HOME = Path(tempfile.mkdtemp(prefix="bnaa-hub-"))
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
+    del os.environ[name]
+os.environ |= {
+    "HF_ENDPOINT": HUB.url,
+    "HF_HOME": str(HOME),
+    "HF_XET_CACHE": str(HOME / "xet"),
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
+    "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
+
+import huggingface_hub
+import timm
 import torch
+from huggingface_hub.utils import _xet
 from torch.nn import functional as F
 
-from bn_affine_adapters import BNAdapterError
+from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model
 
 # The networks of the tests are so small that threads wait for each other for longer than they compute.
 torch.set_num_threads(1)
@@ -57,6 +89,26 @@ def train_step():
     return train
 
 
+Adapter = namedtuple("Adapter", "model folder logits")
+
+
+def images(size=32, channels=3):
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def versions(tmp_path_factory, train_step):
+    """Two adapters of one network, the second trained further: a model, its saved folder, its logits each."""
+    model, found = get_bn_only_model(timm.create_model("test_resnet", num_classes=3), BNOnlyConfig(seed=7)), []
+    for name in ("first", "second"):
+        train_step(model)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        found.append(Adapter(copy.deepcopy(model), folder, model(images()).detach()))
+    assert not torch.equal(found[0].logits, found[1].logits)
+    return found
+
+
 @pytest.fixture(scope="session")
 def refused():
     """Expect exactly this error, with its three parts, and with these words in it."""
@@ -75,3 +127,81 @@ def refused():
         assert not missing, f"{missing} not in: {error}"
 
     return expect
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The Hub on loopback as it was at the start, and a client without a token, a cache or patience."""
+    HUB.reset()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HUGGINGFACE_HUB_CACHE", str(tmp_path / "hub-cache"))
+    # Between its tries the client sleeps, for up to 8 s: a clock of its own, so that all others keep theirs.
+    clock = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    for module in ("utils._http", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", clock)
+    # The Xet client remembers which chunks the Hub has: a new session with a memory of its own.
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet-cache"))
+    _xet.abort_xet_session()
+    _xet.XET_CONNECTION_INFO_CACHE.clear()
+    yield HUB
+    HUB.reset()
+
+
+@pytest.fixture
+def out_of_reach(hub):
+    """Stop the Hub: connections are refused until the test ends."""
+
+    def stop():
+        hub.stop()
+        huggingface_hub.close_session()
+
+    yield stop
+    if hub.server is None:
+        hub.start()
+        huggingface_hub.close_session()
+
+
+@pytest.fixture(params=["xet", "lfs"])
+def transfer(request, hub, monkeypatch):
+    """How the client moves large files: it asks huggingface_hub.constants each time."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", request.param == "lfs")
+    return request.param
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The working folder and the folder of temporary files, both empty: what a push leaves behind is seen there."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 kB: a real disk that is soon full."""
+    folder = tmp_path / "small-disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("needs a file system of its own: there is no command mount")
+    if done.returncode:
+        pytest.skip(f"needs a file system of its own: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def alice():
+    """The token of a user who may write to alice/, acme/ and timm/."""
+    return HUB.token("alice")
+
+
+@pytest.fixture(scope="session")
+def bob():
+    """The token of a user who may write to bob/."""
+    return HUB.token("bob")
