@@ -22,6 +22,7 @@ from .config import BNOnlyConfig
 from .errors import (
     AdapterFileError,
     BaseRequiredError,
+    BNAdapterError,
     ConfigError,
     HubAccessError,
     HubConflictError,
@@ -116,14 +117,12 @@ def fetch_base(config: BNOnlyConfig, **common: Any) -> Path:
         return _download(base, BASE_FILE, commit, MAX_BYTES + 8 * MAX_PARAMETERS, common)
 
 
-def locate_base(hub_id: str, token: str | bool | None = None) -> str:
-    """Return the commit at which a repository's main branch is now, or was when its weights were last fetched.
-
-    Raises:
-        HubError: the Hub has it not, hides it, or cannot be reached.
-    """
-    with explained(f"The base {hub_id} cannot be found", token):
-        return str(hf_hub_download(hub_id, BASE_FILE, token=token, dry_run=True, **LIBRARY).commit_hash)
+def cached_commit(repo: str) -> str | None:
+    """Return the commit at which a repository's weights were fetched last, or None if they are not in the cache."""
+    try:
+        return hf_hub_download(repo, BASE_FILE, local_files_only=True, dry_run=True).commit_hash
+    except (EntryNotFoundError, HFValidationError):
+        return None
 
 
 def _download(repo: str, file: str, revision: str | None, most: int | None, common: dict[str, Any]) -> Path:
@@ -176,6 +175,8 @@ def push_folder(
     folder = Path(folder)
     check_files(folder)
     config = read_config(folder)
+    if revision and _COMMIT.fullmatch(revision):
+        raise ConfigError("A push goes to a branch, not to a commit.", seen=f"revision={revision}", do="name a branch")
     api = HfApi(token=token, **LIBRARY)
     options = {"revision": revision, "tag": tag, "private": private, "create-pr": create_pr}
     resume = shlex.join(["bn-adapters", "push", str(folder), repo_id, *_flags(options)])
@@ -183,15 +184,12 @@ def push_folder(
         explained(f"The adapter could not be pushed to {repo_id}", token, f"; then: {resume}"),
         tempfile.TemporaryDirectory() as staging,
     ):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if tag and tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
-            raise HubConflictError(f"{repo_id} has a tag {tag!r}.", seen="nothing was pushed", do="choose another tag")
-        if revision and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULTS_NAME):
             if (folder / name).exists():
                 shutil.copy(folder / name, staging)
         write_card(Path(staging), repo_id, write_readme=card, **about)
+        _make_room(api, repo_id, private, None if create_pr else revision, tag)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=staging,
@@ -201,9 +199,22 @@ def push_folder(
             create_pr=create_pr,
             delete_patterns=[RESULTS_NAME, ".eval_results/*"],  # of an adapter that was there before
         )
-        if tag:
+    if tag:
+        with explained(f"The adapter was pushed to {repo_id}, but not tagged {tag!r}", token, f"; then: {resume}"):
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit
+
+
+def _make_room(api: HfApi, repo_id: str, private: bool | None, branch: str | None, tag: str | None) -> None:
+    """Make the repository and the branch where they are not there, and refuse what would fail after the commit."""
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.repo_info(repo_id).private:
+        do = "choose another name, or make it private on the Hub first"
+        raise HubConflictError(f"{repo_id} exists and is public.", seen="private=True; nothing was pushed", do=do)
+    if tag and tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
+        raise HubConflictError(f"{repo_id} has a tag {tag!r}.", seen="nothing was pushed", do="choose another tag")
+    if branch and not branch.startswith("refs/"):
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
 
 
 def _flags(options: dict[str, Any]) -> Iterator[str]:
@@ -228,14 +239,13 @@ def explained(what: str, token: str | bool | None = None, resume: str = "") -> I
     """
     try:
         yield
+    except BNAdapterError:
+        raise
     except HFValidationError as error:
         raise ConfigError(f"{what}: this is no name.", seen=str(error), do='use "owner/name"') from None
-    except HubError:
-        raise
-    except (OSError, httpx.HTTPError) as error:
-        if isinstance(error, AdapterFileError | NoSpaceError):
-            raise
-        if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in _causes(error)):
+    except (OSError, httpx.HTTPError, RuntimeError) as error:  # the client's transfers raise plain RuntimeErrors
+        full = "os error 28" in str(error)  # as hf_xet says it
+        if full or any(getattr(cause, "errno", None) == errno.ENOSPC for cause in _causes(error)):
             raise NoSpaceError(f"{what}: the disk is full.", seen=str(error), do="free some space" + resume) from None
         raise _translated(what, error, token, resume) from None
 

@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import tempfile
-import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from .backbone import create_pretrained, verify
 from .config import CUSTOM, BNOnlyConfig
 from .errors import AdapterError, BNAdapterError, ConfigError, HubError, NoSpaceError
 from .files import check_files, check_header, read_config
-from .hub import fetch, fetch_base, locate_base, push_folder
+from .hub import cached_commit, fetch, fetch_base, push_folder
 from .layer import BNOnlyLayer
 from .prepare import choose_layers
 
@@ -86,14 +85,23 @@ class BNOnlyPeftModel(PeftModel):
         """Write no card on save: PEFT's is for language models, and ours needs the repository's name."""
 
     def push_to_hub(
-        self, repo_id: str, *, adapter_name: str | None = None, max_shard_size: Any = None, **options: Any
+        self,
+        repo_id: str,
+        *,
+        adapter_name: str | None = None,
+        safe_serialization: bool = True,
+        max_shard_size: Any = None,
+        use_temp_dir: Any = None,
+        **options: Any,
     ) -> CommitInfo:
         """Push an adapter in one commit: its two files, the model card with a figure, and the results.
 
         Args:
             repo_id: "me/name", or "name" for the token's owner; made if there is none.
             adapter_name: by default the active adapter.
-            max_shard_size: ignored; an adapter is one file.
+            safe_serialization: only True; an adapter is never pickled.
+            max_shard_size: ignored, as PEFT passes it; an adapter is one file.
+            use_temp_dir: ignored, as older callers pass it.
             options: of `hub.push_folder`: private, token, revision (a branch), create_pr, commit_message,
                 commit_description, tag, card; and of `card.write_card`: results, license, tags, datasets.
 
@@ -106,18 +114,18 @@ class BNOnlyPeftModel(PeftModel):
         name = adapter_name or self.active_adapter
         config = self.peft_config[name]
         if config.seed is None and config.base_model_name_or_path is None:
-            _pin_base(config, self.get_base_model(), options.get("token"))
-        folder = Path(tempfile.mkdtemp(prefix="bn-adapter-"))
+            _pin_base(config, self.get_base_model())
+        scratch, keep = Path(tempfile.mkdtemp(prefix="bn-adapter-")), False
         try:
-            self.save_pretrained(folder, selected_adapters=[name])
-            commit = push_folder(folder if name == "default" else folder / name, repo_id, **options)
-        except HubError:
-            raise  # the folder stays: the message tells how to go on from there
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-        return commit
+            self.save_pretrained(scratch, safe_serialization, selected_adapters=[name])
+            try:
+                return push_folder(scratch if name == "default" else scratch / name, repo_id, **options)
+            except (HubError, NoSpaceError):
+                keep = True  # the message tells how to go on from there
+                raise
+        finally:
+            if not keep:
+                shutil.rmtree(scratch, ignore_errors=True)
 
     def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter's tensors, refusing anything but a whole safetensors file; undone when it fails.
@@ -146,23 +154,20 @@ class BNOnlyPeftModel(PeftModel):
             raise
 
 
-def _pin_base(config: BNOnlyConfig, network: nn.Module, token: str | bool | None) -> None:
-    """Name the repository and commit of pretrained weights, if those there are the ones the adapter was trained on."""
-    cfg = getattr(network, "pretrained_cfg", None) or {}
-    hub_id = cfg.get("hf_hub_id") if config.architecture != CUSTOM else None
-    if not hub_id:
+def _pin_base(config: BNOnlyConfig, network: nn.Module) -> None:
+    """Name the repository and commit of pretrained weights, if those in the client's cache are the network's."""
+    repo = (getattr(network, "pretrained_cfg", None) or {}).get("hf_hub_id")
+    commit = cached_commit(repo) if repo and config.architecture != CUSTOM else None
+    if commit is None:
         return
     pinned = deepcopy(config)
-    pinned.base_model_name_or_path = hub_id
+    pinned.base_model_name_or_path, pinned.revision = repo, commit
     try:
-        pinned.revision = locate_base(hub_id, token)
-        assert pinned.architecture is not None
-        file = fetch_base(pinned, token=token)
-        verify(create_pretrained(pinned.architecture, pinned.model_args, file), pinned)
-    except BNAdapterError as error:
-        warnings.warn(f"The adapter will load only with model=: {error.what} {error.seen}", stacklevel=3)
-        return
-    config.base_model_name_or_path, config.revision = hub_id, pinned.revision
+        file = fetch_base(pinned, local_files_only=True)
+        verify(create_pretrained(str(config.architecture), config.model_args, file), pinned)
+    except BNAdapterError:
+        return  # other weights: the card says that they have to be given as model=
+    config.base_model_name_or_path, config.revision = repo, commit
 
 
 def _check_same(theirs: BNOnlyConfig, ours: BNOnlyConfig, name: str) -> None:

@@ -62,16 +62,7 @@ OVERCOME = {("create", "401"), ("create", "403")}
 # To a creation 409 says that it is there: that is met by every push to a repository or a branch that exists.
 # And the answer to an upload has no body that could be cut.
 NO_FAULT = {("create", "409"), ("branch", "409"), ("lfs-upload", "answer-cut")}
-# The client raises a plain RuntimeError for a failed LFS upload or Xet download, which is not yet translated.
-ESCAPES = {"lfs-upload", "lfs-verify", "xet-plan", "xet-bytes"}
-
-
-def case(stage, *rest):
-    escapes = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the client's RuntimeError is let through")
-    return pytest.param(stage, *rest, marks=escapes if stage in ESCAPES else ())
-
-
-CASES = [case(stage, fault) for stage in STAGES for fault in FAULTS if (stage, fault) not in NO_FAULT]
+CASES = [(stage, fault) for stage in STAGES for fault in FAULTS if (stage, fault) not in NO_FAULT]
 
 
 def content(hub, revision="main"):
@@ -152,7 +143,7 @@ def test_a_push_that_fails_leaves_the_old_or_the_new_and_can_be_resumed(
         assert torch.equal(load_bn_only_model(REPO, revision="v2")(images()), versions[1].logits)
 
 
-@pytest.mark.parametrize(("stage", "fault"), [case(stage, fault) for stage in STAGES for fault in SHORT])
+@pytest.mark.parametrize(("stage", "fault"), [(stage, fault) for stage in STAGES for fault in SHORT])
 def test_the_model_of_a_push_that_fails_is_kept_in_a_folder(stage, fault, versions, hub, alice, use, here):
     use(stage)
     arguments, _ = FAULTS[fault]
@@ -220,8 +211,8 @@ LOADING = {
     "xet-bytes": ("GET", "/cas/xorb/"),
 }
 LOADING_FAULTS = ["401", "403", "404", "429", "500", "503", "dropped", "answer-cut"]
-LOADING_CASES = [case(stage, fault, "load_bn_only_model") for stage in LOADING for fault in LOADING_FAULTS]
-LOADING_CASES += [case(stage, fault, "load_adapter") for stage in LOADING for fault in ("404", "503")]
+LOADING_CASES = [(stage, fault, "load_bn_only_model") for stage in LOADING for fault in LOADING_FAULTS]
+LOADING_CASES += [(stage, fault, "load_adapter") for stage in LOADING for fault in ("404", "503")]
 
 
 @pytest.fixture
