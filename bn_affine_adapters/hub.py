@@ -39,7 +39,7 @@ LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_versio
 BASE_FILE = "model.safetensors"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADVICE: dict[int | None, tuple[type[HubError], str]] = {
-    401: (HubAccessError, "hf auth login, or pass token=; a private repository looks like none without it"),
+    401: (HubAccessError, "check the name; a private or gated repository needs a token: hf auth login, or token="),
     403: (HubAccessError, "use a token with that right, or ask the owner of the repository for access"),
     404: (HubNotFoundError, "check the name and the revision; a private repository needs the token of a member"),
     409: (HubConflictError, "it exists, or somebody else is at work there: look, then try again"),
@@ -47,6 +47,7 @@ _ADVICE: dict[int | None, tuple[type[HubError], str]] = {
     429: (HubUnavailableError, "too many requests: wait a few minutes, then try again"),
     None: (HubUnavailableError, "check the connection and HF_ENDPOINT, then try again"),
 }
+_OTHERWISE: tuple[type[HubError], str] = (HubError, "read what the Hub says, mend it, then try again")
 
 
 def fetch(
@@ -253,7 +254,7 @@ def explained(what: str, token: str | bool | None = None, resume: str = "") -> I
 def _translated(what: str, error: BaseException, token: str | bool | None, resume: str) -> HubError:
     answers = [getattr(cause, "response", None) for cause in _causes(error)]
     status = next((answer.status_code for answer in answers if answer is not None), None)
-    kind, do = _ADVICE.get(status, (HubError, "read what the Hub says, mend it, then try again"))
+    kind, do = _ADVICE.get(status, _OTHERWISE)
     if status is not None and status >= 500:
         kind, do = HubUnavailableError, "the Hub is in trouble (status.huggingface.co): wait, then try again"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):

@@ -26,6 +26,7 @@ from torch import nn
 import bn_affine_adapters
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, errors, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.data import load_splits
+from bn_affine_adapters.hub import _ADVICE, _OTHERWISE, push_folder
 
 REPOSITORY = Path(__file__).parent.parent
 CLASSES = {n: k for n, k in vars(errors).items() if inspect.isclass(k) and k.__module__ == errors.__name__}
@@ -53,7 +54,7 @@ def test_the_tree_is_the_one_drawn():
         assert len(others) <= 1
         real[name] = (parents[0] if parents else None, others[0] if others else None)
     assert drawing(errors.__doc__) == real
-    assert len(real) == 19
+    assert len(real) == 25
 
 
 def test_a_tree_drawn_wrongly_would_be_noticed():
@@ -91,6 +92,14 @@ def test_an_error_survives_the_way_from_another_process(name):
         assert (str(again), again.what, again.seen, again.do) == (str(error), "It broke.", "5 of 7", "mend it")
 
 
+def test_what_a_terminal_would_obey_is_shown_and_not_sent():
+    error = BNAdapterError("a\x1b[2J", seen="b\r" + "c" * 5000, do="two\nlines")
+    assert "\x1b" not in str(error)
+    assert "\r" not in str(error)
+    assert len(str(error)) < 2200
+    assert error.do == "two\nlines"
+
+
 # Every class, and a real call that raises it.
 
 
@@ -106,10 +115,10 @@ def folders(tmp_path_factory):
 
 
 class Here:
-    """What a case may use: a scratch folder, copies of adapters, and pytest's monkeypatch."""
+    """What a case may use: a scratch folder, copies of adapters, pytest's monkeypatch and the loopback Hub."""
 
-    def __init__(self, folders, scratch, monkeypatch):
-        self.folders, self.scratch, self.monkeypatch = folders, scratch, monkeypatch
+    def __init__(self, folders, scratch, monkeypatch, hub):
+        self.folders, self.scratch, self.monkeypatch, self.hub = folders, scratch, monkeypatch, hub
 
     def copy(self, name):
         return shutil.copytree(self.folders / name, self.scratch / name)
@@ -163,6 +172,11 @@ def fill_the_disk(here):
     return model.save_pretrained(here.scratch / "full")
 
 
+def answered(here, status):
+    here.hub.fail("POST", "/api/repos/create", status, 10)
+    push_folder(here.copy("seeded"), "alice/x", token=here.hub.token("alice"))
+
+
 CASES = {
     "BNAdapterError": lambda here: BNOnlyConfig(seed=-1),
     "ConfigError": lambda here: BNOnlyConfig(seed=-1),
@@ -183,6 +197,12 @@ CASES = {
     "FingerprintError": lambda here: load_bn_only_model(here.copy("given"), model=cifar()),
     "BaseRequiredError": lambda here: load_bn_only_model(here.copy("given")),
     "DataError": lambda here: load_splits("digits", label_column="colour"),
+    "TooLargeError": lambda here: load_bn_only_model(here.copy("seeded"), max_parameters=1000),
+    "HubError": lambda here: answered(here, 422),
+    "HubAccessError": lambda here: push_folder(here.copy("seeded"), "bob/x", token="hf_nobody"),
+    "HubNotFoundError": lambda here: load_bn_only_model("alice/nothing", token=here.hub.token("alice")),
+    "HubConflictError": lambda here: answered(here, 412),
+    "HubUnavailableError": lambda here: answered(here, 503),
     "OutputFolderError": fill_an_output_folder,
     "NoSpaceError": fill_the_disk,
 }
@@ -195,7 +215,7 @@ def uncovered(cases):
 def test_every_class_has_a_case():
     assert uncovered(CASES) == set()
     assert set(CASES) <= set(CLASSES)
-    assert len(CASES) == 19
+    assert len(CASES) == 25
 
 
 def test_a_class_without_a_case_would_be_noticed():
@@ -203,9 +223,9 @@ def test_a_class_without_a_case_would_be_noticed():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_real_call_raises_it_with_three_parts(name, folders, tmp_path, monkeypatch):
+def test_a_real_call_raises_it_with_three_parts(name, folders, tmp_path, monkeypatch, hub):
     with pytest.raises(CLASSES[name]) as caught:
-        CASES[name](Here(folders, tmp_path, monkeypatch))
+        CASES[name](Here(folders, tmp_path, monkeypatch, hub))
     error = caught.value
     assert name in BASES or type(error) is CLASSES[name]
     assert all(part.strip() for part in (error.what, error.seen, error.do))
@@ -223,7 +243,8 @@ def raised_in(source):
 def test_every_class_but_the_two_bases_is_raised_by_the_code():
     files = [*(REPOSITORY / "bn_affine_adapters").rglob("*.py"), *(REPOSITORY / "recipes").glob("*.py")]
     found = {path: raised_in(path.read_text(encoding="utf-8")) for path in files}
-    assert set().union(*found.values()) == set(CLASSES) - BASES
+    by_status = {kind.__name__ for kind, _ in (*_ADVICE.values(), _OTHERWISE)}
+    assert set().union(by_status, *found.values()) == set(CLASSES) - BASES
     assert sum(bool(names) for names in found.values()) >= 12, "too few files were read"
 
 
