@@ -145,9 +145,10 @@ def _trained(config: BNOnlyConfig) -> str:
 
 
 def _total(config: BNOnlyConfig) -> int | None:
-    """Count the parameters of the whole network, where it can be built without its values."""
-    network = None if config.architecture == CUSTOM else build_within(config, None)
-    return sum(p.numel() for p in network.parameters()) if network else None
+    if config.architecture is None or config.architecture == CUSTOM:
+        return None
+    network = build_within(config, None)
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _snippet(repo_id: str, config: BNOnlyConfig) -> str:

@@ -18,16 +18,17 @@ from .errors import RebuildError, TooLargeError
 MAX_PARAMETERS = 200_000_000  # 800 MB in float32
 MAX_NUMBER = 100_000  # in creation arguments, but for num_classes: some constructors make lists of that length
 MAX_ITEMS = 1_000  # of all creation arguments, lists in lists included
+SLACK = 10_000_000  # values of a constructor that are no parameters: at most a ninth of them in timm
 MAX_TENSORS = 20_000  # made by a constructor; cifar_resnet866, the deepest, makes 4,337
-BUILD_SECONDS = 4.0  # of processor time; no network of timm takes one on the meta device
+BUILD_SECONDS = 4.0  # of processor time; the slowest of timm takes one on the meta device
 LIFT = "load_bn_only_model(..., max_parameters=N), or None for no limit, if you trust whoever made it"
 
 
-def build_within(config: BNOnlyConfig, max_parameters: int | None) -> nn.Module | None:
+def build_within(config: BNOnlyConfig, max_parameters: int | None) -> nn.Module:
     """Build the network that a configuration asks for on the meta device, where it takes no memory.
 
     Returns:
-        The network, without values; None where its constructor needs a real device.
+        The network without values; with some where its constructor needs a real device.
 
     Raises:
         TooLargeError: it has more parameters than allowed, or building it takes too long.
@@ -37,8 +38,8 @@ def build_within(config: BNOnlyConfig, max_parameters: int | None) -> nn.Module 
     with bounded(config, max_parameters):
         try:
             network = create(config.architecture, config.model_args, "meta")
-        except RebuildError:  # some constructors compute with values; where that was not it, the next build says so
-            return None
+        except RebuildError:  # some constructors compute with values
+            network = create(config.architecture, config.model_args)
     count = sum(parameter.numel() for parameter in network.parameters())
     if max_parameters is not None and count > max_parameters:
         raise _too_large(config, f"{count:,} parameters; the limit is {max_parameters:,}")
@@ -58,12 +59,12 @@ def bounded(config: BNOnlyConfig, max_parameters: int | None) -> Iterator[None]:
     for text in _excessive(config.model_args):
         raise _too_large(config, text)
     try:
-        with _deadline(BUILD_SECONDS), _Counted(2 * max_parameters + MAX_NUMBER):
+        with _deadline(BUILD_SECONDS), _Counted(max_parameters + SLACK):
             yield
     except _TooSlow:
         raise _too_large(config, f"its constructor took more than {BUILD_SECONDS} s") from None
     except _TooMany:
-        seen = f"over {MAX_TENSORS:,} tensors, or {2 * max_parameters:,} values, in its constructor"
+        seen = f"over {MAX_TENSORS:,} tensors, or {max_parameters + SLACK:,} values, in its constructor"
         raise _too_large(config, seen) from None
 
 
@@ -132,21 +133,16 @@ def _deadline(seconds: float) -> Iterator[None]:
             if clock() > end:
                 with lock:
                     if not over.is_set():
-                        _raise_in(thread, _TooSlow)
+                        raise_in(ctypes.c_ulong(thread), ctypes.py_object(_TooSlow))
                 return
 
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        with lock:
+        with lock:  # from here on nothing is raised but what is on its way, which arrives at once
             over.set()
-        _raise_in(thread, None)  # takes back what was not raised yet
-
-
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    error = ctypes.py_object(kind) if kind else None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
 
 
 def _clock() -> Callable[[], float]:

@@ -129,11 +129,11 @@ def _build(
             do=f"load_bn_only_model({adapter!r}, model=base)",
         )
     outline = build_within(config, max_parameters)
-    if outline is not None:
-        verify_layout(outline, config)
-        choose_layers(outline, config)
-        check_header(folder, outline, config)
+    verify_layout(outline, config)
+    choose_layers(outline, config)
+    check_header(folder, outline, config)
     with bounded(config, max_parameters):
         if config.seed is not None:
             return create(config.architecture, config.model_args).eval()
-    return create_pretrained(config.architecture, config.model_args, fetch_base(config, **common)).eval()
+    base = fetch_base(config, **common)
+    return create_pretrained(config.architecture, config.model_args, base).eval()

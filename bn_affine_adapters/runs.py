@@ -1,7 +1,8 @@
-"""What a run ran on, for its result line."""
+"""What a run ran on, for its result line, and the place of its figures in a page."""
 
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -31,3 +32,17 @@ def provenance(accelerator: Any, checkout: Path) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions()},
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None,
     }
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Replace what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in a Markdown page.
+
+    Raises:
+        ValueError: the page has no such place, or more than one.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    place = re.compile(f"(?<={re.escape(begin)}\n).*?(?={re.escape(end)})", re.DOTALL)
+    changed, count = place.subn(lambda _: f"\n{text.strip()}\n\n", page.read_text(encoding="utf-8"))
+    if count != 1:
+        raise ValueError(f"{page} has {count} places {begin} ... {end}")
+    page.write_text(changed, encoding="utf-8")

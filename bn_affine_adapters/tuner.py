@@ -48,7 +48,7 @@ class BNOnlyTuner(BaseTuner):
         fresh, training = config.fresh, model.training
         if fresh:
             infer(model, config, first)
-        else:
+        elif not config.built_here:
             verify_layout(model, config)
         if first is not None:
             check_agreement(model, config, first)

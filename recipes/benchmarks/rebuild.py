@@ -20,6 +20,7 @@ import timm
 import torch
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
+from bn_affine_adapters.runs import write_section
 
 RUNS = 5
 CHILD = """
@@ -80,11 +81,7 @@ def compare(architecture: str) -> dict[str, Any]:
     }
 
 
-PAGE = """# Performance
-
-Written by `python recipes/benchmarks/rebuild.py --write`; {hardware}.
-
-## Rebuilding a network from its adapter
+TEXT = """Written by `python recipes/benchmarks/rebuild.py --write`; {hardware}.
 
 The adapter's side builds the architecture, redraws every weight from the seed, checks the sha256 of all of them and
 loads the adapter; torch's side is `timm.create_model` with its own random initialisation. Each figure is the median
@@ -118,8 +115,8 @@ def main(arguments: list[str]) -> None:
     print(table(rows))
     if "--write" in arguments:
         hardware = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, timm {timm.__version__}"
-        page = PAGE.format(hardware=hardware, runs=RUNS, table=table(rows))
-        Path(__file__).parents[2].joinpath("docs", "performance.md").write_text(page)
+        text = TEXT.format(hardware=hardware, runs=RUNS, table=table(rows))
+        write_section(Path(__file__).parents[2] / "docs" / "performance.md", "rebuild", text)
 
 
 if __name__ == "__main__":

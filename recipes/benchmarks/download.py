@@ -1,0 +1,119 @@
+"""Bytes and seconds to load a network from the Hub: as an adapter, and as its weights.
+
+    python recipes/benchmarks/download.py [--write] [ARCHITECTURE]
+
+Both sides load from a Hub on loopback through the real client, each time in a fresh process with an empty cache,
+imports excluded, the sides taking turns. Bytes are counted by the server, headers included.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from bn_affine_adapters.runs import write_section
+
+RUNS = 3
+SERVER = Path(__file__).parents[2] / "tests" / "hub" / "server.py"
+CHILD = """
+import sys, tempfile, time
+import timm, torch
+import bn_affine_adapters as b
+side, architecture = sys.argv[1:]
+if side == "push":
+    from huggingface_hub import HfApi
+    model = b.get_bn_only_model(timm.create_model(architecture), b.BNOnlyConfig(seed=0))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
+    model.train()(torch.randn(8, 3, 64, 64)).square().mean().backward()  # constants as at first could be compressed
+    optimizer.step()
+    model.push_to_hub("alice/adapter")
+    folder = tempfile.mkdtemp()
+    timm.models.save_for_hf(timm.create_model(architecture), folder, safe_serialization=True)
+    HfApi().create_repo("alice/weights")
+    HfApi().upload_folder(repo_id="alice/weights", folder_path=folder)
+else:
+    b.get_bn_only_model(timm.create_model("test_resnet"), b.BNOnlyConfig(seed=0))  # what is imported on first use
+    start = time.perf_counter()
+    if side == "adapter":
+        b.load_bn_only_model("alice/adapter")
+    else:
+        timm.create_model("hf-hub:alice/weights", pretrained=True)
+    print(time.perf_counter() - start)
+"""
+
+
+def child(side: str, architecture: str, endpoint: str, token: str) -> str:
+    """Run one side in a fresh process with an empty cache; return the last line it printed."""
+    with tempfile.TemporaryDirectory() as home:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HOME": home, "HF_XET_CACHE": f"{home}/xet"}
+        environment |= {"NO_PROXY": "127.0.0.1,localhost", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        command = [sys.executable, "-c", CHILD, side, architecture]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return (done.stdout.splitlines() or [""])[-1]
+
+
+def compare(architecture: str) -> dict[str, Any]:
+    """Return the medians of bytes and seconds of both sides, and their ratios."""
+    spec = spec_from_file_location("server", SERVER)
+    assert spec is not None
+    assert spec.loader is not None
+    server = module_from_spec(spec)
+    spec.loader.exec_module(server)
+    rounds: list[dict[str, tuple[int, float]]] = []
+    with server.Hub() as hub:
+        common = (architecture, hub.url, hub.token("alice"))
+        child("push", *common)
+        for _ in range(RUNS):
+            rounds.append({})
+            for side in ("adapter", "weights"):
+                hub.requests.clear()
+                seconds = float(child(side, *common))
+                rounds[-1][side] = hub.bytes_sent()[1], seconds
+    row: dict[str, Any] = {"architecture": architecture}
+    for place, unit in enumerate(("bytes", "seconds")):
+        for side in ("adapter", "weights"):
+            row[f"{side}_{unit}"] = round(statistics.median(r[side][place] for r in rounds), 3)
+        row[f"{unit}_ratio"] = round(statistics.median(r["adapter"][place] / r["weights"][place] for r in rounds), 5)
+    return row
+
+
+TEXT = """Written by `python recipes/benchmarks/download.py --write`; huggingface_hub {client}, {hardware}.
+
+Both sides load from a Hub on loopback with the real client, in a fresh process with an empty cache, imports excluded: the
+adapter's side downloads its two files, redraws the network and verifies it; the other is `timm.create_model("hf-hub:...",
+pretrained=True)`. Bytes are counted by the server, headers included, after the client's own compression. Medians of {runs} runs.
+
+{table}
+
+The wire here is faster than any other. On a real one, each side takes these seconds and its bytes over the rate besides.
+"""
+
+
+def table(row: dict[str, Any]) -> str:
+    """Return the row as a Markdown table."""
+    keys = [key for key in row if key != "architecture"]
+    head = f"| network | {' | '.join(key.replace('_', ', ') for key in keys)} |"
+    return "\n".join([head, "|---" * (len(keys) + 1) + "|", f"| {' | '.join(str(row[k]) for k in row)} |"])
+
+
+def main(arguments: list[str]) -> None:
+    """Print one JSON line, then the table; with --write, into docs/performance.md."""
+    row = compare(*([name for name in arguments if name != "--write"] or ["resnet50"]))
+    print(json.dumps(row))
+    print(table(row))
+    if "--write" in arguments:
+        hardware = f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, timm {version('timm')}"
+        text = TEXT.format(hardware=hardware, client=version("huggingface_hub"), runs=RUNS, table=table(row))
+        write_section(Path(__file__).parents[2] / "docs" / "performance.md", "download", text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
