@@ -59,12 +59,12 @@ def bounded(config: BNOnlyConfig, max_parameters: int | None) -> Iterator[None]:
     for text in _excessive(config.model_args):
         raise _too_large(config, text)
     try:
-        with _deadline(BUILD_SECONDS), _Counted(max_parameters + SLACK):
+        with _deadline(BUILD_SECONDS), _Counted(2 * max_parameters + SLACK):
             yield
     except _TooSlow:
         raise _too_large(config, f"its constructor took more than {BUILD_SECONDS} s") from None
     except _TooMany:
-        seen = f"over {MAX_TENSORS:,} tensors, or {max_parameters + SLACK:,} values, in its constructor"
+        seen = f"over {MAX_TENSORS:,} tensors, or {2 * max_parameters + SLACK:,} values, in its constructor"
         raise _too_large(config, seen) from None
 
 

@@ -6,12 +6,16 @@ import os
 import pkgutil
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from conftest import script
+from PIL import Image
 
 import bn_affine_adapters
+from bn_affine_adapters.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,12 +40,36 @@ def test_the_pages_have_blocks_of_known_languages():
     assert {param.id for param in blocks("bash")} >= {"README.md", "training.md", "contributing.md"}
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_a_pages_python_runs_from_top_to_bottom(code, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def me(hub, tmp_path, monkeypatch):
+    """Where the pages are: an empty folder, and logged in on the Hub as `me`."""
+    hub.users["me"] = {"orgs": []}
+    hub.tokens["hf_me"] = ("me", "write")
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
     monkeypatch.chdir(tmp_path)
+
+
+def run_python(code):
     names = {"__name__": "__page__"}
     for text in code:
         exec(compile(text, "<page>", "exec"), names)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_a_pages_python_runs_from_top_to_bottom(code, me, capsys):
+    run_python(code)
+
+
+def test_the_commands_of_the_sharing_page_run_after_its_python(me, capsys):
+    text = (ROOT / "docs" / "sharing.md").read_text()
+    run_python([code for kind, code in BLOCK.findall(text) if kind == "python"])
+    Image.new("RGB", (40, 30)).save("cat.png")
+    shutil.rmtree("plain")
+    lines = [line for kind, code in BLOCK.findall(text) if kind == "bash" for line in code.splitlines()]
+    assert {shlex.split(line)[1] for line in lines} == set(main.commands)
+    for line in lines:
+        result = CliRunner().invoke(main, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}: {result.output}"
 
 
 def test_a_block_that_is_wrong_would_be_noticed():
@@ -71,8 +99,11 @@ def test_a_pages_commands_are_run_by_ci_or_understood_by_their_programs(code, mo
     seen = 0
     for line in "".join(code).strip().splitlines():
         if not any(word in line for word in SET_UP):
-            assert line.split()[0] in ("accelerate", "ACCELERATE_USE_CPU=true", ".venv/bin/python"), line
-            if ".venv/bin/python" not in line:
+            program = line.split()[0]
+            assert program in ("accelerate", "ACCELERATE_USE_CPU=true", ".venv/bin/python", "bn-adapters"), line
+            if program == "bn-adapters":
+                assert line.split()[1] in main.commands, line
+            elif program != ".venv/bin/python":
                 check_launch(line)
         seen += 1
     assert seen
