@@ -22,7 +22,7 @@ from huggingface_hub import CommitInfo, HfApi
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from timm.models import save_for_hf
 
-from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.errors import (
     AdapterFileError,
     AdapterTensorError,
@@ -773,3 +773,38 @@ def test_a_base_repository_with_a_pickle_alone_is_refused(publish, hub, alice, t
         load_bn_only_model(REPO, cache_dir=tmp_path / "fresh")
     assert caught.value.do
     assert "pytorch_model.bin" not in downloaded(hub)
+
+
+# What would surprise.
+
+
+def test_private_is_not_pushed_into_a_public_repository(versions, hub, alice, repo, refused):
+    push(versions[0], token=alice)
+    with refused(HubConflictError, "public", "nothing was pushed"):
+        push(versions[1], token=alice, private=True)
+    assert len(repo().history()) == 2
+
+
+def test_a_commit_is_no_branch_to_push_to(versions, hub, alice, repo, refused):
+    sha = push(versions[0], token=alice).oid
+    with refused(ConfigError, sha, "branch"):
+        push(versions[1], token=alice, revision=sha)
+    assert set(repo().branches) == {"main"}
+
+
+def test_results_of_an_earlier_adapter_do_not_stay_with_another(versions, hub, alice, repo):
+    push(versions[0], token=alice, results=RESULTS)
+    assert "results.json" in repo().tree()
+    push(versions[1], token=alice)
+    assert "results.json" not in repo().tree()
+
+
+@pytest.mark.parametrize("name", [NAME, "cifar_resnet14"])
+def test_an_exported_network_loads_from_the_hub_with_timm_alone(name, hub, alice, tmp_path, train_step):
+    model = train_step(get_bn_only_model(timm.create_model(name, num_classes=3), BNOnlyConfig(seed=1)))
+    api = HfApi(token=alice)
+    api.create_repo("alice/plain")
+    api.upload_folder(repo_id="alice/plain", folder_path=export(model, tmp_path / "plain"))
+    plain = timm.create_model("hf-hub:alice/plain", pretrained=True).eval()
+    assert not any("bn_only" in key for key in plain.state_dict())
+    assert torch.equal(plain(images()), model(images()))
