@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -165,7 +166,7 @@ def read_config(folder: Path) -> BNOnlyConfig:
     try:
         text = path.read_text(encoding="utf-8")
         lists = text.count("[") + text.count("{")  # each takes time out of all proportion
-        content = json.loads(text) if lists <= MAX_LISTS else None
+        content: Any = json.loads(text) if lists <= MAX_LISTS else None
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterFileError(
             f"{path} is not a JSON file.", seen=str(error), do="download or save the adapter again"
