@@ -17,6 +17,7 @@ from .errors import AdapterFileError, AdapterTensorError, ConfigError, TooLargeE
 from .norms import COPIES, named_layers
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
+COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_BYTES = 8_000_000  # of a configuration, and of the names and shapes at the head of a safetensors file
 MAX_LISTS = 100_000  # in a configuration's text, brackets in label names included
 MAX_TENSORS = 20_000  # in an adapter; cifar_resnet866, the deepest, has 4,335
