@@ -170,6 +170,9 @@ class BNOnlyConfig(PeftConfig):
         _check_type("auto_mapping", self.auto_mapping, type(None))  # by which PEFT would import a base's class
         self._check_format()
         self._check_args()
+        if self.architecture is None and not self.fresh:
+            seen, do = "architecture=None, with a fingerprint", "save the adapter again with model.save_pretrained"
+            raise ConfigError("The adapter does not say which network it belongs to.", seen=seen, do=do)
 
     def _check_format(self) -> None:
         _check_type("format_version", self.format_version, int)
