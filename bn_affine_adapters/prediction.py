@@ -92,7 +92,7 @@ def _usable(data: dict[str, Any]) -> bool:
         and size[0] in (1, 3)  # what an image is opened as
         and 0.1 <= data.get("crop_pct", 1.0) <= 1.0
         and max(size) <= MAX_SIDE * data.get("crop_pct", 1.0)  # an image is enlarged to the side before it is cropped
-        and all(_numbers(data.get(key, [1.0] * size[0]), size[0]) for key in ("mean", "std"))
+        and all(_numbers(data.get(key, [1.0] * 3), size[0]) for key in ("mean", "std"))
         and all(data.get("std", [1.0]))
     )
 
