@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
-from .errors import FingerprintError, RebuildError, ReinitError, UnknownArchitectureError
+from .errors import BNAdapterError, FingerprintError, RebuildError, ReinitError, UnknownArchitectureError
 from .fingerprint import fingerprint, first_difference, float32, layout, sampled
 from .norms import STATISTICS, affine, is_norm, plain_modules, plain_tensors
 from .reinit import constants_only, plan, values
@@ -51,7 +51,9 @@ def create(architecture: str, model_args: dict[str, Any], device: str | torch.de
     try:
         with torch.device(device), constants_only():
             return timm.create_model(architecture, pretrained=False, **model_args)
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError) as error:
+    except BNAdapterError:
+        raise
+    except Exception as error:  # arguments from a file: constructors divide by them, index with them, look them up
         raise RebuildError(
             f"{architecture} cannot be built with these arguments.",
             seen=f"model_args={model_args}; {type(error).__name__}: {error}",

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .config import CUSTOM, BNOnlyConfig
 from .contents import parts, read_tensors
-from .errors import ConfigError, printable
-from .files import HUB_ID, read_config
-from .limits import build_within
+from .errors import ConfigError, TooLargeError, printable
+from .files import COMMIT, HUB_ID, read_config
+from .limits import MAX_PARAMETERS, build_within
 from .plots import gamma_histogram
 
 RESULTS_NAME = "results.json"
@@ -111,6 +111,7 @@ def render(
         repo_id=repo_id,
         config=config,
         given=config.seed is None or config.architecture == CUSTOM,
+        pinned=_pinned(config),
         trained=_trained(config),
         total=_total(config),
         snippet=_snippet(repo_id, config),
@@ -119,7 +120,7 @@ def render(
         figure=figure,
         scores=found,
         command=code(results[0].get("command") or "") if results else "",
-        pixels=" x ".join(str(n) for n in (config.data_config or {}).get("input_size", ())[1:]),
+        data={key: _numbers(config, key) for key in ("input_size", "mean", "std")},
     )
     return _TOKEN.sub("hf_***", text)
 
@@ -147,16 +148,28 @@ def _trained(config: BNOnlyConfig) -> str:
 def _total(config: BNOnlyConfig) -> int | None:
     if config.architecture is None or config.architecture == CUSTOM:
         return None
-    network = build_within(config, None)
-    return sum(parameter.numel() for parameter in network.parameters())
+    try:
+        return sum(parameter.numel() for parameter in build_within(config, MAX_PARAMETERS).parameters())
+    except TooLargeError:
+        return None
+
+
+def _numbers(config: BNOnlyConfig, key: str) -> list[float]:
+    values = (config.data_config or {}).get(key)
+    return values if isinstance(values, list) and all(isinstance(value, int | float) for value in values) else []
+
+
+def _pinned(config: BNOnlyConfig) -> str | None:
+    base = config.base_model_name_or_path or ""
+    return base if config.seed is None and HUB_ID.fullmatch(base) and COMMIT.fullmatch(config.revision or "") else None
 
 
 def _snippet(repo_id: str, config: BNOnlyConfig) -> str:
     lines = ["from bn_affine_adapters import load_bn_only_model, predict", ""]
-    given, pinned = "", config.base_model_name_or_path and config.revision
+    given = ""
     if config.architecture == CUSTOM:
         lines, given = ["# network: the one that it was trained on, from your own code", *lines], ", model=network"
-    elif config.seed is None and not pinned:
+    elif config.seed is None and not _pinned(config):
         args = "".join(f", {key}={value!r}" for key, value in config.model_args.items())
         lines = ["import timm", *lines, f'base = timm.create_model("{config.architecture}", pretrained=True{args})']
         given = ", model=base"
@@ -173,7 +186,7 @@ def _metadata(
     tags: Sequence[str] | None,
     datasets: Sequence[str] | None,
 ) -> str:
-    base = config.base_model_name_or_path if config.seed is None and config.revision else None
+    base = _pinned(config)
     data = ModelCardData(
         library_name="bn_affine_adapters",
         pipeline_tag="image-classification",
@@ -232,7 +245,7 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
             given = list(results)
         runs = [(_run(line), dict(line)) for line in [*lines, *given]]
         scores([line for _, line in runs])
-    except (ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise ConfigError(
             "The results cannot be read.",
             seen=f"{type(error).__name__}: {error}",
@@ -272,7 +285,7 @@ def _score(dataset: str, split: str, group: Sequence[Mapping[str, Any]]) -> Scor
 
 def _draw(folder: Path, config: BNOnlyConfig, tensors: Mapping[str, Tensor]) -> str | None:
     """Draw the histogram of gamma into a folder; return its name, or None where there is nothing to draw it with."""
-    gammas = {name: tensors[name].float().numpy() for name in parts(config, tensors)["gamma"]}
+    gammas = {name: tensors[name].float().numpy() for name in parts(config, tensors)["gamma"] if tensors[name].numel()}
     try:
         from matplotlib.figure import Figure
     except ImportError:

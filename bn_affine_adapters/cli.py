@@ -21,7 +21,7 @@ from .errors import BNAdapterError, FingerprintError, printable
 from .exporting import export
 from .files import check_files, read_config
 from .hub import fetch, push_folder
-from .limits import MAX_PARAMETERS
+from .limits import MAX_PARAMETERS, bounded
 from .model import load_bn_only_model
 from .peft_model import BNOnlyPeftModel
 from .prediction import predict
@@ -74,7 +74,8 @@ def _load(adapter: str, base: Path | None, verify: str = "full", **where: Any) -
     network = None
     if base is not None:
         _, config, _ = _read(adapter, **where)
-        network = create_pretrained(str(config.architecture), config.model_args, base)
+        with bounded(config, where["max_parameters"]):
+            network = create_pretrained(str(config.architecture), config.model_args, base)
     return load_bn_only_model(adapter, network, verify=verify, **where)  # type: ignore[arg-type]  # click's Choice
 
 

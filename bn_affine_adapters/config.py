@@ -55,7 +55,14 @@ RUN_TIME = ("verify",)  # choices of this run, never written to adapter_config.j
 FORBIDDEN_ARGS = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
     "scriptable", "exportable", "no_jit", "device", "dtype", "pretrained_strict", "pretrained_filter_fn",
+    "pretrained_model_args", "kwargs_filter", "model_cfg", "feature_cfg", "feature_cls", "pruned",
 }  # fmt: skip
+
+# Bounds on what a file's keys hold, so that no check of ours takes long; a real one is 3 deep and has 30 values a key.
+MAX_DEPTH = 8
+MAX_VALUES = 1_000
+MAX_CLASSES = 2**40  # so that no shape overflows; what is too large for the memory is refused elsewhere
+NAME_LISTS = ("extra_trainable_modules", "norm_layers", "head_layers", "label_names")
 
 
 @dataclass
@@ -152,16 +159,20 @@ class BNOnlyConfig(PeftConfig):
         check_choice("init_scheme", self.init_scheme, (SCHEME,))
         for key in ("train_gamma", "train_beta", "train_head"):
             _check_type(key, getattr(self, key), bool)
-        for key in ("extra_trainable_modules", "norm_layers", "head_layers", "label_names"):
+        for key in NAME_LISTS:
             self._check_names(key)
         for key in ("model_args", "versions", "data_config"):
             self._check_plain_dict(key, optional=key == "data_config")
         for key in (f.name for f in fields(self) if f.name.endswith(("fingerprint", "sampled", "digests", "hash"))):
             _check_type(key, getattr(self, key), str | None)
-        for key in ("architecture", "base_model_name_or_path", "revision"):
+        for key in ("architecture", "base_model_name_or_path", "revision", "peft_version"):
             _check_type(key, getattr(self, key), str | None)
+        _check_type("auto_mapping", self.auto_mapping, type(None))  # by which PEFT would import a base's class
         self._check_format()
         self._check_args()
+        if self.architecture is None and not self.fresh:
+            seen, do = "architecture=None, with a fingerprint", "save the adapter again with model.save_pretrained"
+            raise ConfigError("The adapter does not say which network it belongs to.", seen=seen, do=do)
 
     def _check_format(self) -> None:
         _check_type("format_version", self.format_version, int)
@@ -202,13 +213,16 @@ class BNOnlyConfig(PeftConfig):
             setattr(self, key, json.loads(json.dumps(value)))
 
     def _check_args(self) -> None:
-        refused = FORBIDDEN_ARGS & set(self.model_args)
+        refused = {key for key in self.model_args if key in FORBIDDEN_ARGS or not key.isidentifier()}
         if refused:
             raise ConfigError(
                 f"model_args holds what cannot travel with an adapter: {', '.join(sorted(map(str, refused)))}.",
                 seen=repr({key: self.model_args[key] for key in refused})[:200],
                 do="give the architecture's own creation arguments",
             )
+        classes = self.model_args.get("num_classes")
+        if classes is not None and (type(classes) is not int or not 0 <= classes <= MAX_CLASSES):
+            raise ConfigError("num_classes is no number of classes.", seen=repr(classes)[:200], do="give an integer")
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -231,8 +245,10 @@ class BNOnlyConfig(PeftConfig):
         return {key: value for key, value in super().to_dict().items() if key not in RUN_TIME}
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+    def check_kwargs(cls, /, **kwargs: Any) -> dict[str, Any]:
         """Check the keys of a configuration file; what only a newer PEFT writes is let through and dropped."""
+        for key, value in kwargs.items():
+            _check_size(key, value)
         known = {f.name for f in fields(cls)} - set(RUN_TIME)
         # First, so that a file of a newer format says so instead of stumbling over its new keys.
         version = kwargs.get("format_version", FORMAT_VERSION)
@@ -252,6 +268,18 @@ def check_keys(given: dict[str, Any], known: set[str], where: str) -> None:
                 seen=f"{str(key)[:80]!r}" + (f"; the nearest key is {near[0]!r}" if near else ""),
                 do=f"use {near[0]!r}" if near else f"choose from {', '.join(sorted(known))}",
             )
+
+
+def _check_size(key: str, value: Any) -> None:
+    level, count = [value], 0
+    for _ in range(MAX_DEPTH):
+        inside = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [item for items in inside for item in items]
+        count += len(level)
+    if level or (count > MAX_VALUES and key not in NAME_LISTS):
+        seen = f"{count:,} values" + (f", nested {MAX_DEPTH} deep or deeper" if level else "")
+        do = f"do not load it; {MAX_VALUES:,} values are allowed"
+        raise ConfigError(f"{key[:80]} of adapter_config.json holds too much.", seen=seen, do=do)
 
 
 def _check_type(key: str, value: Any, kind: Any) -> None:

@@ -9,6 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from .config import BNOnlyConfig
+from .errors import AdapterTensorError
 from .files import bare
 from .norms import COPIES
 
@@ -17,8 +18,16 @@ _KINDS = {"gamma": ("weight", "alpha"), "beta": ("bias", "beta")}  # as norm lay
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors by name in the network; their number and size were bounded by `check_files`."""
-    return {bare(name): tensor for name, tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items()}
+    """Return an adapter's tensors by name in the network; their number and size were bounded by `check_files`.
+
+    Raises:
+        AdapterTensorError: a value is not finite.
+    """
+    tensors = {bare(name): tensor for name, tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items()}
+    if strange := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        what, do = "The adapter has values that are not finite.", "download it again, or train it again"
+        raise AdapterTensorError(what, seen=f"{len(strange)} tensors, the first is {strange[0][:200]}", do=do)
+    return tensors
 
 
 def parts(config: BNOnlyConfig, names: Iterable[str]) -> dict[str, list[str]]:
@@ -60,7 +69,7 @@ def describe(folder: Path, config: BNOnlyConfig, tensors: Mapping[str, torch.Ten
 
 def _summary(gammas: list[torch.Tensor]) -> dict[str, float]:
     """Return the extremes and mean of gamma, and the shares in % near zero and below."""
-    if not gammas:
+    if not sum(gamma.numel() for gamma in gammas):
         return {}
     values = torch.cat([gamma.flatten().double() for gamma in gammas])
     shares = {f"|gamma| < {NEAR_ZERO}, %": values.abs() < NEAR_ZERO, "negative, %": values < 0}

@@ -27,6 +27,7 @@ BNAdapterError
 └── NoSpaceError              (OSError)            the disk is full
 """
 
+import re
 from errno import ENOSPC
 from typing import Any
 
@@ -46,7 +47,11 @@ class BNAdapterError(Exception):
 
 
 def printable(text: str, limit: int = 2000) -> str:
-    """Return a text, which may come from a stranger's file, without what a terminal would obey, and not too long."""
+    """Return a text, which may come from a stranger's file, without what a terminal would obey, and not too long.
+
+    A line of it that would look like a part of ours is indented.
+    """
+    text = re.sub(r"\n\s*(?=(?:seen|do):)", "\n         ", text)
     shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text[: limit + 1])
     return shown if len(text) <= limit else f"{shown[:limit]} ..."
 

@@ -1,9 +1,11 @@
 """The files of an adapter folder: read within bounds, never unpickled, refused where they do not fit."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -15,7 +17,10 @@ from .errors import AdapterFileError, AdapterTensorError, ConfigError, TooLargeE
 from .norms import COPIES, named_layers
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
+COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_BYTES = 8_000_000  # of a configuration, and of the names and shapes at the head of a safetensors file
+MAX_LISTS = 100_000  # in a configuration's text, brackets in label names included
+MAX_TENSORS = 20_000  # in an adapter; cifar_resnet866, the deepest, has 4,335
 _PREFIX = "base_model.model."
 _DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64,
@@ -46,11 +51,12 @@ def _check_size(file: Path) -> None:
         with open(file, "rb") as opened:  # begins with the length of its header, 8 bytes, little-endian
             size = min(size, int.from_bytes(opened.read(8), "little"))
     if size > MAX_BYTES:
-        raise TooLargeError(
-            f"{file} is larger than any adapter needs.",
-            seen=f"{size:,} bytes of names and settings; {MAX_BYTES:,} are allowed",
-            do="do not load it; a few kB were meant to be there",
-        )
+        raise _too_large(file, f"{size:,} bytes of names and settings; {MAX_BYTES:,} are allowed")
+
+
+def _too_large(file: Path, seen: str) -> TooLargeError:
+    do = "do not load it; a few kB were meant to be there"
+    return TooLargeError(f"{file} is larger than any adapter needs.", seen=seen, do=do)
 
 
 def read_header(folder: Path) -> dict[str, torch.Tensor]:
@@ -58,13 +64,17 @@ def read_header(folder: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         AdapterFileError: it is not a whole safetensors file.
-        AdapterTensorError: a tensor has a type that no adapter has.
+        TooLargeError: it has more tensors than any adapter.
+        AdapterTensorError: a tensor has a type or shape that no adapter has, or two have one name.
     """
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     found = {}
     try:
         with safe_open(weights, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  # not a dict
+            names = list(file.keys())
+            if len(names) > MAX_TENSORS:
+                raise _too_large(weights, f"{len(names):,} tensors; {MAX_TENSORS:,} are allowed")
+            for name in names:
                 part = file.get_slice(name)
                 found[bare(name)] = part.get_shape(), part.get_dtype()
     except (SafetensorError, OSError) as error:
@@ -74,11 +84,20 @@ def read_header(folder: Path) -> dict[str, torch.Tensor]:
             do="download or save the adapter again",
         ) from error
     strange = [f"{name[:200]} is {dtype}" for name, (_, dtype) in found.items() if dtype not in _DTYPES]
+    # A product beyond 64 bits can be there where another size is zero.
+    huge = {name: shape for name, (shape, _) in found.items() if math.prod(size or 1 for size in shape) > 2**40}
+    strange += [f"{name[:200]} has shape {shape[:9]}" for name, shape in huge.items()]
     if strange:
         raise AdapterTensorError(
-            "The adapter holds tensors of a type that no adapter has.",
+            "The adapter holds tensors of a type or shape that no adapter has.",
             seen="; ".join(strange[:3]),
             do=f"save them as one of {', '.join(_DTYPES)}",
+        )
+    if len(found) < len(names):
+        raise AdapterTensorError(
+            f"The adapter holds tensors of one name, with {_PREFIX!r} and without.",
+            seen=f"{len(names)} tensors, {len(found)} names",
+            do="download or save the adapter again",
         )
     return {name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta") for name, (shape, dtype) in found.items()}
 
@@ -122,8 +141,12 @@ def check_tensors(given: Mapping[str, torch.Tensor], expected: Mapping[str, torc
             problems.append(f"{name} has shape {tuple(theirs.shape)}, the network needs {tuple(ours.shape)}")
         elif ours.is_floating_point() != theirs.is_floating_point():
             problems.append(f"{name} has dtype {theirs.dtype}, the network needs {ours.dtype}")
-        elif theirs.is_floating_point() and not theirs.is_meta and not bool(theirs.isfinite().all()):
-            problems.append(f"{name} has values that are not finite")
+        elif not theirs.is_meta and not bool(theirs.to(ours.dtype).isfinite().all()):
+            problems.append(f"{name} has values that are not finite in {ours.dtype}")
+        elif (
+            not theirs.is_meta and name.endswith((".running_var", ".num_batches_tracked")) and bool((theirs < 0).any())
+        ):
+            problems.append(f"{name} has negative values")
     if problems:
         raise AdapterTensorError(
             "The adapter's tensors do not fit the network.",
@@ -137,15 +160,20 @@ def read_config(folder: Path) -> BNOnlyConfig:
 
     Raises:
         AdapterFileError: it is not JSON, or belongs to another PEFT method.
+        TooLargeError: it holds more lists than any configuration.
         UnknownKeyError, FormatVersionError, ConfigError: a key or value is not usable, or it names no network.
     """
     path = folder / CONFIG_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        lists = text.count("[") + text.count("{")  # each takes time out of all proportion
+        content: Any = json.loads(text) if lists <= MAX_LISTS else None
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterFileError(
             f"{path} is not a JSON file.", seen=str(error), do="download or save the adapter again"
         ) from error
+    if lists > MAX_LISTS:
+        raise _too_large(path, f"{lists:,} lists; {MAX_LISTS:,} are allowed")
     method = content.get("peft_type") if isinstance(content, dict) else None
     if method != BN_ONLY:
         raise AdapterFileError(

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import shlex
 import shutil
 import tempfile
@@ -32,12 +31,11 @@ from .errors import (
     NoSpaceError,
     TooLargeError,
 )
-from .files import HUB_ID, MAX_BYTES, check_files, read_config
+from .files import COMMIT, HUB_ID, MAX_BYTES, check_files, read_config
 from .limits import LIFT, MAX_PARAMETERS
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}
 BASE_FILE = "model.safetensors"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADVICE: dict[int | None, tuple[type[HubError], str]] = {
     401: (HubAccessError, "check the name; a private or gated repository needs a token: hf auth login, or token="),
     403: (HubAccessError, "use a token with that right, or ask the owner of the repository for access"),
@@ -108,7 +106,7 @@ def fetch_base(config: BNOnlyConfig, **common: Any) -> Path:
         HubError: the Hub has it not, hides it, or cannot be reached.
     """
     base, commit = config.base_model_name_or_path or "", config.revision or ""
-    if not HUB_ID.fullmatch(base) or not _COMMIT.fullmatch(commit):
+    if not HUB_ID.fullmatch(base) or not COMMIT.fullmatch(commit):
         raise BaseRequiredError(
             "The adapter was trained on given weights and does not say where on the Hub they are.",
             seen=f"base_model_name_or_path={base[:200]!r}, revision={commit[:200]!r}",
@@ -176,7 +174,7 @@ def push_folder(
     folder = Path(folder)
     check_files(folder)
     config = read_config(folder)
-    if revision and _COMMIT.fullmatch(revision):
+    if revision and COMMIT.fullmatch(revision):
         raise ConfigError("A push goes to a branch, not to a commit.", seen=f"revision={revision}", do="name a branch")
     api = HfApi(token=token, **LIBRARY)
     options = {"revision": revision, "tag": tag, "private": private, "create-pr": create_pr}

@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from .config import BNOnlyConfig
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, printable
 from .peft_model import BNOnlyPeftModel
 
 MAX_SIDE = 4096  # pixels that a data configuration may ask for
@@ -51,11 +51,17 @@ def predict(model: BNOnlyPeftModel, image: str | os.PathLike[str] | Image.Image,
     training = model.training
     try:
         logits = model.eval()(pixels[None].to(first.device, first.dtype))[0].float()
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            "The network does not take images as the adapter's data configuration gives them.",
+            seen=f"input_size={size}; {type(error).__name__}: {error}",
+            do="BNOnlyConfig(data_config={'input_size': [...], ...}) as the network needs it",
+        ) from error
     finally:
         model.train(training)
     best = logits.softmax(0).topk(min(top_k, len(logits)))
     names = config.label_names or []
-    labels = [names[i] if i < len(names) else str(i) for i in best.indices.tolist()]
+    labels = [printable(names[i]) if i < len(names) else str(i) for i in best.indices.tolist()]
     return [Prediction(label, round(value, 6)) for label, value in zip(labels, best.values.tolist(), strict=True)]
 
 
@@ -83,10 +89,16 @@ def _usable(data: dict[str, Any]) -> bool:
         isinstance(size, list)
         and len(size) == 3
         and all(isinstance(n, int) and 0 < n <= MAX_SIDE for n in size)
+        and size[0] in (1, 3)  # what an image is opened as
         and 0.1 <= data.get("crop_pct", 1.0) <= 1.0
-        and all(len(data.get(key, [1.0] * size[0])) == size[0] for key in ("mean", "std"))
+        and max(size) <= MAX_SIDE * data.get("crop_pct", 1.0)  # an image is enlarged to the side before it is cropped
+        and all(_numbers(data.get(key, [1.0] * 3), size[0]) for key in ("mean", "std"))
         and all(data.get("std", [1.0]))
     )
+
+
+def _numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(isinstance(n, int | float) for n in value)
 
 
 def _open(image: str | os.PathLike[str] | Image.Image, mode: str) -> Image.Image:

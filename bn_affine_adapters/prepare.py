@@ -79,8 +79,13 @@ def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
         MissingModuleError: there is no head to train, or no module of a name.
         ConfigError: a name is no norm layer's, or nothing is adapted.
     """
+    heads = head_layers(model)
     if config.head_layers is None:
-        config.head_layers = list(head_layers(model))
+        config.head_layers = list(heads)
+    elif heads and (strange := [name for name in config.head_layers if name not in heads]):
+        raise ConfigError(
+            "head_layers names a module that is no head.", seen=repr(strange[0])[:200], do="leave head_layers out"
+        )
     if config.train_head and not config.head_layers:
         raise MissingModuleError(
             f"{type(model).__name__} has no head that could train.",

@@ -272,7 +272,7 @@ def test_a_creation_argument_that_loads_or_changes_the_kind_is_refused(key):
 
 def test_the_forbidden_arguments_hold_those_that_load_files():
     assert {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"} <= FORBIDDEN_ARGS
-    assert len(FORBIDDEN_ARGS) == 13
+    assert len(FORBIDDEN_ARGS) == 19
 
 
 @pytest.mark.parametrize("extra", [{}, {"a_key_of_tomorrow": 1}, {"weight_init": "tomorrows"}], ids=str)
