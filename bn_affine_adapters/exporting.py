@@ -43,7 +43,7 @@ def export(
         model: what `get_bn_only_model` or `load_bn_only_model` returned.
         folder: does not exist yet, or is empty.
         format: "timm" writes config.json and model.safetensors, the network with the adapter merged, for
-            ``timm.create_model("hf-hub:...", pretrained=True)``, or "local-dir:FOLDER" from timm 1.0.26 on; it comes
+            ``timm.create_model("hf-hub:...", pretrained=True)``, or "local-dir:FOLDER"; it comes
             back in float32. "ln_tuning" writes adapter_config.json and adapter_model.safetensors for
             ``peft.PeftModel.from_pretrained(base, FOLDER)``; the base is ``load_bn_only_model(adapter).unload()``.
         adapter_name: by default the active adapter.
@@ -143,7 +143,7 @@ def _write_timm(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> None:
     timm.models.save_for_hf(plain, folder, {"label_names": config.label_names}, safe_serialization=True)
     content = json.loads((file := folder / "config.json").read_text()) | {"model_args": args, "pretrained_cfg": cfg}
     file.write_text(json.dumps(content, indent=2))  # ASCII, as timm's own
-    cfg["file"] = str(folder / "model.safetensors")  # not by local-dir:, which timm before 1.0.26 unpickles
+    cfg["file"] = str(folder / "model.safetensors")  # not by local-dir:, which some timm parse as a URL
     expected = _answers(plain, size)
     with _noticing(RebuildError, "timm does not load the export as the same network."):
         with constants_only():

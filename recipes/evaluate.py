@@ -2,8 +2,8 @@
 
     accelerate launch recipes/evaluate.py adapter=runs/digits/adapter [dataset=digits] [key=value ...]
 
-Image size, mean and std are the adapter's own. An adapter on pretrained weights needs pretrained_file=FILE or
-pretrained=true. `--help` lists every key. Prints one JSON line.
+The adapter is a folder or a Hub id; image size, mean and std are its own. One on pretrained weights that does not
+name them on the Hub needs pretrained_file=FILE or pretrained=true. `--help` lists every key. Prints one JSON line.
 """
 
 import json
@@ -28,6 +28,7 @@ from bn_affine_adapters.data import check_classes
 from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.feed import DataOptions, Feed, accuracy
 from bn_affine_adapters.files import check_files, read_config
+from bn_affine_adapters.hub import fetch
 
 
 @dataclass
@@ -48,7 +49,7 @@ def read_options(arguments: list[str]) -> Options:
     try:
         given = OmegaConf.from_cli(arguments)
         check_keys(dict(given), {f.name for f in fields(Options)}, "evaluate.py")
-        folder = Path(given.get("adapter", Options.adapter))
+        folder = fetch(given.get("adapter", Options.adapter))
         check_files(folder)
         data = read_config(folder).data_config or {}
         own: dict[str, Any] = {key: list(data[key]) for key in ("mean", "std") if key in data}
@@ -72,7 +73,7 @@ def base_of(options: Options, config: BNOnlyConfig) -> nn.Module | None:
 def run(options: Options) -> dict[str, Any]:
     """Rebuild, verify, evaluate; return the result line."""
     accelerator = Accelerator(mixed_precision=options.precision)
-    config = read_config(Path(options.adapter))
+    config = read_config(fetch(options.adapter))
     feed = Feed(options, accelerator)
     check_classes(feed.test, config.model_args.get("num_classes", len(feed.label_names)))
     model = load_bn_only_model(options.adapter, base_of(options, config), device=accelerator.device)

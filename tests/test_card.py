@@ -11,6 +11,7 @@ import pytest
 import timm
 import yaml
 from conftest import script
+from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
@@ -19,6 +20,7 @@ from bn_affine_adapters.card import CARD_NAME, FIGURE_NAME, RESULTS_NAME, md, re
 from bn_affine_adapters.contents import read_tensors
 from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.files import read_config
+from bn_affine_adapters.hub import push_folder
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = ("epochs=2", "image_size=8", "threads=1")
@@ -179,13 +181,14 @@ def test_what_looks_like_a_token_never_reaches_a_card(folder):
     assert "hf_***" in text
 
 
-def test_the_snippet_runs_as_printed(folder, tmp_path, monkeypatch, capsys):
-    write_card(folder, "me/digits-bn-only")
-    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / CARD_NAME).read_text(), re.DOTALL)
-    assert 'load_bn_only_model("me/digits-bn-only")' in snippet
-    (tmp_path / "me").mkdir()
-    shutil.copytree(folder, tmp_path / "me" / "digits-bn-only")
-    Image.new("RGB", (30, 20), "gray").save(tmp_path / "image.png")
-    monkeypatch.chdir(tmp_path)
+def test_the_snippet_runs_as_printed(folder, hub, tmp_path, monkeypatch, capsys):
+    hub.users["me"], hub.tokens["hf_me"] = {"orgs": []}, ("me", "write")
+    push_folder(folder, "me/digits-bn-only", token="hf_me")
+    card = Path(hf_hub_download("me/digits-bn-only", CARD_NAME)).read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Image.new("RGB", (30, 20), "gray").save("image.png")
     exec(compile(snippet, "<card>", "exec"), {})
     assert capsys.readouterr().out.count("Prediction(label=") == 5
+    assert any("digits-bn-only/resolve" in request.path for request in hub.requests)

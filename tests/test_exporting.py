@@ -139,8 +139,7 @@ def with_package(trained, tmp_path_factory):
     return loaded_elsewhere(OURS, trained, tmp_path_factory.mktemp("ours"), ours=True)
 
 
-# Before 1.0.26 timm takes every file of a local-dir: for a pickle; from the Hub it reads safetensors.
-SOURCES = ["hf-hub"] + (["local-dir"] if tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 26) else [])
+SOURCES = ["hf-hub", "local-dir"]
 
 
 @pytest.mark.parametrize("source", SOURCES)
