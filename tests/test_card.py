@@ -23,6 +23,7 @@ from bn_affine_adapters.files import read_config
 from bn_affine_adapters.hub import push_folder
 
 GOLDEN = Path(__file__).parent / "golden"
+CARDS = Path(__file__).parents[1] / "hub_cards"
 TINY = ("epochs=2", "image_size=8", "threads=1")
 
 
@@ -192,3 +193,20 @@ def test_the_snippet_runs_as_printed(folder, hub, tmp_path, monkeypatch, capsys)
     exec(compile(snippet, "<card>", "exec"), {})
     assert capsys.readouterr().out.count("Prediction(label=") == 5
     assert any("digits-bn-only/resolve" in request.path for request in hub.requests)
+
+
+def test_the_index_of_cards_names_every_card_with_its_own_accuracy():
+    cards = {path.parent.name: path.read_text() for path in CARDS.glob("*/README.md")}
+    rows = re.findall(
+        r"^\| \[(.+?)\]\((.+?)\) .*\| ([\d.]+) % \| (\d+) \|$", (CARDS / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 3
+    assert {name for name, *_ in rows} == set(cards)
+    for name, link, top1, n in rows:
+        assert link == f"{name}/README.md"
+        assert f'load_bn_only_model("bn-affine-adapters/{name}"' in cards[name]
+        (score,) = scores(json.loads((CARDS / name / RESULTS_NAME).read_text()))
+        assert (score.top1, score.n) == (float(top1), int(n))
+        metric = metadata(cards[name])["model-index"][0]["results"][0]["metrics"][0]
+        assert (metric["value"], metric["args"]["n"]) == (score.top1, score.n)
+        assert (CARDS / name / FIGURE_NAME).is_file()

@@ -640,7 +640,7 @@ def test_a_card_says_nothing_that_a_file_makes_it_say(text, folder, tmp_path):
 def test_the_code_in_a_card_is_ours(key, folder, tmp_path):
     with pytest.raises(ConfigError):
         write_card(edit_args(folder, **{key: None}), "me/x", output=tmp_path / "card")
-    edit(folder, seed=None, model_args={**ARGS, "act_layer": '"); evil(); ("'}, architecture=NAME)
+    edit(folder, seed=None, model_args={**ARGS, "zero_init_last": '"); evil(); ("'}, architecture=NAME)
     write_card(folder, "me/x", output=tmp_path / "card")
     code = re.search(r"```python\n(.*?)```", (tmp_path / "card" / "README.md").read_text(), re.DOTALL)[1]
     calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)}
