@@ -94,11 +94,12 @@ def fetch(
     return folder
 
 
-def fetch_base(config: BNOnlyConfig, **common: Any) -> Path:
+def fetch_base(config: BNOnlyConfig, max_parameters: int | None = None, **common: Any) -> Path:
     """Return the file of the pretrained weights that an adapter's configuration pins, from the configured endpoint.
 
     Args:
         config: of an adapter without a seed.
+        max_parameters: refuse a file that is larger than such a network's.
         common: token, cache_dir, local_files_only.
 
     Raises:
@@ -112,8 +113,9 @@ def fetch_base(config: BNOnlyConfig, **common: Any) -> Path:
             seen=f"base_model_name_or_path={base[:200]!r}, revision={commit[:200]!r}",
             do="load_bn_only_model(adapter, model=base)",
         )
+    most = None if max_parameters is None else MAX_BYTES + 8 * max_parameters
     with explained(f"The base {base} of the adapter cannot be fetched", common.get("token")):
-        return _download(base, BASE_FILE, commit, MAX_BYTES + 8 * MAX_PARAMETERS, common)
+        return _download(base, BASE_FILE, commit, most, common)
 
 
 def cached_commit(repo: str) -> str | None:

