@@ -147,7 +147,8 @@ def change_config(content, op, key, *how):
     elif op == "drop" and isinstance(value, list) and value:
         value.pop(how[0] % len(value))
     elif op in ("argument", "small number"):
-        content["model_args"] = {**(content.get("model_args") or {}), key: how[0]} if how else None
+        args = content.get("model_args")
+        content["model_args"] = {**(args if isinstance(args, dict) else {}), key: how[0]} if how else None
     elif op == "architecture":
         content["architecture"] = key
 
