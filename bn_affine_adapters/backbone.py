@@ -245,7 +245,9 @@ def verify_layout(model: nn.Module, config: BNOnlyConfig) -> None:
         FingerprintError: they differ; the message names a layer that is absent.
     """
     if config.verify != "off" and _layout(model, config, frozen_tensors(model, config)[0]) != config.layout_hash:
-        raise _mismatch(config, "its layers have other names or shapes", _absent(model, config))
+        error = _mismatch(config, "its layers have other names or shapes", _absent(model, config))
+        do = f"pass timm.create_model({config.architecture!r}, **{config.model_args}), or {error.do}"
+        raise FingerprintError(error.what, seen=error.seen, do=error.do if config.architecture == CUSTOM else do)
 
 
 def verify(model: nn.Module, config: BNOnlyConfig) -> None:

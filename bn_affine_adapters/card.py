@@ -1,15 +1,13 @@
 """The model card: an adapter's folder in, README.md, its figure and its results out. No network, no model."""
 
 import json
-import math
 import os
 import re
-import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
@@ -17,27 +15,15 @@ from torch import Tensor
 
 from .config import CUSTOM, BNOnlyConfig
 from .contents import parts, read_tensors
-from .errors import ConfigError, TooLargeError, printable
+from .errors import TooLargeError, printable
 from .files import COMMIT, HUB_ID, read_config
 from .limits import MAX_PARAMETERS, build_within
 from .plots import gamma_histogram
+from .results import RESULTS_NAME, Score, merged, scores
 
-RESULTS_NAME = "results.json"
 CARD_NAME, FIGURE_NAME = "README.md", "gamma.png"
 TAGS = ("timm", "peft", "bn-only", "image-classification")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
-
-
-class Score(NamedTuple):
-    """Accuracy on one split, in %: of this adapter, and of the n replicates of its recipe."""
-
-    dataset: str
-    split: str
-    top1: float
-    top5: float | None
-    n: int
-    mean: float
-    deviation: float
 
 
 def write_card(
@@ -56,12 +42,12 @@ def write_card(
     Args:
         folder: an adapter's, with results.json if `recipes/train.py` wrote one.
         repo_id: the repository's name, for the snippet.
-        results: what was measured: dictionaries with "dataset", "top1" (%), and if known "split", "top5" (%), "seed",
-            or lines of `recipes/train.py`; or a .jsonl file of those, of which replicates of this recipe are taken.
+        results: what was measured: a dictionary with "dataset", "top1" (%), and if known "split" and "top5" (%), a line
+            of `recipes/train.py`, or a list of those; or a .jsonl file, of which replicates of this recipe are taken.
             The first of a data set is this adapter's own.
         license: an identifier of the Hub; left out when not given.
         tags: besides those that every adapter has.
-        datasets: Hub ids of the training data; by default those of the results that are Hub ids.
+        datasets: Hub ids of the training data; by default what the results' recipes name, where that is one.
         output: where to write; by default the adapter's folder.
         write_readme: False writes the results alone.
 
@@ -72,7 +58,8 @@ def write_card(
     output = output or folder
     output.mkdir(parents=True, exist_ok=True)
     if lines:
-        (output / RESULTS_NAME).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(lines, indent=1, default=float)  # numbers of NumPy and torch too
+        (output / RESULTS_NAME).write_text(_TOKEN.sub("hf_***", text) + "\n", encoding="utf-8")
     if not write_readme:
         return
     found = scores(lines)
@@ -107,7 +94,7 @@ def render(
     environment.filters |= {"md": md, "code": code}
     template = package_files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
     text = environment.from_string(template).render(
-        metadata=_metadata(repo_id, config, found, license, tags, datasets),
+        metadata=_metadata(repo_id, config, found, license, tags, datasets or _trained_on(results)),
         repo_id=repo_id,
         config=config,
         given=config.seed is None or config.architecture == CUSTOM,
@@ -165,14 +152,13 @@ def _pinned(config: BNOnlyConfig) -> str | None:
 
 
 def _snippet(repo_id: str, config: BNOnlyConfig) -> str:
-    lines = ["from bn_affine_adapters import load_bn_only_model, predict", ""]
-    given = ""
+    lines, given = ["from bn_affine_adapters import load_bn_only_model, predict", ""], ""
     if config.architecture == CUSTOM:
-        lines, given = ["# network: the one that it was trained on, from your own code", *lines], ", model=network"
+        lines, given = ["# network: from the code of whoever trained this", *lines], ", model=network"
     elif config.seed is None and not _pinned(config):
         args = "".join(f", {key}={value!r}" for key, value in config.model_args.items())
-        lines = ["import timm", *lines, f'base = timm.create_model("{config.architecture}", pretrained=True{args})']
-        given = ", model=base"
+        base = f'base = timm.create_model("{config.architecture}", pretrained=True{args})'
+        lines, given = ["import timm", *lines, f"{base}  # with the weights that it was trained on"], ", model=base"
     return "\n".join(
         [*lines, f'model = load_bn_only_model("{repo_id}"{given})', 'print(predict(model, "image.png", top_k=5))']
     )
@@ -191,9 +177,8 @@ def _metadata(
         library_name="bn_affine_adapters",
         pipeline_tag="image-classification",
         license=license,
-        tags=list(dict.fromkeys([*TAGS, *(tags or ())])),
-        datasets=list(datasets or sorted({score.dataset for score in found if HUB_ID.fullmatch(score.dataset)}))
-        or None,
+        tags=list(dict.fromkeys([*TAGS, *_listed(tags)])),
+        datasets=_listed(datasets) or None,
         metrics=["accuracy"] if found else None,
         base_model=base,
         base_model_relation="adapter" if base else None,
@@ -201,6 +186,15 @@ def _metadata(
         eval_results=[_evaluation(score) for score in found] or None,
     )
     return data.to_yaml()
+
+
+def _listed(names: Sequence[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def _trained_on(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    named = {str(line["recipe"].get("dataset")) for line in results if line.get("recipe")}
+    return sorted(name for name in named if HUB_ID.fullmatch(name))
 
 
 def _evaluation(score: Score) -> EvalResult:
@@ -219,68 +213,16 @@ def _evaluation(score: Score) -> EvalResult:
 
 def _write_eval_results(folder: Path, found: list[Score]) -> None:
     """Write the Hub's newer form of evaluation results, which knows only data sets of the Hub."""
+    entries: dict[str, list[EvalResultEntry]] = {}
     for score in found:
-        if not HUB_ID.fullmatch(score.dataset):
-            continue
-        file = folder / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', score.dataset.partition('/')[2])}.yaml"
+        if HUB_ID.fullmatch(score.dataset):
+            notes = f"top-1 accuracy in %, {_line(score.split)} split"
+            entry = EvalResultEntry(score.dataset, "default", score.top1, notes=notes)
+            entries.setdefault(score.dataset.replace("/", "--"), []).append(entry)
+    for name, group in entries.items():
+        file = folder / ".eval_results" / f"{name}.yaml"
         file.parent.mkdir(exist_ok=True)
-        entry = EvalResultEntry(score.dataset, "default", score.top1, notes=f"top-1 accuracy in %, {score.split} split")
-        file.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
-
-
-def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return an adapter's own results, then those given, each once.
-
-    Raises:
-        ConfigError: a line is not JSON, or has no "dataset" and no finite "top1".
-    """
-    own = folder / RESULTS_NAME
-    try:
-        lines = json.loads(own.read_text(encoding="utf-8")) if own.exists() else []
-        given: list[Mapping[str, Any]]
-        if isinstance(results, str | os.PathLike):
-            given = [json.loads(text) for text in Path(results).read_text(encoding="utf-8").splitlines()]
-            given = [line for line in given if not lines or _recipe(line) == _recipe(lines[0])]
-        else:
-            given = list(results)
-        runs = [(_run(line), dict(line)) for line in [*lines, *given]]
-        scores([line for _, line in runs])
-    except (ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError, OverflowError) as error:
-        raise ConfigError(
-            "The results cannot be read.",
-            seen=f"{type(error).__name__}: {error}",
-            do='give dictionaries with "dataset" and "top1" in %, or a .jsonl file that recipes/train.py wrote',
-        ) from error
-    return [line for i, (run, line) in enumerate(runs) if run not in [other for other, _ in runs[:i]]]
-
-
-def _recipe(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line["recipe"].items() if key not in ("seed", "data_seed")}
-
-
-def _run(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what tells one run from another: recipe and seeds; without a recipe, everything."""
-    return {"recipe": line["recipe"]} if line.get("recipe") else dict(line)
-
-
-def scores(lines: Sequence[Mapping[str, Any]]) -> list[Score]:
-    """Return one score a data set and split, over all the lines that measured it; the first line is the adapter's."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for line in lines:
-        recipe = line.get("recipe") or {}
-        key = line.get("dataset") or recipe["dataset"], line.get("split") or recipe.get("test_split", "test")
-        groups.setdefault((str(key[0]), str(key[1])), []).append(line)
-    return [_score(dataset, split, group) for (dataset, split), group in groups.items()]
-
-
-def _score(dataset: str, split: str, group: Sequence[Mapping[str, Any]]) -> Score:
-    values = [float(line["top1"]) for line in group]
-    top5 = group[0].get("top5")
-    if not all(map(math.isfinite, [*values, float(top5 or 0)])):
-        raise ValueError(f"not a finite accuracy on {dataset}")
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    own, mean = round(values[0], 2), round(statistics.mean(values), 2)
-    return Score(dataset, split, own, top5 and round(float(top5), 2), len(values), mean, round(deviation, 2))
+        file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(group), sort_keys=False), encoding="utf-8")
 
 
 def _draw(folder: Path, config: BNOnlyConfig, tensors: Mapping[str, Tensor]) -> str | None:

@@ -1,6 +1,6 @@
 """The command line: bn-adapters inspect | verify | predict | push | card | export | diff.
 
-Exit codes: 0; 1 where a comparison found a difference (diff, verify); 2 where something could not be done.
+Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2 where something could not be done.
 """
 
 import json
@@ -107,8 +107,10 @@ def inspect(adapter: str, as_json: bool, **where: Any) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
-    sizes, gamma, files = (found.pop(key) for key in ("contents", "gamma", "files"))
+    sizes, gamma, files, made_with = (found.pop(key) for key in ("contents", "gamma", "files", "versions"))
     _table([[key, value] for key, value in found.items()])
+    click.echo()
+    _table([["made with", "version"], *([name, number] for name, number in made_with.items())])
     click.echo()
     _table([["", "tensors", "values", "bytes"], *([part, *size.values()] for part, size in sizes.items())])
     click.echo()
@@ -202,7 +204,7 @@ def push(folder: str, repo_id: str, results: str | None, **options: Any) -> None
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 @click.argument("repo_id")
-@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Where to write; the folder itself.")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Where to write; by default FOLDER.")
 @_about
 def card(folder: str, repo_id: str, output: Path | None, results: str | None, **options: Any) -> None:
     """Write the model card that a push to REPO_ID would write.
@@ -235,22 +237,26 @@ def export_(adapter: str, folder: Path, form: str, **where: Any) -> None:
 @main.command()
 @click.argument("one")
 @click.argument("other")
+@click.option("--revision", help="A branch, tag or commit of the first, on the Hub.")
+@click.option("--other-revision", help="The same of the second.")
 @_json
-def diff(one: str, other: str, as_json: bool) -> None:
+def diff(one: str, other: str, revision: str | None, other_revision: str | None, as_json: bool) -> None:
     """Compare two adapters, setting by setting and layer by layer; exits with 1 where they differ.
 
     \b
     Example:
       bn-adapters diff runs/digits/adapter me/digits-bn-only
     """
-    (_, ours, tensors), (_, theirs, others) = _read(one), _read(other)
+    _, ours, tensors = _read(one, revision=revision)
+    _, theirs, others = _read(other, revision=other_revision)
     settings, layers = compare(ours, tensors, theirs, others)
     if as_json:
         click.echo(json.dumps({"settings": settings, "layers": layers}))
     else:
         columns = sorted({tensor for found in layers.values() for tensor in found})
-        _table([["setting", one, other], *([key, *pair] for key, pair in settings.items())])
-        click.echo()
+        if settings:
+            _table([["setting", one, other], *([key, *pair] for key, pair in settings.items())])
+            click.echo()
         _table([["largest difference", *columns], *([n, *map(found.get, columns)] for n, found in layers.items())])
         click.echo(f"\n{len(settings)} settings and {len(layers)} layers differ; {len(tensors)} tensors in the first")
     click.get_current_context().exit(1 if settings or layers else 0)

@@ -43,7 +43,8 @@ def parts(config: BNOnlyConfig, names: Iterable[str]) -> dict[str, list[str]]:
 
 def describe(folder: Path, config: BNOnlyConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return what an adapter holds as plain data: settings, tensors by part, a summary of gamma, file sizes."""
-    keys = ("architecture", "model_args", "seed", "init_scheme", "weight_init", "norm_init", "running_statistics")
+    keys = ["architecture", "model_args", "seed", "init_scheme", "weight_init", "norm_init", "running_statistics"]
+    keys += ["label_names", "data_config"]
     named = parts(config, tensors)
     trains = [name for name in ("gamma", "beta", "head") if getattr(config, f"train_{name}")]
     return {

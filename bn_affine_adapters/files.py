@@ -40,7 +40,7 @@ def check_files(folder: Path) -> None:
         raise AdapterFileError(
             f"{folder} has no {file.name}" + (f"; {WEIGHTS_NAME} is a pickle and is never loaded." if pickled else "."),
             seen=seen,
-            do="give a folder that model.save_pretrained(...) wrote",
+            do='give a folder that model.save_pretrained(...) wrote, or "owner/name" on the Hub; a tag is revision=',
         )
     read_header(folder)
 

@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, get_token, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import httpx
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .card import RESULTS_NAME, write_card
+from .card import CARD_NAME, FIGURE_NAME, write_card
 from .config import BNOnlyConfig
 from .errors import (
     AdapterFileError,
@@ -33,11 +39,12 @@ from .errors import (
 )
 from .files import COMMIT, HUB_ID, MAX_BYTES, check_files, read_config
 from .limits import LIFT, MAX_PARAMETERS
+from .results import RESULTS_NAME
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}
 BASE_FILE = "model.safetensors"
 _ADVICE: dict[int | None, tuple[type[HubError], str]] = {
-    401: (HubAccessError, "check the name; a private or gated repository needs a token: hf auth login, or token="),
+    401: (HubAccessError, "check the name, and log in with a token that is valid: hf auth login, or token="),
     403: (HubAccessError, "use a token with that right, or ask the owner of the repository for access"),
     404: (HubNotFoundError, "check the name and the revision; a private repository needs the token of a member"),
     409: (HubConflictError, "it exists, or somebody else is at work there: look, then try again"),
@@ -163,7 +170,7 @@ def push_folder(
         revision: a branch, made if there is none.
         create_pr: open a pull request instead of a commit on the branch.
         tag: set on the commit, e.g. "v1"; has to be new.
-        card: write README.md and its figure; False leaves a card on the Hub as it is.
+        card: push the folder's README.md, or write one with its figure; False leaves a card on the Hub as it is.
         about: as `card.write_card`: results, license, tags, datasets.
 
     Returns:
@@ -179,17 +186,24 @@ def push_folder(
     if revision and COMMIT.fullmatch(revision):
         raise ConfigError("A push goes to a branch, not to a commit.", seen=f"revision={revision}", do="name a branch")
     api = HfApi(token=token, **LIBRARY)
-    options = {"revision": revision, "tag": tag, "private": private, "create-pr": create_pr}
+    if "/" in repo_id and not HUB_ID.fullmatch(repo_id):
+        raise ConfigError(f"{repo_id!r} is no name of a repository.", seen=str(folder), do='use "owner/name"')
+    options = {"revision": revision, "tag": tag, "private": private, "create-pr": create_pr, "no-card": not card}
+    options |= {"message": commit_message, "license": about.get("license")}
     resume = shlex.join(["bn-adapters", "push", str(folder), repo_id, *_flags(options)])
     with (
         explained(f"The adapter could not be pushed to {repo_id}", token, f"; then: {resume}"),
         tempfile.TemporaryDirectory() as staging,
     ):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULTS_NAME):
+        own_card = (CARD_NAME, FIGURE_NAME) if card and (folder / CARD_NAME).exists() else ()
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULTS_NAME, *own_card):
             if (folder / name).exists():
                 shutil.copy(folder / name, staging)
-        write_card(Path(staging), repo_id, write_readme=card, **about)
+        write_card(Path(staging), repo_id, write_readme=card and not own_card, **about)
+        for file in Path(staging).rglob("*.*"):
+            if file.suffix in (".md", ".json", ".yaml"):  # a command in a result line may have held the token
+                file.write_text(_masked(file.read_text(encoding="utf-8"), token), encoding="utf-8")
         _make_room(api, repo_id, private, None if create_pr else revision, tag)
         commit = api.upload_folder(
             repo_id=repo_id,
@@ -198,7 +212,8 @@ def push_folder(
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
-            delete_patterns=[RESULTS_NAME, ".eval_results/*"],  # of an adapter that was there before
+            # Of an adapter that was there before; a card that stays may refer to them.
+            delete_patterns=[RESULTS_NAME, ".eval_results/*"] if card else None,
         )
     if tag:
         with explained(f"The adapter was pushed to {repo_id}, but not tagged {tag!r}", token, f"; then: {resume}"):
@@ -257,16 +272,22 @@ def _translated(what: str, error: BaseException, token: str | bool | None, resum
     kind, do = _ADVICE.get(status, _OTHERWISE)
     if status is not None and status >= 500:
         kind, do = HubUnavailableError, "the Hub is in trouble (status.huggingface.co): wait, then try again"
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
-        do = "it is not in the cache: unset HF_HUB_OFFLINE once to fetch it"
+    if any(isinstance(cause, LocalTokenNotFoundError) for cause in _causes(error)):
+        kind, do = _ADVICE[401]
+    elif any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
+        do = "unset HF_HUB_OFFLINE: the Hub is needed for what is not in the cache"
     elif status is None and isinstance(error, LocalEntryNotFoundError) and error.__cause__ is None:
         do = "it is not in the cache: load it once without local_files_only"
-    seen = " ".join(str(error).split())
-    for secret in {token if isinstance(token, str) else None, get_token()} - {None, ""}:
-        seen = seen.replace(str(secret), "***")
+    seen = _masked(" ".join(str(error).split()), token)
     translated = kind(f"{what}.", seen=f"{f'HTTP {status}; ' if status else ''}{seen[:400]}", do=do + resume)
     translated.status = status
     return translated
+
+
+def _masked(text: str, token: str | bool | None) -> str:
+    for secret in (token, get_token()):
+        text = text.replace(secret, "***") if isinstance(secret, str) and secret else text
+    return text
 
 
 def _causes(error: BaseException | None) -> Sequence[BaseException]:

@@ -134,5 +134,5 @@ def _build(
     check_header(folder, outline, config)
     if config.seed is not None:  # what was within the bounds once is so again
         return create(config.architecture, config.model_args).eval()
-    base = fetch_base(config, max_parameters, **common)
+    base = fetch_base(config, max_parameters=max_parameters, **common)
     return create_pretrained(config.architecture, config.model_args, base).eval()

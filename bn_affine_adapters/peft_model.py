@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .backbone import create_pretrained, verify
+from .card import write_card
 from .config import CUSTOM, BNOnlyConfig
-from .errors import AdapterError, BNAdapterError, ConfigError, HubError, NoSpaceError
+from .errors import AdapterError, BNAdapterError, ConfigError, NoSpaceError
 from .files import check_files, check_header, read_config
 from .hub import cached_commit, fetch, fetch_base, push_folder
 from .layer import BNOnlyLayer
@@ -109,23 +110,33 @@ class BNOnlyPeftModel(PeftModel):
             What `huggingface_hub.HfApi.upload_folder` returns.
 
         Raises:
-            HubError: the push failed; the adapter is kept in a folder, and the message says how to resume.
+            HubError: the push failed. Whatever goes wrong after it was saved, the adapter is kept in a folder that the
+                error names in its message or in a note.
+            AdapterError: there is no such adapter.
         """
         name = adapter_name or self.active_adapter
+        if name not in self.peft_config:
+            seen, do = f"adapters: {', '.join(self.peft_config)}", "give the name of one of them"
+            raise AdapterError(f"There is no adapter {name!r} to push.", seen=seen, do=do)
         config = self.peft_config[name]
         if config.seed is None and config.base_model_name_or_path is None:
             _pin_base(config, self.get_base_model())
-        scratch, keep = Path(tempfile.mkdtemp(prefix="bn-adapter-")), False
+        scratch = Path(tempfile.mkdtemp(prefix="bn-adapter-"))
         try:
             self.save_pretrained(scratch, safe_serialization, selected_adapters=[name])
-            try:
-                return push_folder(scratch if name == "default" else scratch / name, repo_id, **options)
-            except (HubError, NoSpaceError):
-                keep = True  # the message tells how to go on from there
-                raise
-        finally:
-            if not keep:
-                shutil.rmtree(scratch, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        folder = scratch if name == "default" else scratch / name
+        try:
+            # The results lie in the folder, for the case that the push has to go on from there.
+            write_card(folder, repo_id, results=options.pop("results", ()), write_readme=False)
+            commit = push_folder(folder, repo_id, **options)
+        except BaseException as error:
+            error.add_note(f"The adapter is kept in {folder}")
+            raise
+        shutil.rmtree(scratch, ignore_errors=True)
+        return commit
 
     def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter's tensors, refusing anything but a whole safetensors file; undone when it fails.

@@ -105,5 +105,7 @@ def _open(image: str | os.PathLike[str] | Image.Image, mode: str) -> Image.Image
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(image)
         return opened.convert("RGBA").convert(mode) if opened.mode == "P" else opened.convert(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError("The image cannot be read.", seen=str(error), do="give a file that PIL opens") from error
+    except (OSError, ValueError, SyntaxError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+        raise DataError(
+            "The image cannot be read.", seen=str(error), do="give a file that PIL opens, or a PIL image"
+        ) from error

@@ -86,6 +86,13 @@ def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
         raise ConfigError(
             "head_layers names a module that is no head.", seen=repr(strange[0])[:200], do="leave head_layers out"
         )
+    classes = config.model_args.get("num_classes")
+    if config.label_names and classes and len(config.label_names) != classes:
+        raise ConfigError(
+            "label_names has to name every class once.",
+            seen=f"{len(config.label_names)} names, {classes} classes",
+            do="give the names in the order of the logits",
+        )
     if config.train_head and not config.head_layers:
         raise MissingModuleError(
             f"{type(model).__name__} has no head that could train.",

@@ -32,12 +32,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, BNOnlyPeftModel, get_bn_only_model, shortcut_convs
-from bn_affine_adapters.card import RESULTS_NAME
 from bn_affine_adapters.config import CONDITIONS, check_keys
 from bn_affine_adapters.data import check_classes
 from bn_affine_adapters.errors import ConfigError, OutputFolderError
 from bn_affine_adapters.feed import DataOptions, Feed, accuracy
 from bn_affine_adapters.reinit import check_choice
+from bn_affine_adapters.results import RESULTS_NAME
 from bn_affine_adapters.runs import cores, provenance
 from bn_affine_adapters.sync import sync_norms_
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from string import Template
 
+import numpy as np
 import pytest
 import timm
 import yaml
@@ -16,11 +17,12 @@ from PIL import Image
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
 from bn_affine_adapters.backbone import versions
-from bn_affine_adapters.card import CARD_NAME, FIGURE_NAME, RESULTS_NAME, md, render, scores, write_card
+from bn_affine_adapters.card import CARD_NAME, FIGURE_NAME, md, render, write_card
 from bn_affine_adapters.contents import read_tensors
 from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.files import read_config
 from bn_affine_adapters.hub import push_folder
+from bn_affine_adapters.results import RESULTS_NAME, merged, scores
 
 GOLDEN = Path(__file__).parent / "golden"
 CARDS = Path(__file__).parents[1] / "hub_cards"
@@ -111,14 +113,46 @@ def test_replicates_give_n_mean_and_standard_deviation(folder, trained, tmp_path
 
 def test_results_on_a_data_set_of_the_hub_are_written_in_its_newer_form_too(folder):
     write_card(folder, "me/x", results=[{"dataset": "uoft-cs/cifar10", "top1": 69.5, "top5": 97.0}])
-    (entry,) = yaml.safe_load((folder / ".eval_results" / "cifar10.yaml").read_text())
+    (entry,) = yaml.safe_load((folder / ".eval_results" / "uoft-cs--cifar10.yaml").read_text())
     assert entry["dataset"]["id"] == "uoft-cs/cifar10"
     assert entry["value"] == 69.5
-    assert metadata((folder / CARD_NAME).read_text())["datasets"] == ["uoft-cs/cifar10"]
+    assert "datasets" not in metadata((folder / CARD_NAME).read_text())  # measured on it, not trained
+
+
+def test_the_data_set_of_a_recipe_is_what_was_trained_on(folder):
+    line = {"recipe": {"dataset": "uoft-cs/cifar10", "seed": 0}, "top1": 69.5}
+    write_card(folder, "me/x", results=[line], tags="own")
+    data = metadata((folder / CARD_NAME).read_text())
+    assert data["datasets"] == ["uoft-cs/cifar10"]
+    assert "own" in data["tags"]
+
+
+def test_equal_results_without_a_recipe_are_counted_each(trained, tmp_path):
+    lines = [{"dataset": "x", "top1": top1} for top1 in (90, 90, 92)]
+    (score,) = scores(merged(tmp_path, lines))
+    assert (score.n, score.mean, score.deviation) == (3, 90.67, 1.15)
+
+
+def test_results_may_be_one_dictionary_with_numbers_of_numpy(folder):
+    write_card(folder, "me/x", results={"dataset": "x", "top1": np.float32(91.5)})
+    assert json.loads((folder / RESULTS_NAME).read_text())[-1]["top1"] == 91.5
+
+
+def test_a_fraction_is_doubted(tmp_path):
+    with pytest.warns(UserWarning, match="given in %"):
+        merged(tmp_path, [{"dataset": "x", "top1": 0.912}])
 
 
 @pytest.mark.parametrize(
-    "results", [[{"top1": 3}], [{"dataset": "x"}], [{"dataset": "x", "top1": math.nan}], [7], "no.jsonl"]
+    "results",
+    [
+        [{"top1": 3}],
+        [{"dataset": "x"}],
+        [{"dataset": "x", "top1": math.nan}],
+        [{"dataset": "x", "top1": 912}],
+        [7],
+        "no.jsonl",
+    ],
 )
 def test_results_that_are_none_are_refused(folder, results, refused):
     with refused(ConfigError, "results"):

@@ -24,6 +24,7 @@ from timm.models import save_for_hf
 
 from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.errors import (
+    AdapterError,
     AdapterFileError,
     AdapterTensorError,
     BaseRequiredError,
@@ -633,9 +634,13 @@ def test_no_error_and_no_log_names_the_token(where, given, versions, hub, alice,
 
 def test_nothing_that_is_pushed_names_the_token(versions, hub, alice, repo, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", alice)
-    push(versions[0], token=alice, card=True, results=RESULTS)
+    other = "hf_" + "aB3" * 11
+    results = [{**RESULTS[0], "command": f"HF_TOKEN={alice} OTHER={other} accelerate launch"}]
+    push(versions[0], token=alice, card=True, results=results)
     sent = [hub.content(blob) for blob in repo().tree().values()]
     assert len(sent) == len(WHOLE) + 1
+    assert sum(b"accelerate launch" in data for data in sent) == 2
+    assert not [data for data in sent if other.encode() in data]
     assert not [data for data in sent if alice.encode() in data or base64.b64encode(alice.encode()) in data]
     assert not [commit for commit in repo().history() if alice in f"{commit['title']} {commit['message']}"]
 
@@ -794,8 +799,9 @@ def test_a_commit_is_no_branch_to_push_to(versions, hub, alice, repo, refused):
 
 def test_results_of_an_earlier_adapter_do_not_stay_with_another(versions, hub, alice, repo):
     push(versions[0], token=alice, results=RESULTS)
+    push(versions[1], token=alice)  # without a card, the one that stays may speak of them
     assert "results.json" in repo().tree()
-    push(versions[1], token=alice)
+    push(versions[1], token=alice, card=True)
     assert "results.json" not in repo().tree()
 
 
@@ -808,3 +814,32 @@ def test_an_exported_network_loads_from_the_hub_with_timm_alone(name, hub, alice
     plain = timm.create_model("hf-hub:alice/plain", pretrained=True).eval()
     assert not any("bn_only" in key for key in plain.state_dict())
     assert torch.equal(plain(images()), model(images()))
+
+
+def test_a_folders_own_card_is_pushed_as_it_is(versions, hub, alice, repo, tmp_path):
+    folder = Path(shutil.copytree(versions[0].folder, tmp_path / "own"))
+    (folder / "README.md").write_text("# My own words\n")
+    push_folder(folder, REPO, token=alice)
+    assert hub.content(repo().tree()["README.md"]).decode() == "# My own words\n"
+
+
+def test_a_failed_push_names_what_was_asked_for(versions, hub, alice):
+    hub.fail("POST", "/api/repos/create", 503, 10)
+    with pytest.raises(HubUnavailableError) as caught:
+        push(versions[0], token=alice, license="mit", commit_message="one two", results=RESULTS, tag="v1")
+    folder = Path(re.search(r"bn-adapters push (\S+)", caught.value.do)[1])
+    for word in ("--no-card", "--license=mit", "'--message=one two'", "--tag=v1"):
+        assert word in caught.value.do
+    assert json.loads((folder / "results.json").read_text()) == RESULTS
+    shutil.rmtree(folder)
+
+
+def test_an_adapter_that_is_not_there_is_not_pushed(versions, hub, alice, refused):
+    with refused(AdapterError, "'secnd'", "default"):
+        push(versions[0], token=alice, adapter_name="secnd")
+    assert not hub.repos
+
+
+def test_without_a_token_the_advice_is_to_log_in(versions, hub, refused):
+    with refused(HubAccessError, "hf auth login"):
+        push(versions[0], repo_id="x", token=None)

@@ -27,6 +27,7 @@ TOWER = [
     "files",
     "contents",
     "plots",
+    "results",
     "card",
     "hub",
     "prepare",
@@ -123,7 +124,7 @@ def too_long(folder, limit):
 def test_every_module_has_its_place():
     found = {module for module, _ in modules(PACKAGE)}
     assert found == set(ALLOWED)
-    assert len(found) == 28
+    assert len(found) == 29
 
 
 def test_imports_go_down_only():

@@ -627,3 +627,8 @@ def test_an_adapter_is_never_pickled(tmp_path, refused):
     with refused(ConfigError, "never pickled"):
         model.save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_class_has_a_name_or_none_has(refused):
+    with refused(ConfigError, "2 names, 3 classes"):
+        get_bn_only_model(timm.create_model(NAME, num_classes=3), BNOnlyConfig(seed=0, label_names=["cat", "dog"]))

@@ -1,0 +1,81 @@
+"""What was measured of an adapter: result lines read from anywhere, and one score a data set."""
+
+import json
+import os
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import ConfigError
+
+RESULTS_NAME = "results.json"  # beside an adapter: the list of its result lines
+
+
+class Score(NamedTuple):
+    """Accuracy on one split, in %: of this adapter, and of the n replicates of its recipe."""
+
+    dataset: str
+    split: str
+    top1: float
+    top5: float | None
+    n: int
+    mean: float
+    deviation: float
+
+
+def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return an adapter's own results, then those given, each once.
+
+    Raises:
+        ConfigError: a line is not JSON, or has no "dataset" and no finite "top1".
+    """
+    own = folder / RESULTS_NAME
+    try:
+        lines = json.loads(own.read_text(encoding="utf-8")) if own.exists() else []
+        given: list[Mapping[str, Any]]
+        if isinstance(results, str | os.PathLike):
+            given = [json.loads(text) for text in Path(results).read_text(encoding="utf-8").splitlines()]
+            given = [line for line in given if not lines or _recipe(line) == _recipe(lines[0])]
+        else:
+            given = [results] if isinstance(results, Mapping) else list(results or ())
+        runs = [(_run(line), dict(line)) for line in [*lines, *given]]
+        scores([line for _, line in runs])
+    except (ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        raise ConfigError(
+            "The results cannot be read.",
+            seen=f"{type(error).__name__}: {error}",
+            do='give dictionaries with "dataset" and "top1" in %, or a .jsonl file that recipes/train.py wrote',
+        ) from error
+    return [line for i, (run, line) in enumerate(runs) if run is None or run not in [other for other, _ in runs[:i]]]
+
+
+def _recipe(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line["recipe"].items() if key not in ("seed", "data_seed")}
+
+
+def _run(line: Mapping[str, Any]) -> dict[str, Any] | None:
+    return line.get("recipe")  # with its seeds it tells one run from another; without it, every line is one
+
+
+def scores(lines: Sequence[Mapping[str, Any]]) -> list[Score]:
+    """Return one score a data set and split, over all the lines that measured it; the first line is the adapter's."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        recipe = line.get("recipe") or {}
+        key = line.get("dataset") or recipe["dataset"], line.get("split") or recipe.get("test_split", "test")
+        groups.setdefault((str(key[0]), str(key[1])), []).append(line)
+    return [_score(dataset, split, group) for (dataset, split), group in groups.items()]
+
+
+def _score(dataset: str, split: str, group: Sequence[Mapping[str, Any]]) -> Score:
+    values = [float(line["top1"]) for line in group]
+    top5 = group[0].get("top5")
+    if not all(0 <= value <= 100 for value in [*values, float(top5 or 0)]):
+        raise ValueError(f"an accuracy on {dataset} is not between 0 and 100 %")
+    if 0 < values[0] <= 1:
+        warnings.warn(f"{values[0]} % on {dataset}: accuracies are given in %, not as fractions", stacklevel=5)
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    own, mean = round(values[0], 2), round(statistics.mean(values), 2)
+    return Score(dataset, split, own, top5 and round(float(top5), 2), len(values), mean, round(deviation, 2))
