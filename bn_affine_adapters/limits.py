@@ -16,7 +16,7 @@ from .config import BNOnlyConfig
 from .errors import RebuildError, TooLargeError
 
 MAX_PARAMETERS = 200_000_000  # 800 MB in float32
-MAX_NUMBER = 100_000  # in creation arguments, but for num_classes: some constructors make lists of that length
+MAX_NUMBER = 20_000  # in creation arguments, but for num_classes: some constructors make lists of that length
 MAX_ITEMS = 1_000  # of all creation arguments, lists in lists included
 SLACK = 10_000_000  # values of a constructor that are no parameters: at most a ninth of them in timm
 MAX_TENSORS = 20_000  # made by a constructor; cifar_resnet866, the deepest, makes 4,337
