@@ -106,7 +106,7 @@ def render(
         kilobytes=sum(t.numel() * t.element_size() for t in tensors.values()) / 1000,
         figure=figure,
         scores=found,
-        command=code(results[0].get("command") or "") if results else "",
+        command=_line(results[0].get("command") or "").replace("```", "") if results else "",  # stays in its fence
         data={key: _numbers(config, key) for key in ("input_size", "mean", "std")},
     )
     return _TOKEN.sub("hf_***", text)

@@ -13,7 +13,7 @@ from .backbone import check_rebuild, create, describe, verify, verify_layout
 from .config import CUSTOM, BNOnlyConfig
 from .files import bare, check_tensors
 from .layer import BNOnlyLayer
-from .limits import MAX_NUMBER, bounded
+from .limits import bounded
 from .norms import COPIES, is_norm
 from .prepare import (
     PREFIX,
@@ -54,7 +54,7 @@ class BNOnlyTuner(BaseTuner):
             check_agreement(model, config, first)
         elif config.architecture != CUSTOM and not config.built_here and config.verify != "off":
             # A configuration that was read may ask for no larger a network than the one it is loaded on.
-            most = None if fresh else 2 * sum(p.numel() for p in model.parameters()) + MAX_NUMBER
+            most = None if fresh else 2 * sum(p.numel() for p in model.parameters())
             with bounded(config, most):
                 check_rebuild(model, config)
         choose_layers(model, config)

@@ -244,3 +244,9 @@ def test_the_index_of_cards_names_every_card_with_its_own_accuracy():
         metric = metadata(cards[name])["model-index"][0]["results"][0]["metrics"][0]
         assert (metric["value"], metric["args"]["n"]) == (score.top1, score.n)
         assert (CARDS / name / FIGURE_NAME).is_file()
+
+
+def test_a_command_is_printed_as_it_was_run(folder):
+    command = "accelerate launch recipes/train.py 'mean=[0.5, 0.5]' `date` | tee log"
+    text = render("me/x", read_config(folder), read_tensors(folder), [{"dataset": "d", "top1": 2, "command": command}])
+    assert f"```bash\n{command}\n```\n" in text
