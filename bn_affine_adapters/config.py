@@ -15,17 +15,6 @@ from .reinit import NORM_INITS, WEIGHT_INITS, check_choice, check_seed
 FORMAT_VERSION = 1
 CUSTOM = "custom"  # the architecture of a network that timm cannot build: loads only with model=
 
-# What trains, by the paper's conditions; those with shortcuts name them in extra_trainable_modules besides.
-CONDITIONS: dict[str, dict[str, Any]] = {
-    "bn": {},
-    "bn+head": {"train_head": True},
-    "head": {"train_gamma": False, "train_beta": False, "train_head": True},
-    "gamma": {"train_beta": False},
-    "beta": {"train_gamma": False},
-    "bn+shortcut+head": {"train_head": True},
-    "shortcut+head": {"train_gamma": False, "train_beta": False, "train_head": True},
-}
-
 
 class MethodName(str):
     """The method's name where PEFT expects a member of its PeftType enum."""
@@ -62,7 +51,7 @@ FORBIDDEN_ARGS = {
 MAX_DEPTH = 8
 MAX_VALUES = 1_000
 MAX_CLASSES = 2**40  # so that no shape overflows; what is too large for the memory is refused elsewhere
-NAME_LISTS = ("extra_trainable_modules", "norm_layers", "head_layers", "label_names")
+NAME_LISTS = ("extra_trainable_modules", "norm_layers", "head_layers", "control_layers", "label_names")
 
 
 @dataclass
@@ -80,6 +69,8 @@ class BNOnlyConfig(PeftConfig):
         train_gamma: train the norm layers' scale.
         train_beta: train the norm layers' shift.
         train_head: train what timm's `get_classifier()` returns.
+        control: parameters per channel of every convolution that train as well: "two_weights" (chosen from the seed;
+            the paper's control, with train_gamma and train_beta off) or "input_affine" (scale and shift of its input).
         extra_trainable_modules: exact names of modules that train as a whole, e.g. the paper's shortcuts.
         norm_layers: exact names of the norm layers that the adapter owns, by default all of them. The others are
             frozen whole: running statistics too.
@@ -87,6 +78,7 @@ class BNOnlyConfig(PeftConfig):
         architecture: a name registered in timm, or "custom" for a network that only your own code builds.
         model_args: creation arguments of the architecture. num_classes, in_chans and img_size are inferred.
         head_layers: exact names of the head's modules; inferred.
+        control_layers: exact names of the convolutions under control; inferred: all outside head and extra modules.
         data_config: timm's data configuration: input_size (C, H, W), mean, std, interpolation, crop_pct.
         label_names: the classes' names in the order of the logits.
         init_scheme: the version of the rule that draws the weights.
@@ -113,12 +105,14 @@ class BNOnlyConfig(PeftConfig):
     train_gamma: bool = True
     train_beta: bool = True
     train_head: bool = False
+    control: str | None = None
     extra_trainable_modules: list[str] = field(default_factory=list)
     norm_layers: list[str] | None = None
     running_statistics: str = "update"
     architecture: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     head_layers: list[str] | None = None
+    control_layers: list[str] | None = None
     data_config: dict[str, Any] | None = None
     label_names: list[str] | None = None
     init_scheme: str = SCHEME
@@ -156,6 +150,7 @@ class BNOnlyConfig(PeftConfig):
         check_choice("norm_init", self.norm_init, NORM_INITS)
         check_choice("running_statistics", self.running_statistics, ("update", "frozen"))
         check_choice("verify", self.verify, ("full", "sampled", "off"))
+        check_choice("control", self.control, (None, "two_weights", "input_affine"))
         check_choice("init_scheme", self.init_scheme, (SCHEME,))
         for key in ("train_gamma", "train_beta", "train_head"):
             _check_type(key, getattr(self, key), bool)
@@ -168,6 +163,8 @@ class BNOnlyConfig(PeftConfig):
         for key in ("architecture", "base_model_name_or_path", "revision", "peft_version"):
             _check_type(key, getattr(self, key), str | None)
         _check_type("auto_mapping", self.auto_mapping, type(None))  # by which PEFT would import a base's class
+        if self.control == "two_weights" and self.seed is None:
+            raise ConfigError("Two weights a channel are chosen from the seed.", seen="seed=None", do="seed=0")
         self._check_format()
         self._check_args()
         if self.architecture is None and not self.fresh:
@@ -228,7 +225,9 @@ class BNOnlyConfig(PeftConfig):
     def target_modules(self) -> tuple[str, ...]:
         """The exact names of every module that the adapter holds a copy of; a tuple, which PEFT leaves as it is."""
         head = self.head_layers or [] if self.train_head else []
-        return tuple(dict.fromkeys([*(self.norm_layers or []), *head, *self.extra_trainable_modules]))
+        controlled = self.control_layers or [] if self.control else []
+        names = [*(self.norm_layers or []), *head, *self.extra_trainable_modules, *controlled]
+        return tuple(dict.fromkeys(names))
 
     @property
     def portable(self) -> bool:

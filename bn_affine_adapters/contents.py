@@ -49,7 +49,7 @@ def describe(folder: Path, config: BNOnlyConfig, tensors: Mapping[str, torch.Ten
     trains = [name for name in ("gamma", "beta", "head") if getattr(config, f"train_{name}")]
     return {
         **{key: getattr(config, key) for key in keys},
-        "trains": trains + config.extra_trainable_modules,
+        "trains": trains + [config.control] * bool(config.control) + config.extra_trainable_modules,
         "base": config.base_model_name_or_path and f"{config.base_model_name_or_path}@{config.revision}",
         "fingerprint": config.backbone_fingerprint,
         "format_version": config.format_version,

@@ -79,6 +79,23 @@ def export(
     return Path(folder)
 
 
+def export_network(network: nn.Module, config: BNOnlyConfig, folder: str | os.PathLike[str]) -> Path:
+    """Write a network that trained whole as timm's own folder, as `export` does; the network stays as it is.
+
+    Args:
+        network: what timm built.
+        config: says its architecture, model_args, data_config and label_names.
+        folder: does not exist yet, or is empty.
+
+    Raises:
+        OutputFolderError, RebuildError, ConfigError, NoSpaceError: as `export`.
+    """
+    plain = deepcopy(network).eval().requires_grad_(False)
+    with _whole(Path(folder).resolve()) as files:
+        _write_timm(_on_cpu(plain), config, files)
+    return Path(folder)
+
+
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
     """Give a scratch folder on the same disk, whose files come to their place when the block ends well."""
@@ -108,7 +125,11 @@ def _merged(model: BNOnlyPeftModel, name: str) -> nn.Module:
     copy = deepcopy(model)
     copy.unmerge_adapter()
     plain = copy.merge_and_unload(adapter_names=[name]).eval().requires_grad_(False)
-    return plain.to("cpu", memory_format=torch.contiguous_format)  # another format adds up in another order
+    return _on_cpu(plain)
+
+
+def _on_cpu(plain: nn.Module) -> nn.Module:
+    return plain.to("cpu").to(memory_format=torch.contiguous_format)  # another format adds up in another order
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:  # safetensors takes none that are tied

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .config import BN_ONLY, BNOnlyConfig
+from .control import controlled
 from .errors import AdapterFileError, AdapterTensorError, ConfigError, TooLargeError
 from .norms import COPIES, named_layers
 
@@ -114,7 +115,8 @@ def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
     classes = config.model_args.get("num_classes")
     expected = {}
     for name, module in named_layers(model, list(config.target_modules), "the adapter's").items():
-        for key, tensor in module.state_dict().items():
+        held = controlled(module, name, config) if name in (config.control_layers or ()) else module
+        for key, tensor in held.state_dict().items():
             shape = tuple(tensor.shape)
             if name in (config.head_layers or ()) and classes and isinstance(module, nn.Linear | nn.Conv2d):
                 shape = (classes, *shape[1:])  # each adapter's head has its own number of classes

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import BNOnlyConfig
+from .control import Control
 from .errors import AdapterError
 from .norms import COPIES, affine, is_norm
 
@@ -69,7 +70,8 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         """Return the parameters that an adapter's configuration trains, as named in `bn_only_layers`."""
         copy, config = self.bn_only_layers[adapter_name], self.configs[adapter_name]
         head = config.head_layers or [] if config.train_head else []
-        if self.canonical_name in head or self.canonical_name in config.extra_trainable_modules:
+        whole = self.canonical_name in head or self.canonical_name in config.extra_trainable_modules
+        if whole or isinstance(copy, Control):
             names = [name for name, _ in copy.named_parameters()]
         else:
             gamma, beta = affine(copy)

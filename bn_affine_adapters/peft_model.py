@@ -16,6 +16,7 @@ from torch import nn
 from .backbone import create_pretrained, verify
 from .card import write_card
 from .config import CUSTOM, BNOnlyConfig
+from .control import Control
 from .errors import AdapterError, BNAdapterError, ConfigError, NoSpaceError
 from .files import check_files, check_header, read_config
 from .hub import cached_commit, fetch, fetch_base, push_folder
@@ -34,11 +35,17 @@ class BNOnlyPeftModel(PeftModel):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trained, all) parameters of the network as the active adapter runs it, each counted once."""
         elsewhere: set[int] = set()
+        replaced = 0
         for layer in self.modules():
             if isinstance(layer, BNOnlyLayer):
-                elsewhere |= {id(p) for p in layer.parameters()} - {id(p) for p in layer.active_module().parameters()}
-        used = [p for p in self.parameters() if id(p) not in elsewhere]
-        return sum(p.numel() for p in used if p.requires_grad), sum(p.numel() for p in used)
+                active = layer.active_module()
+                used = {id(p) for p in active.parameters()}
+                if isinstance(active, Control):
+                    used |= {id(p) for p in active.conv.parameters()}
+                    replaced += active.replaced
+                elsewhere |= {id(p) for p in layer.parameters()} - used
+        counted = [p for p in self.parameters() if id(p) not in elsewhere]
+        return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted) - replaced
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, *args: Any, **kwargs: Any

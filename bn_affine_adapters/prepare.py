@@ -7,9 +7,10 @@ from torch import nn
 
 from .backbone import holder, infer_architecture, infer_args
 from .config import BNOnlyConfig
+from .control import is_conv
 from .errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, ReinitError
 from .layer import BNOnlyLayer
-from .norms import COPIES, head_layers, is_norm, named_layers, norm_layers
+from .norms import COPIES, head_layers, is_norm, named_layers, norm_layers, plain_modules
 from .reinit import draw_norm_
 
 PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT knows them
@@ -111,8 +112,22 @@ def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
             seen=strange[0],
             do="name it in extra_trainable_modules to train it as a whole",
         )
+    _choose_convolutions(model, config, whole)
     if not config.target_modules:
         raise ConfigError("Nothing is adapted.", seen="norm_layers=[] and no head", do="leave norm_layers out for all")
+
+
+def _choose_convolutions(model: nn.Module, config: BNOnlyConfig, whole: list[str]) -> None:
+    others = [*whole, *(config.head_layers or ())]
+    if config.control and config.control_layers is None:
+        config.control_layers = [n for n, m in plain_modules(model) if is_conv(m) and not holder(n, others)]
+    named = named_layers(model, config.control_layers or [], "control_layers")
+    if strange := [name for name, module in named.items() if not is_conv(module) or holder(name, others)]:
+        what = "control_layers names a module that is no convolution, or that trains as a whole."
+        raise ConfigError(what, seen=strange[0], do="leave control_layers out for all convolutions")
+    if config.control and not named:
+        do = "choose a network with convolutions, or control=None"
+        raise ConfigError(f"{type(model).__name__} has no convolution to control.", seen=config.control, do=do)
 
 
 def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig) -> None:

@@ -244,10 +244,12 @@ def check_seed(seed: Any) -> None:
         )
 
 
-def check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(key: str, value: Any, choices: tuple[str | None, ...]) -> None:
     """Raise ConfigError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise ConfigError(f"{key} has no such value.", seen=f"{key}={value!r}", do=f"choose from {', '.join(choices)}")
+        raise ConfigError(
+            f"{key} has no such value.", seen=f"{key}={value!r}", do=f"choose from {', '.join(map(str, choices))}"
+        )
 
 
 _RANDOM = {"uniform_", "normal_", "log_normal_", "cauchy_", "exponential_", "geometric_", "bernoulli_", "random_"}

@@ -11,6 +11,7 @@ from torch import nn
 
 from .backbone import check_rebuild, create, describe, verify, verify_layout
 from .config import CUSTOM, BNOnlyConfig
+from .control import Control, controlled
 from .files import bare, check_tensors
 from .layer import BNOnlyLayer
 from .limits import bounded
@@ -92,7 +93,10 @@ class BNOnlyTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, BNOnlyLayer) else BNOnlyLayer(target, current_key)
-        copy = layer.copy_of_base()
+        if current_key in (peft_config.control_layers or []):
+            copy: nn.Module = controlled(layer.base_layer, current_key, peft_config)
+        else:
+            copy = layer.copy_of_base()
         if current_key in (peft_config.head_layers or []):
             _fit_head(copy, current_key, peft_config)
         if peft_config.seed is not None and peft_config.norm_init not in (None, "keep") and is_norm(copy):
@@ -182,7 +186,8 @@ def unwrap_(model: nn.Module) -> nn.Module:
     """Put what is in the place of each wrapped layer back into the network, and take PEFT's traces off it."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BNOnlyLayer):
-            model.set_submodule(name, layer.base_layer)
+            base = layer.base_layer
+            model.set_submodule(name, base.plain() if isinstance(base, Control) else base)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.train(model.training)

@@ -9,11 +9,11 @@ Prints one JSON line: the recipe, seeds, versions, accuracy, seconds; writes it 
 import json
 import math
 import os
-import shlex
+import shutil
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,94 +24,32 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bn_affine_adapters import BNAdapterError, BNOnlyConfig, BNOnlyPeftModel, get_bn_only_model, shortcut_convs
-from bn_affine_adapters.config import CONDITIONS, check_keys
+from bn_affine_adapters import BNAdapterError, BNOnlyConfig, BNOnlyPeftModel, get_bn_only_model, reinit_, shortcut_convs
+from bn_affine_adapters.backbone import create
 from bn_affine_adapters.data import check_classes
 from bn_affine_adapters.errors import ConfigError, OutputFolderError
-from bn_affine_adapters.feed import DataOptions, Feed, accuracy
-from bn_affine_adapters.reinit import check_choice
+from bn_affine_adapters.exporting import export_network
+from bn_affine_adapters.feed import Feed, accuracy
+from bn_affine_adapters.norms import affine, norm_layers
+from bn_affine_adapters.recipe import CONDITIONS, FULL_CONDITIONS, Recipe, command, help_text, recorded
+from bn_affine_adapters.recipe import read_recipe as read
 from bn_affine_adapters.results import RESULTS_NAME
 from bn_affine_adapters.runs import cores, provenance
 from bn_affine_adapters.sync import sync_norms_
 
-
-@dataclass
-class Recipe(DataOptions):
-    """Every key of a recipe; a YAML file and key=value arguments change them, in this order."""
-
-    # The network
-    model: str = "cifar_resnet14"
-    model_args: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = False  # keep pretrained weights; needs seed=null
-    pretrained_file: str | None = None  # a .safetensors file instead of timm's download
-    seed: int | None = 0
-    condition: str = "bn"
-    weight_init: str = "kaiming_normal"
-    norm_init: str | None = None
-    running_statistics: str = "update"
-    # The optimiser: SGD without Nesterov
-    epochs: int = 160
-    lr: float = 0.1
-    schedule: str = "multistep"  # or "cosine"
-    milestones: list[float] = field(default_factory=list)  # epochs at which lr is multiplied by lr_decay
-    lr_decay: float = 0.1
-    warmup_epochs: float = 0.0
-    sgd_momentum: float = 0.9
-    weight_decay: float = 1e-4
-    # The run
-    precision: str = "no"  # or bf16, fp16
-    sync_norm: bool = True  # with several processes: batch statistics over all of them
-    threads: int = 0  # CPU threads a process; 0: all cores over the local processes
-    tracker: str | None = None  # e.g. tensorboard, wandb: any that Accelerate knows
-    output_dir: str = "runs/latest"
-    overwrite: bool = False
-    resume: bool = False  # go on from OUTPUT/checkpoint.pt, if it is there
-    checkpoint_every: int = 0  # epochs; 0: none
-    eval_every: int = 1  # epochs; the last is always evaluated
-    results: str | None = None  # a .jsonl file to append the result line to
-
-
 DEFAULT = Path(__file__).parent / "configs" / "digits.yaml"
-WHERE_ONLY = {"output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every"}
 
 
 def read_recipe(arguments: list[str]) -> Recipe:
-    """Merge the defaults, the YAML file after ``--config`` and the key=value arguments."""
+    """Return the recipe that the command line asks for."""
     if "-h" in arguments or "--help" in arguments:
-        print(__doc__, *(f"  {f.name}={json.dumps(getattr(Recipe(), f.name))}" for f in fields(Recipe)), sep="\n")
+        print(__doc__, help_text(), sep="\n")
         raise SystemExit(0)
-    try:
-        file = str(DEFAULT)
-        if "--config" in arguments:
-            at = arguments.index("--config")
-            file, arguments = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
-        layers = [OmegaConf.load(file), OmegaConf.from_cli(arguments)]
-        for layer in layers:
-            check_keys(dict(layer), {f.name for f in fields(Recipe)}, "the recipe")
-        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Recipe), *layers))
-        recipe = Recipe(**merged)  # type: ignore[arg-type]  # OmegaConf promises no str keys
-    except (OmegaConfBaseException, OSError, IndexError) as error:
-        raise ConfigError(
-            "The recipe cannot be read.",
-            seen=str(error).splitlines()[0],
-            do="accelerate launch recipes/train.py --config recipes/configs/NAME.yaml key=value ...",
-        ) from error
-    check_choice("condition", recipe.condition, tuple(CONDITIONS))
-    check_choice("schedule", recipe.schedule, ("multistep", "cosine"))
-    if recipe.pretrained == (recipe.seed is not None):
-        raise ConfigError(
-            "A network is either redrawn from a seed or keeps pretrained weights.",
-            seen=f"pretrained={recipe.pretrained}, seed={recipe.seed}",
-            do="pretrained=true seed=null, or pretrained=false seed=0",
-        )
-    return recipe
+    return read(arguments, DEFAULT)
 
 
 def prepare_output(recipe: Recipe) -> Path:
@@ -126,18 +64,14 @@ def prepare_output(recipe: Recipe) -> Path:
     return output
 
 
-def build_model(recipe: Recipe, feed: Feed) -> BNOnlyPeftModel:
-    """Create the timm network, redraw or load it, and wrap its norm layers as the condition asks."""
-    args = {"num_classes": len(feed.label_names), **recipe.model_args}
-    check_classes(feed.train, args["num_classes"])
-    overlay = {"pretrained_cfg_overlay": {"file": recipe.pretrained_file}} if recipe.pretrained_file else {}
-    network = timm.create_model(recipe.model, pretrained=recipe.pretrained, **args, **overlay)
-    config = BNOnlyConfig(
+def configuration(recipe: Recipe, feed: Feed) -> BNOnlyConfig:
+    """Return what of a recipe and its data says how the network is built, drawn and fed."""
+    return BNOnlyConfig(
         seed=recipe.seed,
         weight_init=recipe.weight_init,
         norm_init=recipe.norm_init,
-        running_statistics=recipe.running_statistics,
-        model_args=args,
+        architecture=recipe.model.partition(".")[0] if recipe.condition in FULL_CONDITIONS else None,
+        model_args={"num_classes": len(feed.label_names), **recipe.model_args},
         label_names=list(feed.label_names),
         data_config={
             "input_size": [3, recipe.image_size, recipe.image_size],
@@ -147,10 +81,26 @@ def build_model(recipe: Recipe, feed: Feed) -> BNOnlyPeftModel:
             "crop_pct": recipe.test_crop if recipe.streaming else 1.0,
             "crop_mode": "center" if recipe.streaming else "squash",  # as the images were prepared here
         },
-        extra_trainable_modules=shortcut_convs(network) if "shortcut" in recipe.condition else [],
-        **CONDITIONS[recipe.condition],
+        **{"running_statistics": recipe.running_statistics, **CONDITIONS.get(recipe.condition, {})},
     )
-    return get_bn_only_model(network, config)
+
+
+def build_model(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module:
+    """Create the timm network, redraw or load it, and freeze what the condition does not train."""
+    check_classes(feed.train, config.model_args["num_classes"])
+    overlay = {"pretrained_cfg_overlay": {"file": recipe.pretrained_file}} if recipe.pretrained_file else {}
+    network = timm.create_model(recipe.model, pretrained=recipe.pretrained, **config.model_args, **overlay)
+    if recipe.condition not in FULL_CONDITIONS:
+        config.extra_trainable_modules = shortcut_convs(network) if "shortcut" in recipe.condition else []
+        return get_bn_only_model(network, config)
+    if config.seed is not None:
+        drawn: dict[str, Any] = {"weight_init": config.weight_init, "norm_init": config.norm_init}
+        reinit_(network, config.seed, **drawn, reference=partial(create, str(config.architecture), config.model_args))
+    if recipe.condition == "no-affine":
+        for layer in norm_layers(network).values():
+            for name in filter(None, affine(layer)):
+                layer.get_parameter(name).requires_grad_(False)
+    return network
 
 
 def lr_at(recipe: Recipe, step: int, steps: int) -> float:
@@ -196,28 +146,17 @@ def train_epoch(
     return accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
 
 
-def recorded(recipe: Recipe) -> dict[str, Any]:
-    """Return what of a recipe decides its result; a local folder is named without its path."""
-    kept = {key: value for key, value in asdict(recipe).items() if key not in WHERE_ONLY}
-    for key in ("dataset", "pretrained_file"):
-        if kept[key] and Path(kept[key]).exists():
-            kept[key] = Path(kept[key]).name
-    return kept
+def moving(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what training changes, by name: trained parameters and buffers."""
+    trained = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    return {**trained, **dict(model.named_buffers())}
 
 
-def command(recipe: Recipe) -> str:
-    """Return the line that trains a recipe again, from the keys in which it differs from the default."""
-    default, own = recorded(read_recipe([])), recorded(recipe)
-    changed = {key: value for key, value in own.items() if value != default[key]}
-    words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
-    return shlex.join(["accelerate", "launch", "recipes/train.py", *words])
-
-
-def save_checkpoint(path: Path, recipe: Recipe, model: BNOnlyPeftModel, optimizer: Any, scaler: Any, run: dict) -> None:
-    """Write the adapter, the optimiser's state and the history so far, whole or not at all."""
+def save_checkpoint(path: Path, recipe: Recipe, model: nn.Module, optimizer: Any, scaler: Any, run: dict) -> None:
+    """Write what training changes, the optimiser's state and the history so far, whole or not at all."""
     state = {
         "recipe": json.dumps(recorded(recipe)),
-        "adapter": get_peft_model_state_dict(model, save_embedding_layers=False),
+        "tensors": moving(model),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict() if scaler else {},
         "run": run,
@@ -226,7 +165,7 @@ def save_checkpoint(path: Path, recipe: Recipe, model: BNOnlyPeftModel, optimize
     os.replace(path.with_suffix(".part"), path)
 
 
-def load_checkpoint(path: Path, recipe: Recipe, model: BNOnlyPeftModel, optimizer: Any, scaler: Any) -> dict:
+def load_checkpoint(path: Path, recipe: Recipe, model: nn.Module, optimizer: Any, scaler: Any) -> dict:
     """Restore what `save_checkpoint` wrote; return the history.
 
     Raises:
@@ -240,11 +179,29 @@ def load_checkpoint(path: Path, recipe: Recipe, model: BNOnlyPeftModel, optimize
             seen=", ".join(f"{k}: {before.get(k)!r} -> {now[k]!r}" for k in now if before.get(k) != now[k]),
             do="resume with the same keys, or overwrite=true to start again",
         )
-    set_peft_model_state_dict(model, state["adapter"])
+    for name, tensor in moving(model).items():
+        tensor.copy_(state["tensors"][name])
     optimizer.load_state_dict(state["optimizer"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return state["run"]
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """Return (trained, all) parameters."""
+    if isinstance(model, BNOnlyPeftModel):
+        return model.get_nb_trainable_parameters()
+    sizes = [(p.numel() * p.requires_grad, p.numel()) for p in model.parameters()]
+    return sum(trained for trained, _ in sizes), sum(size for _, size in sizes)
+
+
+def save(model: nn.Module, config: BNOnlyConfig, output: Path) -> Path:
+    """Write the adapter, or a network that trained whole as a timm checkpoint; return the file of tensors."""
+    if isinstance(model, BNOnlyPeftModel):
+        model.save_pretrained(output / "adapter")
+        return output / "adapter" / "adapter_model.safetensors"
+    shutil.rmtree(output / "network", ignore_errors=True)
+    return export_network(model, config, output / "network") / "model.safetensors"
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -255,10 +212,10 @@ def run(recipe: Recipe) -> dict[str, Any]:
     accelerator.wait_for_everyone()  # no process creates the folder before all have looked
     set_seed(recipe.data_seed)
     feed = Feed(recipe, accelerator)
-    plain = build_model(recipe, feed)
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        plain.print_trainable_parameters()
+    config = configuration(recipe, feed)
+    plain = build_model(recipe, config, feed)
+    output.mkdir(parents=True, exist_ok=True)
+    accelerator.print("{}: {:,} of {:,} parameters train".format(recipe.condition, *count(plain)), file=sys.stderr)
     if recipe.tracker:
         accelerator.init_trackers("bn_affine_adapters", config={k: str(v) for k, v in recorded(recipe).items()})
     network = sync_norms_(plain, accelerator.device) if accelerator.num_processes > 1 and recipe.sync_norm else plain
@@ -287,48 +244,46 @@ def run(recipe: Recipe) -> dict[str, Any]:
         due = recipe.checkpoint_every and (epoch + 1) % recipe.checkpoint_every == 0
         if due and accelerator.is_main_process:
             save_checkpoint(checkpoint, recipe, plain, optimizer, accelerator.scaler, history)
-    plain.save_pretrained(output / "adapter", is_main_process=accelerator.is_main_process)
     result = summary(recipe, feed, plain, history, accelerator)
     if accelerator.is_main_process:
-        write_result(recipe, output, result)
+        write_result(recipe, output, result, save(plain, config, output))
     accelerator.end_training()
     return result
 
 
 def summary(
-    recipe: Recipe, feed: Feed, model: BNOnlyPeftModel, history: dict[str, Any], accelerator: Accelerator
+    recipe: Recipe, feed: Feed, model: nn.Module, history: dict[str, Any], accelerator: Accelerator
 ) -> dict[str, Any]:
     """Return the result line of a finished run."""
-    trained, total = model.get_nb_trainable_parameters()
-    weights = Path(recipe.output_dir, "adapter", "adapter_model.safetensors")
+    trained, total = count(model)
     return {
         **{key: round(value, 4) for key, value in history["epochs"][-1].items()},
         "trained": trained,
         "parameters": total,
-        "adapter": str(weights.parent),
-        "adapter_bytes": weights.stat().st_size if accelerator.is_main_process else None,
         "seconds": round(history["seconds"], 2),
         "images_per_second": round(feed.steps * recipe.batch_size * recipe.epochs / max(history["seconds"], 1e-9), 1),
         **provenance(accelerator, Path(__file__).parent),
         "recipe": recorded(recipe),
-        "command": command(recipe),
+        "command": command(recipe, read_recipe([])),
         "first_losses": [round(loss, 6) for loss in history["first_losses"]],
         "epochs": [{key: round(value, 4) for key, value in entry.items()} for entry in history["epochs"]],
     }
 
 
-def write_result(recipe: Recipe, output: Path, result: dict[str, Any]) -> None:
-    """Print the result as one JSON line, and keep it beside the adapter and where the recipe asks for it."""
-    line = json.dumps(result)
-    (output / "result.json").write_text(line + "\n")
-    published = {key: value for key, value in result.items() if key != "adapter"}
-    Path(result["adapter"], RESULTS_NAME).write_text(json.dumps([published]) + "\n")  # for its model card
+def write_result(recipe: Recipe, output: Path, result: dict[str, Any], saved: Path) -> None:
+    """Print the result as one JSON line, and keep it beside what was saved and where the recipe asks for it."""
+    kind = saved.parent.name  # "adapter", or "network" where the whole of it trained
+    result |= {f"{kind}_bytes": saved.stat().st_size}
+    Path(saved.parent, RESULTS_NAME).write_text(json.dumps([result]) + "\n")  # for its model card
     if recipe.results:
         with open(recipe.results, "a") as file:
-            file.write(json.dumps(published) + "\n")
+            file.write(json.dumps(result) + "\n")
+    result |= {kind: str(saved.parent)}
+    line = json.dumps(result)
+    (output / "result.json").write_text(line + "\n")
     print(line)
     print(f"test accuracy {result['top1']:.2f} % with {result['trained']:,} trained parameters")
-    print(f"adapter {result['adapter']}, {result['adapter_bytes'] / 1000:.1f} kB")
+    print(f"{kind} {saved.parent}, {saved.stat().st_size / 1000:.1f} kB")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_a_killed_run_resumes_to_the_adapter_of_one_never_killed(train, tmp_path
 def test_the_command_in_a_result_line_means_the_same_recipe(train, tmp_path):
     changes = ["condition=bn+head", "mean=[0.1,0.2,0.3]", "norm_init=ones", "model_args={drop_rate: 0.1}", "flip=true"]
     recipe = train.read_recipe([f"output_dir={tmp_path}", "seed=3", *changes])
-    words = shlex.split(train.command(recipe))
+    words = shlex.split(train.command(recipe, train.read_recipe([])))
     assert words[:3] == ["accelerate", "launch", "recipes/train.py"]
     assert len(words) == 3 + 1 + len(changes)
     assert train.recorded(train.read_recipe(words[3:])) == train.recorded(recipe)
@@ -139,6 +140,11 @@ COUNTS = {
     "beta": 560,
     "bn+shortcut+head": 1_120 + 2_560 + 650,
     "shortcut+head": 2_560 + 650,
+    "random2": 1_120,
+    "input-affine": 902,
+    "filter-affine": 1_120,
+    "all": 175_258,
+    "no-affine": 175_258 - 1_120,
 }
 
 
@@ -151,12 +157,14 @@ def feed(train):
 
 @pytest.mark.parametrize("condition", COUNTS)
 def test_a_condition_trains_the_papers_number_of_parameters(train, feed, condition):
-    model = train.build_model(train.read_recipe([*TINY, f"condition={condition}"]), feed)
-    assert model.get_nb_trainable_parameters() == (COUNTS[condition], 175_258)
+    recipe = train.read_recipe([*TINY, f"condition={condition}"])
+    trained, total = train.count(train.build_model(recipe, train.configuration(recipe, feed), feed))
+    assert trained == COUNTS[condition]
+    assert total == 175_258 + (trained if condition == "input-affine" else 0)  # in front of the network's own
 
 
 def test_every_condition_of_the_script_was_counted(train):
-    assert set(COUNTS) == set(train.CONDITIONS)
+    assert set(COUNTS) == {*train.CONDITIONS, *train.FULL_CONDITIONS}
 
 
 def test_every_recipe_in_configs_reads(train):
@@ -281,4 +289,4 @@ def test_help_lists_every_key(train, capsys):
         train.read_recipe(["--help"])
     printed = capsys.readouterr().out
     keys = [line.split("=")[0].strip() for line in printed.splitlines() if line.startswith("  ") and "=" in line]
-    assert len(set(keys) & {field.name for field in train.fields(train.Recipe)}) == len(train.fields(train.Recipe))
+    assert len(set(keys) & {field.name for field in fields(train.Recipe)}) == len(fields(train.Recipe))

@@ -1,0 +1,162 @@
+"""Controls of BatchNorm's size: other sets of a few parameters per channel that train instead of gamma and beta."""
+
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
+
+from .config import BNOnlyConfig
+from .draws import codes
+from .errors import AdapterError
+
+
+class Control(nn.Module):
+    """Runs a convolution of the frozen network with a few trained parameters of its own.
+
+    The frozen weight is the convolution's: it is neither copied nor saved here.
+
+    Attributes:
+        replaced: how many of the convolution's weights the trained ones stand for.
+    """
+
+    replaced = 0
+
+    def __init__(self, conv: nn.Module) -> None:
+        """Share ``conv`` with the frozen network."""
+        super().__init__()
+        self._shared = (conv,)  # in a tuple, so that it is no module of this one; a deep copy keeps the identity
+
+    @property
+    def conv(self) -> nn.Module:
+        """The convolution of the frozen network."""
+        return self._shared[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the convolution, e.g. `stride`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_shared"][0], name)
+
+    def plain(self) -> nn.Module:
+        """Return a plain convolution that computes the same.
+
+        Raises:
+            AdapterError: there is none.
+        """
+        raise NotImplementedError
+
+
+class TwoWeights(Control):
+    """A convolution of which two weights per output channel train, chosen from the seed.
+
+    Only those are parameters: the others get no gradient, no momentum and no weight decay.
+
+    Source: the paper's Section 4, "two random parameters per channel".
+    """
+
+    values: Tensor
+    index: Tensor
+
+    def __init__(self, conv: nn.Module, name: str, seed: int) -> None:
+        """Choose the weights of the convolution whose canonical name is ``name``."""
+        super().__init__(conv)
+        weight = _weight(conv)
+        index = torch.from_numpy(choose(weight.shape[0], weight[0].numel(), seed, name)).to(weight.device)
+        self.values = nn.Parameter(weight.detach().flatten(1).gather(1, index), requires_grad=False)
+        self.register_buffer("index", index, persistent=False)  # follows from the seed
+        self.replaced = index.numel()
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, (C_out, C_in / groups, ...): the frozen one with the trained values in their places.
+
+        Its format in memory is the frozen weight's, by which the convolution's kernel is chosen.
+        """
+        frozen = _weight(self.conv)
+        whole = frozen.flatten(1).scatter(1, self.index, self.values).view(frozen.shape)
+        channels_last = frozen.dim() == 4 and not frozen.is_contiguous()
+        return whole.contiguous(memory_format=torch.channels_last) if channels_last else whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the convolution."""
+        return functional_call(self.conv, {"weight": self.weight}, (x,))
+
+    def plain(self) -> nn.Module:
+        """Return the convolution with the trained values in their places, bit for bit."""
+        conv = deepcopy(self.conv)
+        with torch.no_grad():
+            _weight(conv).copy_(self.weight)
+        return conv
+
+
+class InputAffine(Control):
+    """A convolution behind a trained scale and shift per input channel, one and zero at the start.
+
+    Padding stays zero, as in a network with a norm layer in front of the convolution.
+    """
+
+    def __init__(self, conv: Any) -> None:
+        """Put a scale and a shift in front of ``conv``."""
+        super().__init__(conv)
+        self.scale = nn.Parameter(conv.weight.new_ones(conv.in_channels), requires_grad=False)
+        self.shift = nn.Parameter(conv.weight.new_zeros(conv.in_channels), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift each channel of x, (N, C_in, ...), then run the convolution."""
+        shape = (-1, *(1,) * (x.dim() - 2))
+        return self.conv(x * self.scale.view(shape) + self.shift.view(shape))
+
+    def plain(self) -> nn.Module:
+        """Raise AdapterError: a shift in front of zero padding is no bias behind it."""
+        raise AdapterError(
+            "A shift per input channel cannot be merged into the convolution behind it.",
+            seen="zero padding, which the shift does not reach",
+            do="model.save_pretrained(folder), and load the adapter with this package",
+        )
+
+
+def choose(filters: int, weights: int, seed: int, name: str) -> NDArray[np.int64]:
+    """Return the positions of two different weights of every filter, int64 (filters, 2).
+
+    Args:
+        filters: output channels.
+        weights: of one filter; with fewer than two, all of them are chosen.
+        seed: as of the weights.
+        name: canonical, of the convolution.
+
+    Four 16-bit codes of the stream ``name:two_weights`` make two 32-bit numbers a filter, which are scaled down to a
+    position among all, and to one among those left. A parameter's name has no colon, so that no stream is used twice.
+
+    >>> choose(2, 27, 0, "conv1").tolist()
+    [[7, 24], [13, 10]]
+    """
+    if weights < 2:
+        return np.zeros((filters, weights), dtype=np.int64)
+    numbers = codes(seed, f"{name}:two_weights", 0, 4 * filters).astype(np.uint64).reshape(filters, 2, 2)
+    wide = (numbers[..., 0] << np.uint64(16)) | numbers[..., 1]
+    places = ((wide * np.array([weights, weights - 1], dtype=np.uint64)) >> np.uint64(32)).astype(np.int64)
+    places[:, 1] += places[:, 1] >= places[:, 0]
+    return places
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution that a control can run."""
+    return isinstance(module, _ConvNd) and not module.transposed
+
+
+def controlled(conv: nn.Module, name: str, config: BNOnlyConfig) -> Control:
+    """Return the control of a convolution that a configuration asks for."""
+    if config.control == "input_affine":
+        return InputAffine(conv)
+    assert config.seed is not None  # checked by the configuration
+    return TwoWeights(conv, name, config.seed)
+
+
+def _weight(conv: Any) -> Tensor:
+    return conv.weight

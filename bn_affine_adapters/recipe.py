@@ -1,0 +1,144 @@
+"""What a training recipe says: every key, the conditions, the YAML file and key=value arguments that set them."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .config import check_keys
+from .errors import ConfigError
+from .feed import DataOptions
+from .reinit import check_choice
+
+# What trains. The first seven are the paper's; those with shortcuts name them in extra_trainable_modules besides.
+# "filter-affine" is gamma and beta without normalisation: the running statistics stay 0 and 1.
+_NORMS_OFF = {"train_gamma": False, "train_beta": False}
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "bn": {},
+    "bn+head": {"train_head": True},
+    "head": {**_NORMS_OFF, "train_head": True},
+    "random2": {**_NORMS_OFF, "control": "two_weights"},
+    "bn+shortcut+head": {"train_head": True},
+    "shortcut+head": {**_NORMS_OFF, "train_head": True},
+    "gamma": {"train_beta": False},
+    "beta": {"train_gamma": False},
+    "input-affine": {**_NORMS_OFF, "control": "input_affine"},
+    "filter-affine": {"running_statistics": "frozen"},
+}
+FULL_CONDITIONS = ("all", "no-affine")  # train the network itself, and save it whole
+
+
+@dataclass
+class Recipe(DataOptions):
+    """Every key of a recipe; a YAML file and key=value arguments change them, in this order."""
+
+    # The network
+    model: str = "cifar_resnet14"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False  # keep pretrained weights; needs seed=null
+    pretrained_file: str | None = None  # a .safetensors file instead of timm's download
+    seed: int | None = 0
+    condition: str = "bn"
+    weight_init: str = "kaiming_normal"
+    norm_init: str | None = None
+    running_statistics: str = "update"
+    # The optimiser: SGD without Nesterov
+    epochs: int = 160
+    lr: float = 0.1
+    schedule: str = "multistep"  # or "cosine"
+    milestones: list[float] = field(default_factory=list)  # epochs at which lr is multiplied by lr_decay
+    lr_decay: float = 0.1
+    warmup_epochs: float = 0.0
+    sgd_momentum: float = 0.9
+    weight_decay: float = 1e-4
+    # The run
+    precision: str = "no"  # or bf16, fp16
+    sync_norm: bool = True  # with several processes: batch statistics over all of them
+    threads: int = 0  # CPU threads a process; 0: all cores over the local processes
+    tracker: str | None = None  # e.g. tensorboard, wandb: any that Accelerate knows
+    output_dir: str = "runs/latest"
+    overwrite: bool = False
+    resume: bool = False  # go on from OUTPUT/checkpoint.pt, if it is there
+    checkpoint_every: int = 0  # epochs; 0: none
+    eval_every: int = 1  # epochs; the last is always evaluated
+    results: str | None = None  # a .jsonl file to append the result line to
+
+
+# Where and how a run is done, not what comes out of it.
+WHERE_ONLY = {"output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every"}
+
+
+def help_text() -> str:
+    """Return every key with its default, a line each."""
+    return "\n".join(f"  {f.name}={json.dumps(getattr(Recipe(), f.name))}" for f in fields(Recipe))
+
+
+def read_recipe(arguments: list[str], default: Path) -> Recipe:
+    """Merge the defaults, a YAML file (that after ``--config``, or ``default``) and the key=value arguments.
+
+    Raises:
+        ConfigError: the file cannot be read, or a value is not usable.
+        UnknownKeyError: there is no such key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        file = str(default)
+        if "--config" in arguments:
+            at = arguments.index("--config")
+            file, arguments = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+        layers = [OmegaConf.load(file), OmegaConf.from_cli(arguments)]
+        for layer in layers:
+            check_keys(dict(layer), {f.name for f in fields(Recipe)}, "the recipe")
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Recipe), *layers))
+        recipe = Recipe(**merged)  # type: ignore[arg-type]  # OmegaConf promises no str keys
+    except (OmegaConfBaseException, OSError, IndexError) as error:
+        raise ConfigError(
+            "The recipe cannot be read.",
+            seen=str(error).splitlines()[0],
+            do="accelerate launch recipes/train.py --config recipes/configs/NAME.yaml key=value ...",
+        ) from error
+    check_choice("condition", recipe.condition, (*CONDITIONS, *FULL_CONDITIONS))
+    check_choice("schedule", recipe.schedule, ("multistep", "cosine"))
+    if recipe.pretrained == (recipe.seed is not None):
+        raise ConfigError(
+            "A network is either redrawn from a seed or keeps pretrained weights.",
+            seen=f"pretrained={recipe.pretrained}, seed={recipe.seed}",
+            do="pretrained=true seed=null, or pretrained=false seed=0",
+        )
+    return recipe
+
+
+def recorded(recipe: Recipe) -> dict[str, Any]:
+    """Return what of a recipe decides its result; a local folder is named without its path."""
+    kept = {key: value for key, value in asdict(recipe).items() if key not in WHERE_ONLY}
+    for key in ("dataset", "pretrained_file"):
+        if kept[key] and Path(kept[key]).exists():
+            kept[key] = Path(kept[key]).name
+    return kept
+
+
+def command(recipe: Recipe, default: Recipe) -> str:
+    """Return the line that trains a recipe again, from the keys in which it differs from the script's default."""
+    usual, own = recorded(default), recorded(recipe)
+    changed = {key: value for key, value in own.items() if value != usual[key]}
+    words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
+    return shlex.join(["accelerate", "launch", "recipes/train.py", *words])
+
+
+def run_key(recorded: Mapping[str, Any]) -> str:
+    """Return what tells one run from another: the settings of a result line that are not the defaults, as JSON.
+
+    How often it was evaluated and where the data set was found make no other run; a key that a later version
+    adds, at its default, makes none either.
+
+    >>> run_key({"model": "cifar_resnet14", "seed": 1, "eval_every": 5, "dataset": "uoft-cs/cifar10"})
+    '{"dataset": "cifar10", "seed": 1}'
+    """
+    usual = json.loads(json.dumps(asdict(Recipe())))
+    own = {**recorded, "dataset": Path(recorded.get("dataset", usual["dataset"])).name}
+    own = {key: value for key, value in own.items() if key != "eval_every" and value != usual.get(key)}
+    return json.dumps(dict(sorted(own.items())))
