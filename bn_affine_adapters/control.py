@@ -47,9 +47,13 @@ class Control(nn.Module):
         """Return a plain convolution that computes the same.
 
         Raises:
-            AdapterError: there is none.
+            AdapterError: there is none: a shift in front of zero padding is no bias behind it.
         """
-        raise NotImplementedError
+        raise AdapterError(
+            "A shift per input channel cannot be merged into the convolution behind it.",
+            seen="zero padding, which the shift does not reach",
+            do="model.save_pretrained(folder), and load the adapter with this package",
+        )
 
 
 class TwoWeights(Control):
@@ -112,14 +116,6 @@ class InputAffine(Control):
         shape = (-1, *(1,) * (x.dim() - 2))
         return self.conv(x * self.scale.view(shape) + self.shift.view(shape))
 
-    def plain(self) -> nn.Module:
-        """Raise AdapterError: a shift in front of zero padding is no bias behind it."""
-        raise AdapterError(
-            "A shift per input channel cannot be merged into the convolution behind it.",
-            seen="zero padding, which the shift does not reach",
-            do="model.save_pretrained(folder), and load the adapter with this package",
-        )
-
 
 def choose(filters: int, weights: int, seed: int, name: str) -> NDArray[np.int64]:
     """Return the positions of two different weights of every filter, int64 (filters, 2).
@@ -134,7 +130,7 @@ def choose(filters: int, weights: int, seed: int, name: str) -> NDArray[np.int64
     position among all, and to one among those left. A parameter's name has no colon, so that no stream is used twice.
 
     >>> choose(2, 27, 0, "conv1").tolist()
-    [[7, 24], [13, 10]]
+    [[17, 4], [20, 16]]
     """
     if weights < 2:
         return np.zeros((filters, weights), dtype=np.int64)

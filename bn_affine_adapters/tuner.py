@@ -125,6 +125,8 @@ class BNOnlyTuner(BaseTuner):
     ) -> nn.Module:
         # PEFT's own would take any module with an attribute `base_layer`, such as DLA's, for one of its layers.
         names = adapter_names or self.active_adapters
+        if merge:
+            _check_plain(self.model, names)
         for layer in self.model.modules():
             if isinstance(layer, BNOnlyLayer):
                 if merge:
@@ -191,6 +193,14 @@ def unwrap_(model: nn.Module) -> nn.Module:
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.train(model.training)
+
+
+def _check_plain(model: nn.Module, names: list[str]) -> None:
+    for layer in model.modules():
+        if isinstance(layer, BNOnlyLayer):
+            for name in names:
+                if name in layer.bn_only_layers and isinstance(copy := layer.bn_only_layers[name], Control):
+                    copy.plain()  # or why there is none, before anything changes
 
 
 def _as_constructed(config: BNOnlyConfig) -> nn.Module:

@@ -24,12 +24,14 @@ FULL = dict(
     train_gamma=False,
     train_beta=True,
     train_head=True,
+    control="two_weights",
     extra_trainable_modules=["layer2.0.downsample.0", "Blöcke.0"],
     norm_layers=["bn1"],
     running_statistics="frozen",
     architecture="resnet18",
     model_args={"num_classes": 7, "output_stride": 8, "layers": [2, 2, 2, 2], "drop_rate": 0.25, "global_pool": None},
     head_layers=["fc"],
+    control_layers=["conv1"],
     data_config={"input_size": [3, 32, 32], "mean": [0.5, 0.4, 0.3], "interpolation": "bilinear", "crop_pct": 0.875},
     label_names=["cat", "Kühe"],
     backbone_fingerprint="ab" * 32,
@@ -197,12 +199,14 @@ BAD = {
     "train_gamma": [1, "true", None],
     "train_beta": [0, "false", None],
     "train_head": [1, "head", None],
+    "control": ["two", "", 2, True, ["two_weights"]],
     "extra_trainable_modules": ["fc", [1], [None], 5],
     "norm_layers": ["bn1", [1], [["bn1"]], 5],
     "running_statistics": ["freeze", None, False],
     "architecture": [5, ["resnet18"], True],
     "model_args": [None, [], "num_classes=10", {"f": print}, {"t": {1}}, {1: 2}, {"nested": [object()]}],
     "head_layers": ["fc", [1], 5],
+    "control_layers": ["conv1", [1], 5],
     "data_config": [[], "imagenet", 5, {"mean": [float("nan")] * 3}, {"input_size": object()}],
     "label_names": ["cat", [1, 2], 5],
     "init_scheme": ["bnaffine-init-v0", "", None],
@@ -219,7 +223,7 @@ BAD = {
 
 def test_bad_values_are_tried_for_every_field():
     assert set(BAD) == OURS
-    assert sum(map(len, BAD.values())) == 88
+    assert sum(map(len, BAD.values())) == 96
 
 
 @pytest.mark.parametrize(
