@@ -4,7 +4,7 @@ The one place that knows whether the images lie in memory on the device or strea
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -28,6 +28,7 @@ class DataOptions:
     dataset_config: str | None = None
     train_split: str = "train"
     test_split: str = "test"
+    held_out: int = 0  # images taken out of the training split and tested on instead of the test split
     image_column: str | None = None
     label_column: str | None = None
     data_seed: int = 0
@@ -64,6 +65,8 @@ class Feed:
         self.format = torch.channels_last if options.channels_last else torch.contiguous_format
         with accelerator.main_process_first():  # the cache of `datasets` is written once
             self.train, self.test = _load(options)
+        if options.held_out:
+            self.train, self.test = hold_out(self.train, options.held_out)
         self.label_names = self.train.label_names
         self.steps = steps_per_epoch(
             len(self.train.dataset),
@@ -152,6 +155,21 @@ class Feed:
             count = min(left, len(labels) * self.accelerator.num_processes)
             left -= count
             yield Batch(images.to(memory_format=self.format), labels, count)
+
+
+def hold_out(split: Split, count: int) -> tuple[Split, Split]:
+    """Return (what is left of a split, ``count`` images taken out of it): the same ones for every data seed.
+
+    Raises:
+        DataError: the split has no more than ``count`` images.
+    """
+    total = len(split.dataset)
+    if not 0 < count < total:
+        do = "hold out some images, and leave some to train on"
+        raise DataError("So many images cannot be held out.", seen=f"{count} of {total}", do=do)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    out, left = (sorted(part.tolist()) for part in (order[:count], order[count:]))
+    return replace(split, dataset=split.dataset.select(left)), replace(split, dataset=split.dataset.select(out))
 
 
 def _load(options: DataOptions) -> tuple[Split, Split]:

@@ -27,6 +27,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "input-affine": {**_NORMS_OFF, "control": "input_affine"},
     "filter-affine": {"running_statistics": "frozen"},
 }
+COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FULL_CONDITIONS = ("all", "no-affine")  # train the network itself, and save it whole
 
 
@@ -55,6 +56,7 @@ class Recipe(DataOptions):
     weight_decay: float = 1e-4
     # The run
     precision: str = "no"  # or bf16, fp16
+    compile: str | None = None  # a mode of torch.compile; "reduce-overhead" captures the step in CUDA graphs
     sync_norm: bool = True  # with several processes: batch statistics over all of them
     threads: int = 0  # CPU threads a process; 0: all cores over the local processes
     tracker: str | None = None  # e.g. tensorboard, wandb: any that Accelerate knows
@@ -103,6 +105,7 @@ def read_recipe(arguments: list[str], default: Path) -> Recipe:
         ) from error
     check_choice("condition", recipe.condition, (*CONDITIONS, *FULL_CONDITIONS))
     check_choice("schedule", recipe.schedule, ("multistep", "cosine"))
+    check_choice("compile", recipe.compile, COMPILE_MODES)
     if recipe.pretrained == (recipe.seed is not None):
         raise ConfigError(
             "A network is either redrawn from a seed or keeps pretrained weights.",

@@ -131,6 +131,8 @@ def train_epoch(
     for index, batch in enumerate(bar):
         step, part = divmod(index, recipe.accumulation)
         last = part == recipe.accumulation - 1
+        if recipe.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs wrote may be overwritten
         with nullcontext() if last else accelerator.no_sync(model):
             loss = F.cross_entropy(model(batch.images), batch.labels, reduction="sum") / batch.global_count
             # Processes average their gradients; the gradient of the global mean is the sum of their parts.
@@ -223,6 +225,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
     model, optimizer = accelerator.prepare(network, optimizer)
+    if recipe.compile:
+        model = torch.compile(model, mode=recipe.compile, dynamic=False)  # a last, smaller batch has its own graph
     feed.load()  # outside the time of the training
     history: dict[str, Any] = {"epochs": [], "first_losses": [], "seconds": 0.0}
     checkpoint = output / "checkpoint.pt"
@@ -258,6 +262,7 @@ def summary(
     trained, total = count(model)
     return {
         **{key: round(value, 4) for key, value in history["epochs"][-1].items()},
+        **({"split": f"{recipe.held_out} held out of {recipe.train_split}"} if recipe.held_out else {}),
         "trained": trained,
         "parameters": total,
         "seconds": round(history["seconds"], 2),

@@ -11,12 +11,15 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from conftest import script
 from safetensors.torch import load_file
 
+from bn_affine_adapters import reinit_
 from bn_affine_adapters.errors import AdapterFileError, ConfigError, DataError, OutputFolderError, UnknownKeyError
+from bn_affine_adapters.norms import norm_layers
 
 ROOT = Path(__file__).parents[1]
 # One epoch of this takes about a second: the digits at their own size.
@@ -130,6 +133,81 @@ def test_the_command_in_a_result_line_means_the_same_recipe(train, tmp_path):
     assert words[:3] == ["accelerate", "launch", "recipes/train.py"]
     assert len(words) == 3 + 1 + len(changes)
     assert train.recorded(train.read_recipe(words[3:])) == train.recorded(recipe)
+
+
+@pytest.mark.parametrize("condition", ["all", "no-affine"])
+def test_a_network_that_trained_whole_is_saved_as_a_timm_checkpoint(condition, train, tmp_path):
+    result = tiny(train, tmp_path / "run", f"condition={condition}")
+    assert "adapter" not in result
+    assert sorted(path.name for path in Path(result["network"]).iterdir()) == [
+        "config.json", "model.safetensors", "results.json",
+    ]  # fmt: skip
+    drawn = reinit_(timm.create_model("cifar_resnet14"), 0).state_dict()
+    network = timm.create_model(f"local-dir:{result['network']}", pretrained=True)
+    same = {key for key, tensor in network.state_dict().items() if torch.equal(tensor, drawn[key])}
+    frozen = {f"{name}.{key}" for name in norm_layers(network) for key in ("weight", "bias")}
+    assert same == (frozen if condition == "no-affine" else set())
+    assert len(frozen) == 30
+    recipe = train.read_recipe(list(TINY))
+    accuracy = train.accuracy(network, train.Feed(recipe, train.Accelerator()))
+    assert round(accuracy["top1"], 4) == result["top1"]
+    again = tiny(train, tmp_path / "run", f"condition={condition}", "overwrite=true")
+    assert again["epochs"] == result["epochs"]
+
+
+@pytest.mark.parametrize("condition", ["all", "random2"])
+def test_a_run_of_another_kind_resumes_too(condition, train, tmp_path):
+    options = (f"condition={condition}", "checkpoint_every=1", "resume=true")
+    whole = tiny(train, tmp_path / "whole", *options, "epochs=2")
+    recipe = train.read_recipe([*TINY, *options, "epochs=2", f"output_dir={tmp_path / 'cut'}"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_epoch", stop_after(1, train.train_epoch))
+        with pytest.raises(KeyboardInterrupt):
+            train.run(recipe)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train.run(recipe)["epochs"] == whole["epochs"]
+
+
+def stop_after(epochs, train_epoch):
+    """The same function, interrupted before the epoch that comes after so many."""
+
+    def interrupted(*arguments):
+        if arguments[-1] == epochs:
+            raise KeyboardInterrupt
+        return train_epoch(*arguments)
+
+    return interrupted
+
+
+def test_images_held_out_are_neither_trained_on_nor_of_the_test_split(train, tmp_path):
+    recipe = train.read_recipe([*TINY, "held_out=100"])
+    feed, whole = (train.Feed(r, train.Accelerator()) for r in (recipe, train.read_recipe(list(TINY))))
+    pixels = [
+        {image.numpy().tobytes() for image in split}
+        for split in (feed._train_tensors.images, feed._test_tensors.images)
+    ]
+    assert (len(feed.train.dataset), len(feed.test.dataset)) == (1338, 100)
+    assert not pixels[0] & pixels[1]
+    assert pixels[0] | pixels[1] == {image.numpy().tobytes() for image in whole._train_tensors.images}
+    other = train.Feed(train.read_recipe([*TINY, "held_out=100", "data_seed=1"]), train.Accelerator())
+    assert torch.equal(other._test_tensors.images, feed._test_tensors.images)
+    assert tiny(train, tmp_path / "run", "held_out=100")["split"] == "100 held out of train"
+
+
+@pytest.mark.parametrize("count", [-1, 1438, 5000])
+def test_what_is_held_out_leaves_something_to_train_on(count, train, refused):
+    with refused(DataError, "1438"):
+        train.Feed(train.read_recipe([*TINY, f"held_out={count}"]), train.Accelerator())
+
+
+def test_a_compiled_run_has_the_losses_of_an_eager_one(train, tmp_path, monkeypatch):
+    compiler = torch.compile
+    seen = []
+    # Without a C++ compiler: what is captured, not what code is made of it.
+    monkeypatch.setattr(torch, "compile", lambda model, **how: seen.append(how) or compiler(model, backend="aot_eager"))
+    ours, theirs = (tiny(train, tmp_path / str(i), *extra) for i, extra in enumerate([["compile=reduce-overhead"], []]))
+    assert seen == [{"mode": "reduce-overhead", "dynamic": False}]
+    assert ours["first_losses"] == pytest.approx(theirs["first_losses"], rel=1e-4)
 
 
 COUNTS = {
