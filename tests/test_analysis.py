@@ -153,6 +153,12 @@ def test_a_distribution_is_that_of_all_values_together():
     assert found["layers"]["bn1"]["near_zero"] == pytest.approx(100 * (abs(values["bn1"]) < 0.01).mean(), abs=1e-6)
 
 
+def test_zero_is_not_negative_and_a_threshold_is_not_below_itself():
+    found = distribution({"a": [-1.0, -0.0, 0.0, 0.01]})
+    assert (found["negative"], found["below"]["0.01"], found["below"]["0.05"]) == (25, 50, 75)
+    assert found["layers"]["a"]["near_zero"] == 50
+
+
 @pytest.mark.parametrize("digits", [4, 6])
 @pytest.mark.parametrize("scale", [0, 1e-12, 1e-5, 0.3, 1, 1e6])
 def test_no_value_is_left_out_of_the_histogram(scale, digits):
