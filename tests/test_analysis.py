@@ -283,6 +283,14 @@ def test_names_are_those_of_the_plain_network():
     assert "bn1.act" in counts
 
 
+@pytest.mark.parametrize("control", ["two_weights", "input_affine"])
+def test_a_control_is_analysed_with_the_norm_layers_it_leaves_frozen(control):
+    config = BNOnlyConfig(seed=0, control=control, train_gamma=False, train_beta=False)
+    model = get_bn_only_model(timm.create_model("cifar_resnet14"), config)
+    assert distribution(norm_values(model)["gamma"])["count"] == 560
+    assert len(dead_activations(model, [torch.randn(2, 3, 32, 32)])) == 13
+
+
 class Reused(nn.Module):
     """As torchvision's blocks: one ReLU for several layers, of different width."""
 
