@@ -113,8 +113,8 @@ Rates are medians, ratios the median over rounds.{captured}
 {where}
 """
 CAPTURED = '\nCaptured: `torch.compile(mode="reduce-overhead")`.'
-NO_GPU = """On a GPU: not yet measured. Stacking saves the time in which a device waits for its host; a CPU does not wait:
-where the ratio is under 1, train the replicates one after another, or in a process each."""
+NO_GPU = """On a GPU: not yet measured. Stacking saves the time in which a device waits for its host, a CPU
+does not wait: where the ratio is under 1, train the replicates one after another, or in a process each."""
 
 
 def table(result: dict[str, Any]) -> str:
