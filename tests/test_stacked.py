@@ -2,7 +2,7 @@
 
 At lr 0.1 in float32 no two ways to compute one run stay within 1e-4 for 20 steps: one unit in the last place of the
 images moves the losses as far as stacking does, which a test below shows. So the recipe's run is compared in float64,
-where stacking is exact to 1e-14, and in float32 for the first steps, and for all 20 at a lower lr.
+where stacking is exact to 1e-13, and in float32 for the first steps, and for all 20 at a lower lr.
 """
 
 import itertools
@@ -119,7 +119,7 @@ def farthest(losses, expected):
 RUNS = {
     "float64 at the recipe's lr": (torch.float64, 0.1, 20, 1e-10),
     "float32 at a hundredth of it": (torch.float32, 0.001, 20, 1e-4),
-    "float32 at the recipe's lr, before rounding grows": (torch.float32, 0.1, 3, 1e-4),
+    "float32 at the recipe's lr, before rounding grows": (torch.float32, 0.1, 2, 1e-4),
 }
 
 
