@@ -3,7 +3,8 @@
 The one place that knows whether the images lie in memory on the device or stream from workers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -151,6 +152,13 @@ class Feed:
                 **self.common,
             )
 
+    def reordered(self, data_seed: int) -> "Feed":
+        """Return a feed of the same images, decoded once, in the order of another data seed."""
+        self.load()
+        other = copy(self)
+        other.options = replace(self.options, data_seed=data_seed)
+        return other
+
     def evaluation(self) -> Iterator[Batch]:
         """Yield this process's share of the test split, in order; `global_count` of all shares are real."""
         if not self.options.streaming:
@@ -196,6 +204,13 @@ def _load(options: DataOptions) -> tuple[Split, Split]:
             seen=f"{type(error).__name__}: {str(error).splitlines()[0]}",
             do='give "digits", a Hub id, or a folder that datasets.load_dataset reads',
         ) from error
+
+
+def side_by_side(feeds: Sequence[Feed], epoch: int) -> Iterator[Batch]:
+    """Yield batches of R feeds of equal length together: images (R, n, C, H, W), labels (R, n)."""
+    for batches_ in zip(*(feed.epoch(epoch) for feed in feeds), strict=True):
+        images, labels, counts = zip(*batches_, strict=True)
+        yield Batch(torch.stack(images), torch.stack(labels), counts[0])
 
 
 @torch.no_grad()

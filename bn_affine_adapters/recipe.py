@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Recipe(DataOptions):
     # The run
     precision: str = "no"  # or bf16, fp16
     compile: str | None = None  # a mode of torch.compile; "reduce-overhead" captures the step in CUDA graphs
+    replicates: int = 1  # trained side by side, with seed, seed + 1, ... and data_seed, data_seed + 1, ...
     sync_norm: bool = True  # with several processes: batch statistics over all of them
     threads: int = 0  # CPU threads a process; 0: all cores over the local processes
     tracker: str | None = None  # e.g. tensorboard, wandb: any that Accelerate knows
@@ -69,7 +70,9 @@ class Recipe(DataOptions):
 
 
 # Where and how a run is done, not what comes out of it.
-WHERE_ONLY = {"output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every"}
+WHERE_ONLY = {
+    "output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every", "replicates",
+}  # fmt: skip
 
 
 def help_text() -> str:
@@ -122,6 +125,27 @@ def recorded(recipe: Recipe) -> dict[str, Any]:
         if kept[key] and Path(kept[key]).exists():
             kept[key] = Path(kept[key]).name
     return kept
+
+
+def members(recipe: Recipe) -> list[Recipe]:
+    """Return the recipes of replicates that train side by side: each is a run of its own, in OUTPUT/seed-SEED.
+
+    Raises:
+        ConfigError: there is no replicate, or they cannot be stacked.
+    """
+    if recipe.replicates == 1:
+        return [recipe]
+    if recipe.replicates < 1 or recipe.seed is None or recipe.streaming:
+        seen = f"replicates={recipe.replicates}, seed={recipe.seed}, streaming={recipe.streaming}"
+        do = "replicates=5 with a seed, and a data set in memory"
+        raise ConfigError("So many replicates cannot train side by side.", seen=seen, do=do)
+    seeds = [recipe.seed + i for i in range(recipe.replicates)]
+    first = recipe.data_seed - recipe.seed
+    folders = [str(Path(recipe.output_dir, f"seed-{seed}")) for seed in seeds]
+    return [
+        replace(recipe, replicates=1, seed=seed, data_seed=first + seed, output_dir=folder)
+        for seed, folder in zip(seeds, folders, strict=True)
+    ]
 
 
 def command(recipe: Recipe, default: Recipe) -> str:

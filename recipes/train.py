@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,13 @@ from bn_affine_adapters.backbone import create
 from bn_affine_adapters.data import check_classes
 from bn_affine_adapters.errors import ConfigError, OutputFolderError
 from bn_affine_adapters.exporting import export_network
-from bn_affine_adapters.feed import Feed, accuracy
+from bn_affine_adapters.feed import Feed, accuracy, side_by_side
 from bn_affine_adapters.norms import affine, norm_layers
-from bn_affine_adapters.recipe import CONDITIONS, FULL_CONDITIONS, Recipe, command, help_text, recorded
+from bn_affine_adapters.recipe import CONDITIONS, FULL_CONDITIONS, Recipe, command, help_text, members, recorded
 from bn_affine_adapters.recipe import read_recipe as read
 from bn_affine_adapters.results import RESULTS_NAME
 from bn_affine_adapters.runs import cores, provenance
+from bn_affine_adapters.stacked import Stacked
 from bn_affine_adapters.sync import sync_norms_
 
 DEFAULT = Path(__file__).parent / "configs" / "digits.yaml"
@@ -113,14 +115,46 @@ def lr_at(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.lr * factor * recipe.lr_decay**drops
 
 
+@dataclass
+class Replicate:
+    """A run that has a network, a result line and a folder of its own, whether it trains alone or side by side."""
+
+    recipe: Recipe
+    feed: Feed
+    config: BNOnlyConfig
+    network: nn.Module
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    first_losses: list[float] = field(default_factory=list)
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"epochs": self.epochs, "first_losses": self.first_losses}
+
+
+def build(recipe: Recipe, accelerator: Accelerator) -> list[Replicate]:
+    """Return the replicates of a recipe: the images decoded once, a network for each."""
+    if recipe.replicates > 1 and accelerator.num_processes > 1:
+        do = "one process, or replicates=1"
+        raise ConfigError("Replicates side by side train in one process.", seen=f"{accelerator.num_processes}", do=do)
+    first = Feed(recipe, accelerator)
+    found = []
+    for member in members(recipe):
+        config = configuration(member, first)
+        feed = first.reordered(member.data_seed) if recipe.replicates > 1 else first
+        found.append(Replicate(member, feed, config, build_model(member, config, first)))
+    return found
+
+
 def train_epoch(
-    model: nn.Module, optimizer: Any, feed: Feed, recipe: Recipe, accelerator: Accelerator, epoch: int
-) -> list[float]:
-    """Train for one epoch; return the mean loss of every step, over all processes."""
+    model: nn.Module, optimizer: Any, replicates: list[Replicate], recipe: Recipe, accelerator: Accelerator, epoch: int
+) -> list[list[float]]:
+    """Train for one epoch; return the mean loss of every step, over all processes, for each replicate."""
     model.train()
     losses: list[torch.Tensor] = []
+    feed, together = replicates[0].feed, len(replicates) > 1
     bar = tqdm(
-        feed.epoch(epoch),
+        side_by_side([replicate.feed for replicate in replicates], epoch) if together else feed.epoch(epoch),
         desc=f"epoch {epoch + 1}/{recipe.epochs}",
         total=feed.steps * recipe.accumulation,
         unit="batch",
@@ -134,18 +168,23 @@ def train_epoch(
         if recipe.compile:
             torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs wrote may be overwritten
         with nullcontext() if last else accelerator.no_sync(model):
-            loss = F.cross_entropy(model(batch.images), batch.labels, reduction="sum") / batch.global_count
+            logits, labels = model(batch.images), batch.labels
+            pairs = zip(logits, labels, strict=True) if together else [(logits, labels)]
+            each = (
+                torch.stack([F.cross_entropy(ours, right, reduction="sum") for ours, right in pairs])
+                / batch.global_count
+            )
             # Processes average their gradients; the gradient of the global mean is the sum of their parts.
-            accelerator.backward(loss * accelerator.num_processes)
+            accelerator.backward(each.sum() * accelerator.num_processes)
         if part == 0:
-            losses.append(torch.zeros((), device=accelerator.device))
-        losses[-1] += loss.detach()
+            losses.append(torch.zeros(len(replicates), device=accelerator.device))
+        losses[-1] += each.detach()
         if last:
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(recipe, epoch * feed.steps + step, feed.steps)
             optimizer.step()
             optimizer.zero_grad()
-    return accelerator.reduce(torch.stack(losses), reduction="sum").tolist()
+    return accelerator.reduce(torch.stack(losses), reduction="sum").T.tolist()
 
 
 def moving(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -207,71 +246,83 @@ def save(model: nn.Module, config: BNOnlyConfig, output: Path) -> Path:
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    """Train, evaluate and save; return the result line."""
+    """Train, evaluate and save; return the result line, of several replicates the first one's."""
     accelerator = Accelerator(mixed_precision=recipe.precision, log_with=recipe.tracker, project_dir=recipe.output_dir)
     torch.set_num_threads(recipe.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     output = prepare_output(recipe)
     accelerator.wait_for_everyone()  # no process creates the folder before all have looked
     set_seed(recipe.data_seed)
-    feed = Feed(recipe, accelerator)
-    config = configuration(recipe, feed)
-    plain = build_model(recipe, config, feed)
+    replicates = build(recipe, accelerator)
+    feed, networks = replicates[0].feed, [replicate.network for replicate in replicates]
     output.mkdir(parents=True, exist_ok=True)
-    accelerator.print("{}: {:,} of {:,} parameters train".format(recipe.condition, *count(plain)), file=sys.stderr)
+    accelerator.print(
+        "{}: {:,} of {:,} parameters train".format(recipe.condition, *count(networks[0])), file=sys.stderr
+    )
     if recipe.tracker:
         accelerator.init_trackers("bn_affine_adapters", config={k: str(v) for k, v in recorded(recipe).items()})
+    stacked = Stacked(networks) if len(networks) > 1 else None
+    plain = stacked or networks[0].to(memory_format=feed.format)
     network = sync_norms_(plain, accelerator.device) if accelerator.num_processes > 1 and recipe.sync_norm else plain
-    network = network.to(memory_format=feed.format)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
     model, optimizer = accelerator.prepare(network, optimizer)
     if recipe.compile:
         model = torch.compile(model, mode=recipe.compile, dynamic=False)  # a last, smaller batch has its own graph
     feed.load()  # outside the time of the training
-    history: dict[str, Any] = {"epochs": [], "first_losses": [], "seconds": 0.0}
-    checkpoint = output / "checkpoint.pt"
+    checkpoint, seconds = output / "checkpoint.pt", 0.0
     if recipe.resume and checkpoint.exists():
         history = load_checkpoint(checkpoint, recipe, plain, optimizer, accelerator.scaler)
-    for epoch in range(len(history["epochs"]), recipe.epochs):
+        seconds = history["seconds"]
+        for replicate, before in zip(replicates, history["replicates"], strict=True):
+            replicate.epochs, replicate.first_losses = before["epochs"], before["first_losses"]
+    for epoch in range(len(replicates[0].epochs), recipe.epochs):
         start = time.perf_counter()
-        losses = train_epoch(model, optimizer, feed, recipe, accelerator, epoch)
-        history["seconds"] += time.perf_counter() - start
-        history["first_losses"] = (history["first_losses"] + losses)[:20]
-        entry = {"loss": sum(losses) / len(losses)}
-        if (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.epochs:
-            entry |= accuracy(model, feed)
-        history["epochs"].append(entry)
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in entry.items())
-        accelerator.print(f"epoch {epoch + 1}/{recipe.epochs}  {shown}", file=sys.stderr)
+        losses = train_epoch(model, optimizer, replicates, recipe, accelerator, epoch)
+        seconds += time.perf_counter() - start
+        if stacked:
+            stacked.write_back()
+        evaluated = (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.epochs
+        for replicate, own in zip(replicates, losses, strict=True):
+            replicate.first_losses = (replicate.first_losses + own)[:20]
+            entry = {"loss": sum(own) / len(own)}
+            if evaluated:
+                entry |= accuracy(replicate.network.to(accelerator.device) if stacked else model, replicate.feed)
+            replicate.epochs.append(entry)
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in entry.items())
+            accelerator.print(f"epoch {epoch + 1}/{recipe.epochs}  {shown}", file=sys.stderr)
         if recipe.tracker:
-            accelerator.log(entry, step=epoch + 1)
+            accelerator.log(replicates[0].epochs[-1], step=epoch + 1)
         due = recipe.checkpoint_every and (epoch + 1) % recipe.checkpoint_every == 0
         if due and accelerator.is_main_process:
+            history = {"seconds": seconds, "replicates": [replicate.history for replicate in replicates]}
             save_checkpoint(checkpoint, recipe, plain, optimizer, accelerator.scaler, history)
-    result = summary(recipe, feed, plain, history, accelerator)
+    results = [summary(replicate, seconds / len(replicates), len(replicates), accelerator) for replicate in replicates]
     if accelerator.is_main_process:
-        write_result(recipe, output, result, save(plain, config, output))
+        for replicate, result in zip(replicates, results, strict=True):
+            folder = Path(replicate.recipe.output_dir)
+            write_result(recipe, folder, result, save(replicate.network, replicate.config, folder))
     accelerator.end_training()
-    return result
+    return results[0]
 
 
-def summary(
-    recipe: Recipe, feed: Feed, model: nn.Module, history: dict[str, Any], accelerator: Accelerator
-) -> dict[str, Any]:
-    """Return the result line of a finished run."""
-    trained, total = count(model)
+def summary(replicate: Replicate, seconds: float, together: int, accelerator: Accelerator) -> dict[str, Any]:
+    """Return the result line of a finished run; its seconds are its share of those that trained together."""
+    recipe, epochs = replicate.recipe, replicate.epochs
+    trained, total = count(replicate.network)
+    found = provenance(accelerator, Path(__file__).parent)
+    found["hardware"]["side_by_side"] = together
     return {
-        **{key: round(value, 4) for key, value in history["epochs"][-1].items()},
+        **{key: round(value, 4) for key, value in epochs[-1].items()},
         **({"split": f"{recipe.held_out} held out of {recipe.train_split}"} if recipe.held_out else {}),
         "trained": trained,
         "parameters": total,
-        "seconds": round(history["seconds"], 2),
-        "images_per_second": round(feed.steps * recipe.batch_size * recipe.epochs / max(history["seconds"], 1e-9), 1),
-        **provenance(accelerator, Path(__file__).parent),
+        "seconds": round(seconds, 2),
+        "images_per_second": round(replicate.feed.steps * recipe.batch_size * recipe.epochs / max(seconds, 1e-9), 1),
+        **found,
         "recipe": recorded(recipe),
         "command": command(recipe, read_recipe([])),
-        "first_losses": [round(loss, 6) for loss in history["first_losses"]],
-        "epochs": [{key: round(value, 4) for key, value in entry.items()} for entry in history["epochs"]],
+        "first_losses": [round(loss, 6) for loss in replicate.first_losses],
+        "epochs": [{key: round(value, 4) for key, value in entry.items()} for entry in epochs],
     }
 
 

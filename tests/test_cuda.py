@@ -7,10 +7,13 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from conftest import script
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters.stacked import Stacked
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False")
@@ -116,3 +119,44 @@ def test_an_adapter_is_loaded_beside_another_on_the_gpu(tmp_path):
     other.set_adapter("two")
     assert {tensor.device.type for tensor in other.state_dict().values()} == {DEVICE.type}
     assert torch.equal(other.eval()(images()), model(images()))
+
+
+def losses_of(model, run, replicates):
+    """Three steps in float64 on each replicate's own images; return the losses, (steps, replicates)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.1, momentum=0.9, weight_decay=1e-4)
+    labels = torch.arange(8, device=DEVICE) % 4
+    found = []
+    for step in range(3):
+        batches = torch.stack([images().double() + step + replicate for replicate in replicates])
+        losses = torch.stack([F.cross_entropy(logits, labels) for logits in run(batches)])
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+        found.append(losses.detach().clone())
+    return torch.stack(found)
+
+
+def test_a_captured_stacked_step_computes_what_each_replicate_does_alone():
+    def network(seed):
+        model = timm.create_model("cifar_resnet14", num_classes=4).to(DEVICE, torch.float64)
+        return get_bn_only_model(model, BNOnlyConfig(seed=seed)).train()
+
+    alone = [network(seed) for seed in range(3)]
+    expected = [losses_of(each, lambda x, each=each: [each(x[0])], [seed]) for seed, each in enumerate(alone)]
+    stacked = Stacked([network(seed) for seed in range(3)])
+    captured = torch.compile(stacked, mode="reduce-overhead", fullgraph=True)
+    counters.clear()
+    losses = losses_of(stacked, captured, range(3))
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    torch.testing.assert_close(losses, torch.cat(expected, dim=1), rtol=1e-8, atol=0)
+    stacked.write_back()
+    for single, replicate in zip(alone, stacked.networks, strict=True):
+        torch.testing.assert_close(replicate.state_dict(), single.state_dict(), rtol=1e-8, atol=1e-8)
+
+
+def test_five_captured_replicates_side_by_side_have_twice_the_throughput_of_captured_single_runs():
+    counters.clear()
+    result = script("benchmarks/replicates").compare(captured=True)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert result["stacked_over_single"]["captured"] >= 2, result

@@ -1,0 +1,169 @@
+"""Images per second of R single training runs, and of the R replicates side by side in one process.
+
+    python recipes/benchmarks/replicates.py [--write] [--compile] [--model cifar_resnet14] [--batch 128]
+        [--replicates 5] [--steps 20] [--rounds 5]
+
+On a GPU if there is one. A step is forward, loss, backward and SGD in float32. In each round the sides take turns, each
+with R x STEPS single steps or STEPS stacked ones, hence equally many images; ratios are of one round, and their median
+is printed. With --compile both also run captured, by torch.compile(mode="reduce-overhead"): CUDA graphs, on a GPU.
+One network stands for the single runs, one after another. One JSON line, then a table.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
+from bn_affine_adapters.runs import write_section
+from bn_affine_adapters.stacked import Stacked
+
+CLASSES, SIZE, WARMUP = 10, 32, 3
+
+
+def network(model: str, seed: int, device: torch.device) -> nn.Module:
+    """Return a network as the condition `bn` trains it."""
+    return get_bn_only_model(timm.create_model(model, num_classes=CLASSES), BNOnlyConfig(seed=seed)).to(device).train()
+
+
+def stepper(model: nn.Module, shape: tuple[int, ...], captured: bool, device: torch.device) -> Callable[[], None]:
+    """Return a training step on fixed images: of shape (batch,) for a single network, (R, batch) for stacked ones."""
+    run = torch.compile(model, mode="reduce-overhead", fullgraph=True) if captured else model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.1, momentum=0.9, weight_decay=1e-4)
+    images = torch.randn(*shape, 3, SIZE, SIZE, device=device)
+    labels = torch.randint(CLASSES, shape, device=device).flatten()
+    replicates = labels.numel() // shape[-1]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(run(images).reshape(-1, CLASSES), labels) * replicates  # the sum of their means
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(step: Callable[[], None], count: int, device: torch.device) -> float:
+    """Return how long ``count`` steps take, to the end of what they launched."""
+    finish = torch.cuda.synchronize if device.type == "cuda" else bool
+    finish()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    finish()
+    return time.perf_counter() - start
+
+
+def compare(
+    model: str = "cifar_resnet14",
+    batch: int = 128,
+    replicates: int = 5,
+    steps: int = 20,
+    rounds: int = 5,
+    captured: bool = False,
+) -> dict[str, Any]:
+    """Return each side's median images per second, and the stacked sides' median ratio to the single ones."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sides: dict[str, tuple[Callable[[], None], int]] = {}
+    for way in ("eager", "captured") if captured else ("eager",):
+        alone = network(model, 0, device)
+        together = Stacked([network(model, seed, device) for seed in range(replicates)])
+        sides[f"single {way}"] = stepper(alone, (batch,), way == "captured", device), steps * replicates
+        sides[f"stacked {way}"] = stepper(together, (replicates, batch), way == "captured", device), steps
+    for step, _ in sides.values():
+        seconds(step, WARMUP, device)
+    images = batch * replicates * steps
+    taken = [
+        {side: images / seconds(step, count, device) for side, (step, count) in sides.items()} for _ in range(rounds)
+    ]
+    rate = {side: statistics.median(each[side] for each in taken) for side in sides}
+    ways = {side.split()[1] for side in sides}
+    ratio = {way: statistics.median(each[f"stacked {way}"] / each[f"single {way}"] for each in taken) for way in ways}
+    return {
+        "model": model,
+        "batch": batch,
+        "replicates": replicates,
+        "steps": steps,
+        "rounds": rounds,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "images_per_second": {side: round(value, 1) for side, value in rate.items()},
+        "stacked_over_single": {way: round(value, 3) for way, value in sorted(ratio.items())},
+    }
+
+
+TEXT = """Written by `python recipes/benchmarks/replicates.py {arguments}`; {hardware}.
+
+A step is forward, loss, backward and SGD in float32 at {size} px. "Single" trains the replicates one after another,
+"stacked" side by side; the sides take turns, {rounds} rounds of {steps} stacked steps and as many images the other way.
+Rates are medians, ratios the median over rounds.{captured}
+
+{table}
+
+{where}
+"""
+CAPTURED = '\nCaptured: `torch.compile(mode="reduce-overhead")`.'
+NO_GPU = """On a GPU: not yet measured. Stacking saves the time in which a device waits for its host, a CPU
+does not wait: where the ratio is under 1, train the replicates one after another, or in a process each."""
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the rates and ratios as a Markdown table."""
+    rates, ratios = result["images_per_second"], result["stacked_over_single"]
+    head = "| network | batch | replicates | step | single, images/s | stacked, images/s | stacked / single |"
+    what = f"| {result['model']} | {result['batch']} | {result['replicates']} "
+    lines = [
+        f"{what}| {way} | {rates[f'single {way}']} | {rates[f'stacked {way}']} | {ratio} |"
+        for way, ratio in sorted(ratios.items(), reverse=True)
+    ]
+    return "\n".join([head, "|---" * 7 + "|", *lines])
+
+
+def page(result: dict[str, Any]) -> str:
+    """Return the section of docs/performance.md."""
+    cuda, captured = result["device"] != "cpu", "captured" in result["stacked_over_single"]
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used"
+    keys = ("model", "batch", "replicates", "steps", "rounds")
+    return TEXT.format(
+        arguments=" ".join(["--write", *["--compile"] * captured, *(f"--{key} {result[key]}" for key in keys)]),
+        hardware=f"{result['device'] if cuda else machine}, torch {torch.__version__}, timm {timm.__version__}",
+        size=SIZE,
+        rounds=result["rounds"],
+        steps=result["steps"],
+        captured=CAPTURED if captured else "",
+        table=table(result),
+        where="" if cuda else NO_GPU,
+    )
+
+
+def main() -> None:
+    """Print one JSON line, then the table; with --write, into docs/performance.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="cifar_resnet14")
+    for name, default in (("batch", 128), ("replicates", 5), ("steps", 20), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--compile", action="store_true", dest="captured")
+    parser.add_argument("--write", action="store_true")
+    options = vars(parser.parse_args())
+    write = options.pop("write")
+    result = compare(**options)
+    print(json.dumps(result))
+    print(table(result))
+    if not torch.cuda.is_available():
+        print("on a GPU: not yet measured, there is none")
+    if write:
+        write_section(Path(__file__).parents[2] / "docs" / "performance.md", "replicates", page(result))
+
+
+if __name__ == "__main__":
+    main()
