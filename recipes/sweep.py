@@ -231,7 +231,8 @@ def dry_run(runs: list[Run], done: set[str]) -> dict[str, Any]:
     """Return all runs with their state, and the hours that are left of each by a step measured here."""
     from accelerate import Accelerator
 
-    accelerator, rows = Accelerator(), []
+    accelerator = Accelerator()
+    rows: list[dict[str, Any]] = []
     measured: dict[tuple[str, str], tuple[int, int, float]] = {}
     cuda, threads = accelerator.device.type == "cuda", runs[0].recipe.threads or cores()
     torch.set_num_threads(threads)
@@ -302,10 +303,7 @@ def main(file: Path, changes: tuple[str, ...], output: Path | None, workers: int
         left = [run for run in runs if run.key not in done]
         click.echo(f"{len(runs)} runs, {len(runs) - len(left)} finished")
         ray = {"address": options["ray_address"], "cpus": options["cpus_per_run"], "gpus": options["gpus_per_run"]}
-        if on_a_cluster:
-            outcomes = on_ray(left, sweep.analyse, workers, **ray)
-        else:
-            outcomes = here(left, sweep.analyse, workers)
+        outcomes = on_ray(left, sweep.analyse, workers, **ray) if on_a_cluster else here(left, sweep.analyse, workers)
         failed = collect(outcomes, results, len(left))
     except BNAdapterError as error:
         sys.exit(f"{type(error).__name__}: {error}")
