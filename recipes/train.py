@@ -14,14 +14,12 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 # Else recipes/evaluate.py hides the library `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -29,14 +27,12 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bn_affine_adapters import BNAdapterError, BNOnlyConfig, BNOnlyPeftModel, get_bn_only_model, reinit_, shortcut_convs
-from bn_affine_adapters.backbone import create
-from bn_affine_adapters.data import check_classes
+from bn_affine_adapters import BNAdapterError, BNOnlyConfig, BNOnlyPeftModel
+from bn_affine_adapters.building import build_model, configuration, count
 from bn_affine_adapters.errors import ConfigError, OutputFolderError
 from bn_affine_adapters.exporting import export_network
 from bn_affine_adapters.feed import Feed, accuracy, side_by_side
-from bn_affine_adapters.norms import affine, norm_layers
-from bn_affine_adapters.recipe import CONDITIONS, FULL_CONDITIONS, Recipe, command, help_text, members, recorded
+from bn_affine_adapters.recipe import Recipe, command, help_text, members, recorded
 from bn_affine_adapters.recipe import read_recipe as read
 from bn_affine_adapters.results import RESULTS_NAME
 from bn_affine_adapters.runs import cores, provenance
@@ -64,45 +60,6 @@ def prepare_output(recipe: Recipe) -> Path:
             do="choose another output_dir=, or overwrite=true, or resume=true",
         )
     return output
-
-
-def configuration(recipe: Recipe, feed: Feed) -> BNOnlyConfig:
-    """Return what of a recipe and its data says how the network is built, drawn and fed."""
-    return BNOnlyConfig(
-        seed=recipe.seed,
-        weight_init=recipe.weight_init,
-        norm_init=recipe.norm_init,
-        architecture=recipe.model.partition(".")[0] if recipe.condition in FULL_CONDITIONS else None,
-        model_args={"num_classes": len(feed.label_names), **recipe.model_args},
-        label_names=list(feed.label_names),
-        data_config={
-            "input_size": [3, recipe.image_size, recipe.image_size],
-            "mean": recipe.mean,
-            "std": recipe.std,
-            "interpolation": "bilinear",
-            "crop_pct": recipe.test_crop if recipe.streaming else 1.0,
-            "crop_mode": "center" if recipe.streaming else "squash",  # as the images were prepared here
-        },
-        **{"running_statistics": recipe.running_statistics, **CONDITIONS.get(recipe.condition, {})},
-    )
-
-
-def build_model(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module:
-    """Create the timm network, redraw or load it, and freeze what the condition does not train."""
-    check_classes(feed.train, config.model_args["num_classes"])
-    overlay = {"pretrained_cfg_overlay": {"file": recipe.pretrained_file}} if recipe.pretrained_file else {}
-    network = timm.create_model(recipe.model, pretrained=recipe.pretrained, **config.model_args, **overlay)
-    if recipe.condition not in FULL_CONDITIONS:
-        config.extra_trainable_modules = shortcut_convs(network) if "shortcut" in recipe.condition else []
-        return get_bn_only_model(network, config)
-    if config.seed is not None:
-        drawn: dict[str, Any] = {"weight_init": config.weight_init, "norm_init": config.norm_init}
-        reinit_(network, config.seed, **drawn, reference=partial(create, str(config.architecture), config.model_args))
-    if recipe.condition == "no-affine":
-        for layer in norm_layers(network).values():
-            for name in filter(None, affine(layer)):
-                layer.get_parameter(name).requires_grad_(False)
-    return network
 
 
 def lr_at(recipe: Recipe, step: int, steps: int) -> float:
@@ -226,14 +183,6 @@ def load_checkpoint(path: Path, recipe: Recipe, model: nn.Module, optimizer: Any
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return state["run"]
-
-
-def count(model: nn.Module) -> tuple[int, int]:
-    """Return (trained, all) parameters."""
-    if isinstance(model, BNOnlyPeftModel):
-        return model.get_nb_trainable_parameters()
-    sizes = [(p.numel() * p.requires_grad, p.numel()) for p in model.parameters()]
-    return sum(trained for trained, _ in sizes), sum(size for _, size in sizes)
 
 
 def save(model: nn.Module, config: BNOnlyConfig, output: Path) -> Path:

@@ -16,6 +16,7 @@ from PIL import Image
 
 import bn_affine_adapters
 from bn_affine_adapters.cli import main
+from bn_affine_adapters.planning import read_sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,6 +78,14 @@ def test_a_block_that_is_wrong_would_be_noticed():
         exec(compile("assert 1 == 2", "<page>", "exec"), {})
 
 
+def check_sweep(line):
+    """Parse a sweep's line with its own options, and read the file that it names."""
+    words = shlex.split(line)
+    assert words[:2] == ["python", "recipes/sweep.py"], line
+    context = script("sweep").main.make_context("sweep", words[2:])
+    read_sweep(context.params["file"])
+
+
 def check_launch(line):
     """Parse a launch line with the launcher's own parser, then the recipe's arguments with the recipe's own."""
     words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
@@ -100,8 +109,12 @@ def test_a_pages_commands_are_run_by_ci_or_understood_by_their_programs(code, mo
     for line in "".join(code).strip().splitlines():
         if not any(word in line for word in SET_UP):
             program = line.split()[0]
-            assert program in ("accelerate", "ACCELERATE_USE_CPU=true", ".venv/bin/python", "bn-adapters"), line
-            if program == "bn-adapters":
+            assert program in ("accelerate", "ACCELERATE_USE_CPU=true", ".venv/bin/python", "bn-adapters", "python"), (
+                line
+            )
+            if program == "python":
+                check_sweep(line)
+            elif program == "bn-adapters":
                 assert line.split()[1] in main.commands, line
             elif program != ".venv/bin/python":
                 check_launch(line)

@@ -1,0 +1,111 @@
+"""The network of a recipe: configured, built, drawn, and frozen as its condition asks; what a step of it costs."""
+
+import statistics
+import time
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from .backbone import create
+from .config import BNOnlyConfig
+from .data import check_classes
+from .feed import Feed
+from .model import get_bn_only_model
+from .norms import affine, norm_layers, shortcut_convs
+from .peft_model import BNOnlyPeftModel
+from .recipe import CONDITIONS, FULL_CONDITIONS, Recipe
+from .reinit import reinit_
+
+WARM_UP, TIMED, LONGEST = 2, 5, 20.0  # steps, steps, and the seconds after which no further step is timed
+
+
+def configuration(recipe: Recipe, feed: Feed) -> BNOnlyConfig:
+    """Return what of a recipe and its data says how the network is built, drawn and fed."""
+    return BNOnlyConfig(
+        seed=recipe.seed,
+        weight_init=recipe.weight_init,
+        norm_init=recipe.norm_init,
+        architecture=recipe.model.partition(".")[0] if recipe.condition in FULL_CONDITIONS else None,
+        model_args={"num_classes": len(feed.label_names), **recipe.model_args},
+        label_names=list(feed.label_names),
+        data_config={
+            "input_size": [3, recipe.image_size, recipe.image_size],
+            "mean": recipe.mean,
+            "std": recipe.std,
+            "interpolation": "bilinear",
+            "crop_pct": recipe.test_crop if recipe.streaming else 1.0,
+            "crop_mode": "center" if recipe.streaming else "squash",  # as the images were prepared here
+        },
+        **{"running_statistics": recipe.running_statistics, **CONDITIONS.get(recipe.condition, {})},
+    )
+
+
+def build_model(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module:
+    """Create the timm network, redraw or load it, and freeze what the condition does not train."""
+    check_classes(feed.train, config.model_args["num_classes"])
+    overlay = {"pretrained_cfg_overlay": {"file": recipe.pretrained_file}} if recipe.pretrained_file else {}
+    network = timm.create_model(recipe.model, pretrained=recipe.pretrained, **config.model_args, **overlay)
+    if recipe.condition not in FULL_CONDITIONS:
+        config.extra_trainable_modules = shortcut_convs(network) if "shortcut" in recipe.condition else []
+        return get_bn_only_model(network, config)
+    if config.seed is not None:
+        drawn: dict[str, Any] = {"weight_init": config.weight_init, "norm_init": config.norm_init}
+        reinit_(network, config.seed, **drawn, reference=partial(create, str(config.architecture), config.model_args))
+    if recipe.condition == "no-affine":
+        for layer in norm_layers(network).values():
+            for name in filter(None, affine(layer)):
+                layer.get_parameter(name).requires_grad_(False)
+    return network
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """Return (trained, all) parameters."""
+    if isinstance(model, BNOnlyPeftModel):
+        return model.get_nb_trainable_parameters()
+    sizes = [(p.numel() * p.requires_grad, p.numel()) for p in model.parameters()]
+    return sum(trained for trained, _ in sizes), sum(size for _, size in sizes)
+
+
+def forward_cost(recipe: Recipe) -> float:
+    """Return the operations of one image through a recipe's network, infinite where it takes no such image.
+
+    Raises:
+        NetworkError: there is no such network.
+    """
+    model = create(recipe.model.partition(".")[0], recipe.model_args, "meta").eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, recipe.image_size, recipe.image_size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError):  # most often: it has no pixel left after its last stride
+        return float("inf")
+    return float(counter.get_total_flops())
+
+
+def measured_step(recipe: Recipe, feed: Feed) -> tuple[int, float]:
+    """Return the parameters that a recipe trains, and the median seconds of an optimiser step on random images."""
+    device, config = feed.accelerator.device, configuration(recipe, feed)
+    model = build_model(recipe, config, feed).to(device).to(memory_format=feed.format).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
+    size = recipe.batch_size // recipe.accumulation
+    images = torch.randn(size, 3, recipe.image_size, recipe.image_size, device=device).to(memory_format=feed.format)
+    labels = torch.randint(len(feed.label_names), (size,), device=device)
+    dtype = torch.float16 if recipe.precision == "fp16" else torch.bfloat16
+    seconds: list[float] = []
+    while len(seconds) < WARM_UP + TIMED and sum(seconds) < LONGEST:
+        start = time.perf_counter()
+        for _ in range(recipe.accumulation):
+            with torch.autocast(device.type, dtype, enabled=recipe.precision != "no"):
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return count(model)[0], statistics.median(seconds[WARM_UP:] or seconds)

@@ -1,0 +1,385 @@
+"""recipes/sweep.py: every run once and whole, whatever is killed; the order, the costs, the files in configs/sweeps."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from click.testing import CliRunner
+from conftest import script
+from test_results import LINE
+
+from bn_affine_adapters.errors import ConfigError, NetworkError, UnknownKeyError
+from bn_affine_adapters.planning import plan, read_sweep
+from bn_affine_adapters.recipe import recorded, run_key
+from bn_affine_adapters.results import TIMES, read_results
+
+ROOT = Path(__file__).parents[1]
+SWEEPS = sorted((ROOT / "recipes" / "configs" / "sweeps").glob("*.yaml"))
+TINY = {"image_size": 8, "epochs": 2, "batch_size": 128, "threads": 1}
+# What stands in for recipes/train.py where nothing has to be learnt: it writes the result and a line of its log.
+STAND_IN = """
+import json, os, sys, time
+from pathlib import Path
+output = Path(next(word for word in sys.argv if word.startswith("output_dir=")).partition("=")[2])
+recipe = RECIPES[output.name]
+print("trains", recipe["condition"], recipe["seed"], flush=True)
+output.joinpath("new").write_text(f"{os.getpid()} {os.getppid()}")
+output.joinpath("new").rename(output / "pid")
+if recipe["condition"] == FAILS:
+    sys.exit("no luck")
+while SLOW and recipe["seed"] == 1 and not Path(output, "again").exists():
+    time.sleep(0.05)
+line = LINE | {"recipe": recipe, "adapter": str(output / "adapter"), "top1": 10.0 + recipe["seed"]}
+Path(output, "result.json").write_text(json.dumps(line))
+"""
+ANALYSIS = """
+import json, sys
+words = dict(word.split("=", 1) for word in sys.argv[1:])
+open(words.pop("output"), "w").write(json.dumps({"analysis": sorted(words)}))
+"""
+
+
+def told(lines):
+    """What of result lines has to come out alike, in one order."""
+    return sorted(json.dumps({k: v for k, v in line.items() if k not in TIMES}, sort_keys=True) for line in lines)
+
+
+def writer(folder):
+    """Return a function that writes a sweep of two conditions and two replicates into a folder."""
+
+    def write(name="sweep", **changes):
+        sweep = {
+            "config": str(ROOT / "recipes/configs/digits.yaml"),
+            "set": TINY,
+            "conditions": {"bn": {}, "the head, only": {"condition": "head"}},
+            "networks": ["cifar_resnet14"],
+            "replicates": 2,
+            "results": str(folder / f"{name}.jsonl"),
+        }
+        path = folder / f"{name}.yaml"
+        path.write_text(json.dumps({k: v for k, v in (sweep | changes).items() if v is not None}), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write(tmp_path):
+    return writer(tmp_path)
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """The sweep beside stand-ins for the scripts that it starts; return what writes them."""
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    shutil.copy(ROOT / "recipes" / "sweep.py", folder)
+    folder.joinpath("analyse.py").write_text(ANALYSIS, encoding="utf-8")
+
+    def prepare(path, fails="", slow=False):
+        runs = plan(read_sweep(path), [], path.with_suffix(""))
+        recipes = {run.folder.name: recorded(run.recipe) for run in runs}
+        values = f"FAILS, SLOW, LINE, RECIPES = {fails!r}, {slow}, {LINE!r}, {recipes!r}"
+        folder.joinpath("train.py").write_text(values + STAND_IN, encoding="utf-8")
+        return folder
+
+    return prepare
+
+
+@pytest.fixture
+def inside(scripts, monkeypatch):
+    """Return a function that runs a sweep of stand-ins in this process, and returns what it printed."""
+    before = signal.getsignal(signal.SIGTERM)
+    sweep = script("sweep")
+
+    def run(path, status=0, **how):
+        monkeypatch.setattr(sweep, "RECIPES", scripts(path, **how))
+        result = CliRunner().invoke(sweep.main, [str(path), "--output", str(path.with_suffix("")), "--workers", "2"])
+        printed = result.output + (str(result.exception) if result.exit_code else "")
+        assert bool(result.exit_code) == bool(status), printed
+        return printed if isinstance(result.exception, SystemExit | None) else pytest.fail(repr(result.exception))
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def begin(path, *options, of=ROOT / "recipes"):
+    command = [sys.executable, str(of / "sweep.py"), str(path), "--output", str(path.with_suffix("")), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def ended(process, status=0):
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == status, printed
+    return printed
+
+
+def wait_for(folder, pattern, process):
+    deadline = time.monotonic() + 200
+    while not (found := sorted(folder.glob(pattern))) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert found, process.communicate()[0]
+    return found[0]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The result lines of a sweep of real runs that was never killed."""
+    path = writer(tmp_path_factory.mktemp("whole"))()
+    assert "4/4" in ended(begin(path, "--workers", "2"))
+    lines = read_results(path.with_suffix(".jsonl"))
+    assert sorted((line["recipe"]["condition"], line["recipe"]["seed"]) for line in lines) == [
+        ("bn", 0), ("bn", 1), ("head", 0), ("head", 1)
+    ]  # fmt: skip
+    assert all(line["recipe"]["data_seed"] == line["recipe"]["seed"] for line in lines)
+    assert all(line["hardware"]["threads"] == 1 and not {"adapter", "network"} & set(line) for line in lines)
+    assert len(set(told(lines))) == 4
+    return lines
+
+
+def test_a_killed_sweep_started_again_tells_what_one_never_killed_tells(whole, write):
+    path = write()
+    process = begin(path)
+    wait_for(path.with_suffix(""), "*head*r0*/checkpoint.pt", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    printed = process.communicate()[0]
+    before = path.with_suffix(".jsonl").read_text()
+    assert len(before.splitlines()) == 1, printed
+    assert "4 runs, 1 finished" in ended(begin(path, "--workers", "2"))
+    assert path.with_suffix(".jsonl").read_text().startswith(before)
+    lines = read_results(path.with_suffix(".jsonl"))
+    assert told(lines) == told(whole)
+    assert told([lines[0] | {"top1": 0}, *lines[1:]]) != told(whole)
+
+
+def test_two_ray_workers_give_the_results_of_one_process(whole, write):
+    pytest.importorskip("ray")
+    path = write()
+    printed = ended(begin(path, "--ray", "--workers", "2"))
+    assert told(read_results(path.with_suffix(".jsonl"))) == told(whole)
+    assert len(set(re.findall(r"process (\d+) on", printed))) >= 2, printed
+
+
+def test_a_ray_worker_that_is_killed_costs_its_run_alone_which_is_tried_again(write, scripts):
+    pytest.importorskip("ray")
+    path = write(conditions={"bn": {}})
+    process = begin(path, "--ray", "--workers", "2", of=scripts(path, slow=True))
+    pid = wait_for(path.with_suffix(""), "*r1*/pid", process)
+    wait_for(path.with_suffix(""), "*r0*/result.json", process)
+    run, worker = map(int, pid.read_text().split())
+    pid.with_name("again").touch()
+    pid.unlink()
+    os.kill(worker, signal.SIGKILL)
+    ended(process)
+    log = pid.with_name("log.txt").read_text()
+    assert log.count("trains bn 1") in (1, 2)
+    assert not alive(run)
+    assert sorted(line["top1"] for line in read_results(path.with_suffix(".jsonl"))) == [10.0, 11.0]
+
+
+def test_a_finished_run_is_never_run_again_and_a_line_is_made_up_for(write, inside):
+    path, results = write(), write().with_suffix(".jsonl")
+    inside(path)
+    logs = {log: log.read_bytes() for log in path.with_suffix("").glob("*/log.txt")}
+    assert len(logs) == len(read_results(results)) == 4
+    text = results.read_bytes()
+    assert "4 runs, 4 finished" in inside(path)
+    results.write_bytes(b"".join(text.splitlines(keepends=True)[:2]))  # killed between a run and its line
+    assert "4 runs, 2 finished" in inside(path)
+    assert results.read_bytes() == text
+    assert {log: log.read_bytes() for log in logs} == logs
+    next(iter(logs)).with_name("result.json").write_text("{")  # killed while it was written
+    results.unlink()
+    inside(path)
+    assert [log.read_bytes() == before for log, before in logs.items()] == [False, True, True, True]
+    assert told(read_results(results)) == told(map(json.loads, text.splitlines()))
+
+
+def test_a_torn_last_line_is_cut_off_and_said(write, inside):
+    path, results = write(), write().with_suffix(".jsonl")
+    inside(path)
+    text = results.read_bytes()
+    for cut, said in ((-30, "it is torn, and cut off"), (-1, "it is whole, and its newline added")):
+        results.write_bytes(text[:cut])
+        with pytest.raises(ConfigError, match="torn"):
+            read_results(results)
+        assert said in inside(path)
+        assert results.read_bytes() == text
+
+
+def test_a_run_that_fails_costs_only_itself_and_shows_the_end_of_its_log(write, inside):
+    path = write(analyse=True)
+    printed = inside(path, 1, fails="head")
+    assert printed.count("no luck") == 2
+    assert re.search("2 of 4 runs failed:\n( *the head, only, cifar_resnet14, replicate [01]\n?){2}", printed)
+    lines = read_results(path.with_suffix(".jsonl"))
+    assert {line["recipe"]["seed"]: line["analysis"] for line in lines} == {
+        0: ["adapter"],
+        1: ["adapter", "data_seed"],
+    }
+    assert "4 runs, 2 finished" in inside(path)
+    assert len(read_results(path.with_suffix(".jsonl"))) == 4
+
+
+def test_a_sweep_that_is_stopped_stops_its_runs_and_a_second_one_is_refused(write, scripts, inside):
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        path = write(str(number), conditions={"bn": {}})
+        process = begin(path, "--workers", "2", of=scripts(path, slow=True))
+        pid = int(wait_for(path.with_suffix(""), "*r1*/pid", process).read_text().split()[0])
+        if number == signal.SIGTERM:
+            assert "Another sweep writes to" in inside(path, 1, slow=True)
+        assert alive(pid)
+        os.kill(process.pid, number)
+        process.communicate(timeout=60)
+        assert process.returncode
+        deadline = time.monotonic() + 20
+        while alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not alive(pid), number
+
+
+def order(sweep, *arguments):
+    runs = plan(sweep, list(arguments), Path("out"))
+    return [(run.replicate, run.network, run.condition) for run in runs]
+
+
+def test_the_order_is_replicate_by_replicate_and_in_it_cheap_networks_first(write):
+    networks = ["cifar_wrn14_2", "inception_v3", "cifar_resnet32", "cifar_resnet14"]  # the second takes no such images
+    sweep = read_sweep(write(networks=networks))
+    cheap_first = ["cifar_resnet14", "cifar_resnet32", "cifar_wrn14_2", "inception_v3"]
+    expected = [(r, n, c) for r in (0, 1) for n in cheap_first for c in ("bn", "the head, only")]
+    assert order(sweep) == expected
+
+
+def test_a_run_has_its_recipes_own_folder_and_arguments_that_mean_its_recipe(write):
+    sweep = read_sweep(write(conditions={"a b": {"milestones": [1, 2], "weight_decay": 0}, "a-b": {"lr": 1}}))
+    runs = plan(sweep, ["epochs=3"], Path("out"), threads=7)
+    assert len({run.folder for run in runs}) == len({run.key for run in runs}) == 4
+    assert [run.key for run in runs] == [run_key(json.loads(json.dumps(recorded(run.recipe)))) for run in runs]
+    assert (runs[0].recipe.epochs, runs[0].recipe.milestones, runs[0].recipe.weight_decay) == (3, [1.0, 2.0], 0.0)
+    assert (runs[0].recipe.threads, runs[-1].recipe.data_seed) == (1, 1)
+    assert {run.folder for run in plan(sweep, ["epochs=4"], Path("out"))}.isdisjoint(run.folder for run in runs)
+    sweep.set.pop("threads")
+    assert {run.recipe.threads for run in plan(sweep, [], Path("out"), threads=7)} == {7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"condition": {}}, UnknownKeyError, ["'condition'", "conditions"]),
+        ({"set": {"epoch": 3}}, UnknownKeyError, ["'epoch'", "epochs"]),
+        ({"conditions": {"bn": {"conditoin": "bn"}}}, UnknownKeyError, ["condition"]),
+        ({"conditions": {"bn": {}, "again": {"condition": "bn"}}}, ConfigError, ["same", "again", "bn"]),
+        ({"set": {"output_dir": "x"}}, ConfigError, ["output_dir", "--output"]),
+        ({"conditions": {}}, ConfigError, ["no run"]),
+        ({"conditions": ["bn"]}, ConfigError, ["is not a sweep"]),
+        ({"conditions": None}, ConfigError, ["is not a sweep", "conditions"]),
+        ({"results": None}, ConfigError, ["is not a sweep", "results"]),
+        ({"replicates": "many"}, ConfigError, ["is not a sweep", "many"]),
+        ({"replicates": 0}, ConfigError, ["no run"]),
+        ({"networks": ["cifar_resnet15"]}, NetworkError, ["cifar_resnet15"]),
+        ({"config": "nowhere.yaml"}, ConfigError, ["nowhere.yaml"]),
+    ],
+)
+def test_a_sweep_that_cannot_be_used_is_a_clear_error(write, changes, error, words):
+    with pytest.raises(error) as caught:
+        plan(read_sweep(write(**changes)), [], Path("out"))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a", "a: [", "", "config: x"], ids=["list", "torn", "empty", "short"])
+def test_a_file_that_is_no_sweep_is_a_clear_error(tmp_path, refused, text):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with refused(ConfigError, "sweep.yaml is not a sweep"):
+        read_sweep(path)
+    with refused(ConfigError, "none.yaml is not a sweep"):
+        read_sweep(tmp_path / "none.yaml")
+
+
+@pytest.fixture
+def dry():
+    """Make a dry run in this process; return its answer."""
+    before = torch.get_num_threads()
+
+    def run(path, *options):
+        arguments = [str(path), "--output", str(path.with_suffix("")), "--dry-run", *options]
+        result = CliRunner().invoke(script("sweep").main, arguments)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout) if "--json" in options else result.stdout
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+    torch.set_num_threads(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_dry_run_tells_order_state_and_cost_and_changes_nothing(write, dry, whole, tmp_path):
+    path = write()
+    first = plan(read_sweep(path), [], path.with_suffix(""))
+    line = next(line for line in whole if run_key(line["recipe"]) == first[0].key)
+    path.with_suffix(".jsonl").write_text(json.dumps(line) + "\n")
+    first[1].folder.mkdir(parents=True)
+    torch.save({"run": {"epochs": [{}]}}, first[1].folder / "checkpoint.pt")
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    answer = dry(path, "--json")
+    runs = answer["runs"]
+    assert [row["order"] for row in runs] == [1, 2, 3, 4]
+    assert [row["condition"] for row in runs] == ["bn", "the head, only"] * 2
+    assert [row["state"] for row in runs] == ["finished", "resumes at epoch 1", "to run", "to run"]
+    assert [row["trained"] for row in runs] == [1_120, 650] * 2
+    assert [row["steps"] for row in runs] == [0, 12, 24, 24]
+    assert runs[0]["hours"] == 0
+    assert runs[3]["hours"] == pytest.approx(2 * runs[1]["hours"])
+    assert answer["total"]["hours"] == pytest.approx(sum(row["hours"] for row in runs))
+    if not torch.cuda.is_available():
+        assert answer["total"]["unit"] == f"CPU-hours on {platform.machine()}, 1 thread"
+        # Within what a busy machine may do to it: the runs of the same step took so long.
+        assert 0.05 < runs[2]["hours"] * 3600 / line["seconds"] < 20
+    printed = dry(path).splitlines()
+    assert len(printed) == 6
+    assert re.search(r"^\d+\.\d{4} [CG]PU-hours on .*, training steps alone$", printed[-1])
+    assert "resumes at epoch 1" in printed[2]
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+
+
+COUNTS = {"cifar10_12_epochs": 10, "controls": 80, "families": 36, "inits": 70, "paper": 480}
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_run_of_a_sweep_in_configs_has_a_recipe(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sweep = read_sweep(path)
+    runs = plan(replace(sweep, replicates=1), [], Path("runs"))  # the others differ in their seeds alone
+    assert len(runs) == len(sweep.conditions) * len(sweep.networks)
+    assert len(runs) * sweep.replicates == COUNTS[path.stem]
+    assert {run.network for run in runs} == set(sweep.networks)
+    assert {run.recipe.dataset for run in runs} == {"uoft-cs/cifar10"}
+    assert sweep.results == f"recipes/results/{path.stem}.jsonl"
+    assert path.read_text().startswith("# ")
+    assert "claim" in path.read_text()
+
+
+def test_every_sweep_in_configs_was_read():
+    assert [path.stem for path in SWEEPS] == sorted(COUNTS)
