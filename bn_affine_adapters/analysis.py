@@ -98,22 +98,20 @@ def distribution(values: Mapping[str, ArrayLike], below: Sequence[float] = BELOW
         return {"mean": round(float(array.mean()), digits), "std": round(float(array.std()), digits)}
 
     edges = _edges(joined, digits)
+    counts = np.histogram(joined.clip(edges[0], edges[-1]), edges)[0]
     return {
         "count": joined.size,
         **moments(joined),
         "negative": share(joined < 0),
         "below": {f"{threshold:g}": share(np.abs(joined) < threshold) for threshold in below},
-        "histogram": {
-            "edges": edges.tolist(),
-            "counts": np.histogram(joined.clip(edges[0], edges[-1]), edges)[0].tolist(),
-        },
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         "layers": {
             name: {**moments(array), "near_zero": share(np.abs(array) < NEAR_ZERO)} for name, array in arrays.items()
         },
     }
 
 
-def _edges(values: NDArray[np.float64], digits: int) -> NDArray[np.float64]:
+def _edges(values: NDArray[np.float64], digits: int) -> NDArray[Any]:
     """Return the edges of equal bins; their ends lie on a coarser grid, so that rounded edges differ."""
     step = 10.0 ** (2 - digits)  # 100 of the last digit, for 80 bins
     low, high = math.floor(values.min() / step), math.ceil(values.max() / step)

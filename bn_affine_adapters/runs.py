@@ -1,4 +1,4 @@
-"""A script's options, the base of the adapter it is given, what a run ran on, and the place of its figures in a page."""
+"""A script's options, the base of its adapter, what it ran on, and the place of its figures in a page."""
 
 import json
 import os

@@ -122,7 +122,7 @@ def run(options: Options) -> dict[str, Any]:
         seen, do = f"{accelerator.num_processes} processes", "accelerate launch --num_processes 1 recipes/analyse.py"
         raise ConfigError("Activations are counted by one process.", seen=seen, do=do)
     feed = Feed(options, accelerator)
-    model = load(options, feed).to(memory_format=feed.format)  # type: ignore[call-overload]  # torch's stub lacks it
+    model = load(options, feed).to(memory_format=feed.format)
     scores = {key: round(value, DIGITS) for key, value in accuracy(model, feed).items()}
     with torch.inference_mode():
         result = {**scores, "images": len(feed.test.dataset), "analysis": analyse(model, feed, options)}
