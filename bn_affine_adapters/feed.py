@@ -3,7 +3,7 @@
 The one place that knows whether the images lie in memory on the device or stream from workers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -44,6 +44,12 @@ class DataOptions:
     batch_size: int = 128  # images an optimiser step, over all processes and accumulation steps
     accumulation: int = 1
     channels_last: bool = True
+
+
+def own_options(data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `DataOptions` that a network's own data configuration, as timm has it, says: size, mean and std."""
+    own: dict[str, Any] = {key: list(data_config[key]) for key in ("mean", "std") if key in data_config}
+    return own | ({"image_size": data_config["input_size"][-1]} if "input_size" in data_config else {})
 
 
 class Feed:

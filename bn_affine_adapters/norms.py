@@ -74,11 +74,14 @@ def canonical(name: str) -> str:
     return name
 
 
-def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (canonical name, module) of the plain network: base layers in place of their wrappers, no copies."""
+def plain_modules(model: nn.Module, active: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (canonical name, module) of the plain network: base layers in place of their wrappers, no copies.
+
+    With ``active`` it is the network that runs now: the active adapter's copies in place of the base layers.
+    """
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        module = unwrapped(module)
+        module = unwrapped(module, active)
         yield canonical(name), module
         for child_name, child in module.named_children():
             yield from walk(child, f"{name}.{child_name}" if name else child_name)
@@ -104,13 +107,15 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]
     yield from found.values()
 
 
-def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+def norm_layers(model: nn.Module, active: bool = False) -> dict[str, nn.Module]:
     """Return the network's norm layers by canonical name, in the order of its definition.
+
+    With ``active`` those that run now: the active adapter's copies in place of the base layers.
 
     Raises:
         NoNormLayerError: there is none with gamma or beta.
     """
-    modules = list(plain_modules(model))
+    modules = list(plain_modules(model, active))
     found = {name: module for name, module in modules if is_norm(module)}
     if not any(any(affine(module)) for module in found.values()):
         kinds = sorted({type(module).__name__ for _, module in modules if [*module.parameters(recurse=False)]})
@@ -135,12 +140,16 @@ def head_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return what DDP, FSDP, torch.compile, PEFT or a layer with per-adapter copies wraps, or the module itself."""
+def unwrapped(module: nn.Module, active: bool = False) -> nn.Module:
+    """Return what DDP, FSDP, torch.compile, PEFT or a layer with per-adapter copies wraps, or the module itself.
+
+    A layer with copies gives its base layer, or with ``active`` the module that it runs now.
+    """
     while True:
         inner = module._modules
         if COPIES in inner:
-            module = module.get_submodule("base_layer")
+            running: Any = module
+            module = running.active_module() if active else module.get_submodule("base_layer")
         elif len(inner) == 1 and (name := next(iter(inner))) in {*WRAPPERS, "module"} and not module._parameters:
             module = module.get_submodule(name)
         elif "base_model" in inner and hasattr(module, "peft_config"):

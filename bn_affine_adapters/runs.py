@@ -1,15 +1,73 @@
-"""What a run ran on, for its result line, and the place of its figures in a page."""
+"""A script's options, the base of its adapter, what it ran on, and the place of its figures in a page."""
 
+import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import timm
 import torch
+from torch import nn
 
 from .backbone import versions
+from .config import BNOnlyConfig, check_keys
+from .errors import ConfigError
+
+Options = TypeVar("Options")
+
+
+def read_options(
+    arguments: list[str], options: type[Options], script: str, about: str | None, own: Callable[[str], dict[str, Any]]
+) -> Options:
+    """Merge the defaults, what the adapter says for itself, and the key=value arguments; print ``--help`` and exit.
+
+    Args:
+        arguments: of the command line.
+        options: a dataclass whose fields all have defaults, ``adapter`` among them.
+        script: its name in messages, e.g. "evaluate.py".
+        about: what ``--help`` prints above the keys.
+        own: from ``adapter`` to the options that it sets unless they are given.
+
+    Raises:
+        UnknownKeyError: an argument's key is no field.
+        ConfigError: the arguments are no key=value, or a value is of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    defaults, names = vars(options()), [field.name for field in fields(options)]  # type: ignore[arg-type]  # a dataclass
+    if "-h" in arguments or "--help" in arguments:
+        print(about, *(f"  {name}={json.dumps(defaults[name])}" for name in names), sep="\n")
+        raise SystemExit(0)
+    try:
+        given = OmegaConf.from_cli(arguments)
+        check_keys(dict(given), set(names), script)
+        adapter = given.get("adapter", defaults["adapter"])
+        merged = OmegaConf.merge(OmegaConf.structured(options), own(adapter), given)
+        return options(**OmegaConf.to_container(merged))  # type: ignore[arg-type]  # OmegaConf promises no str keys
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            "The arguments cannot be read.", seen=str(error).splitlines()[0], do=f"recipes/{script} --help"
+        ) from error
+
+
+def given_base(config: BNOnlyConfig, pretrained: bool, file: str | None) -> nn.Module | None:
+    """Return the base with timm's weights, or those of a file, for an adapter without a seed; None where none is meant.
+
+    Args:
+        config: the adapter's.
+        pretrained: take the weights that timm names for the architecture.
+        file: take these instead.
+    """
+    if config.seed is not None or not (pretrained or file):
+        return None
+    overlay = {"pretrained_cfg_overlay": {"file": file}} if file else {}
+    return timm.create_model(config.architecture, pretrained=True, **config.model_args, **overlay)
 
 
 def cores() -> int:
