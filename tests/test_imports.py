@@ -51,6 +51,7 @@ BESIDE = {
     "recipe": {"errors", "config", "feed", "reinit"},
 }
 ALLOWED = BESIDE | {module: set(TOWER[:i]) for i, module in enumerate(TOWER)} | {"__init__": {*TOWER, *BESIDE}}
+ALLOWED["results"] |= {"recipe"}  # what tells one run from another; recipe stands on config and what is beside
 
 HEAVY = {"datasets", "accelerate", "evaluate", "sklearn", "matplotlib", "omegaconf", "ray", "tensorboard"}
 # Its class is a subclass of evaluate.Metric, and evaluate imports datasets itself; nothing imports metrics at its top.
