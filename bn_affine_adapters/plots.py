@@ -106,8 +106,9 @@ def accuracy_by_parameters(
     """
     for index, name in enumerate(("depth", "width")):
         color = _color(index)
-        for points, style in ((paper.get(name, ()), {"markerfacecolor": "none"}), (ours.get(name, ()), {})):
-            ax.plot([p for p, _ in points], [y for _, y in points], "o", color=color, markersize=5, **style)
+        for points, fill in ((paper.get(name, ()), "none"), (ours.get(name, ()), color)):
+            x, y = [size for size, _ in points], [accuracy for _, accuracy in points]
+            ax.plot(x, y, "o", color=color, markersize=5, markerfacecolor=fill)
         if slopes and ours.get(name):
             ends = np.array([min(p for p, _ in ours[name]), max(p for p, _ in ours[name])])
             line, label = slopes[name], f"{name}: {slopes[name]['slope']:.2f} points a doubling"
@@ -244,6 +245,8 @@ def _bars(
         for place, value in marks:
             if value is not None:
                 ax.plot([place], [value], "D", color="black", markerfacecolor="white", markersize=5)
-    many = max(len(name) for name in groups) > 8
-    ax.set_xticks(range(len(groups)), list(groups), fontsize=7, **({"rotation": 20, "ha": "right"} if many else {}))
+    long = max(len(name) for name in groups) > 8
+    ax.set_xticks(
+        range(len(groups)), list(groups), fontsize=7, rotation=20 if long else 0, ha="right" if long else "center"
+    )
     ax.legend(fontsize=6)

@@ -21,6 +21,7 @@ SETTINGS: dict[str, Any] = {
     "running_statistics": "update",
     "pretrained": False,
     "model_args": {},
+    "train_split": "train",
 }
 # What a schedule is, besides its epochs and drops; named where it is not the full recipe's, or else the default.
 SCHEDULE = ("lr", "lr_decay", "warmup_epochs", "batch_size", "sgd_momentum", "flip", "crop_padding", "image_size")
