@@ -89,10 +89,12 @@ def claims_table(runs: Sequence[Run]) -> str:
         judged = {name: claim_row(claim, name, runs) for name in claim["networks"]}
         rows += [[claim["claim"], label(name), *row] for name, row in judged.items() if row]
         if lack := [name for name, row in judged.items() if not row]:
-            papers = dict.fromkeys(paper_text(claim, name, PAPER) for name in lack)
+            papers = [paper_text(claim, name, PAPER) for name in lack]
             commands = dict.fromkeys(f"`{command_of(claim, name)}`" for name in lack)
             names, waits = ", ".join(map(label, lack)), f"not run: {', '.join(commands)}"
-            rows.append([claim["claim"], names, "; ".join(papers), "", "0", "", waits])
+            rows.append(
+                [claim["claim"], names, "; ".join(papers[: None if len({*papers}) > 1 else 1]), "", "0", "", waits]
+            )
     return table(["claim", "network", "paper", "ours", "n", "schedule", "verdict"], rows)
 
 
