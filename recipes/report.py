@@ -199,8 +199,7 @@ def figure1(runs: Sequence[Run]) -> Iterator[Panel]:
     """Gain of training gamma and beta."""
     rows = cells_of(runs, ("all", "no-affine"), MEASURES["accuracy"])
     pairs = {label(name): row for name, row in rows.items() if len(row) == 2}
-    if pairs:
-        yield partial(plots.affine_gain, accuracies=pairs, paper=PAPER["marks"]["gain"])
+    yield from [partial(plots.affine_gain, accuracies=pairs, paper=PAPER["marks"]["gain"])] if pairs else []
 
 
 def figure2(runs: Sequence[Run]) -> Iterator[Panel]:
@@ -323,11 +322,10 @@ def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at:
 
 def main(arguments: list[str]) -> int:
     """Write the page and its figures, or with --only one of them; return 1 if that one cannot be."""
-    root = HERE.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--page", type=Path, default=root / "docs" / "reproduction.md")
-    parser.add_argument("--figures", type=Path, default=root / "docs" / "figures")
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "reproduction.md")
+    parser.add_argument("--figures", type=Path, default=HERE.parent / "docs" / "figures")
     parser.add_argument("--only", choices=[*FIGURES, *TABLES])
     options = parser.parse_args(arguments)
     runs = read_runs(options.results, PAPER["recipes"], PAPER["same"])
