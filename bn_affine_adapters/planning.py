@@ -143,4 +143,4 @@ def epochs_done(run: Run) -> int:
     path = run.folder / "checkpoint.pt"
     if not path.exists():
         return 0
-    return len(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["run"]["epochs"])
+    return len(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["run"]["replicates"][0]["epochs"])

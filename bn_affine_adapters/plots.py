@@ -1,7 +1,7 @@
 """One function a figure: each takes an Axes and plain data, and returns the Axes. Needs matplotlib."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,6 +10,9 @@ from .contents import NEAR_ZERO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Spread = tuple[float, float, int]  # mean, standard deviation, n
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222255", "#999933", "#882255")
 
 
 def gamma_histogram(ax: "Axes", gammas: Mapping[str, ArrayLike]) -> "Axes":
@@ -29,3 +32,221 @@ def gamma_histogram(ax: "Axes", gammas: Mapping[str, ArrayLike]) -> "Axes":
     share = 100 * np.mean(np.abs(values) < NEAR_ZERO)
     ax.set_title(f"{values.size:,} gammas in {len(gammas)} layers, {share:.1f} % near zero", fontsize=10)
     return ax
+
+
+def affine_gain(ax: "Axes", accuracies: Mapping[str, Mapping[str, Spread]], paper: tuple[float, float]) -> "Axes":
+    """Draw accuracy with and without training gamma and beta, by network, and the gain above each pair.
+
+    Args:
+        ax: to draw on.
+        accuracies: in %, by network, of "all" and "no-affine".
+        paper: the paper's range of the gain, in points.
+
+    Source: the paper's Figure 1.
+    """
+    _bars(ax, accuracies)
+    lowest = min(mean for pair in accuracies.values() for mean, _, _ in pair.values())
+    ax.set_ylim(max(0, lowest - 8), 101)
+    for index, pair in enumerate(accuracies.values()):
+        gain = pair["all"][0] - pair["no-affine"][0]
+        top = max(mean + deviation for mean, deviation, _ in pair.values())
+        ax.text(index, top + 0.4, f"{gain:+.2f}", ha="center", fontsize=8)
+    ax.set_ylabel("test accuracy, %")
+    ax.set_title(f"gain in points; the paper's {paper[0]:g} to {paper[1]:g}", fontsize=9)
+    return ax
+
+
+def accuracy_by_network(
+    ax: "Axes",
+    networks: Sequence[str],
+    ours: Mapping[str, Mapping[str, Spread]],
+    paper: Mapping[str, Mapping[str, float]],
+) -> "Axes":
+    """Draw accuracy by condition against networks in the order given: ours with deviations, the paper's as circles.
+
+    Args:
+        ax: to draw on.
+        networks: from the smallest to the largest.
+        ours: in %, by condition and network.
+        paper: the same; only conditions that are among ours too are drawn.
+
+    Source: the paper's Figure 2.
+    """
+    places = {network: index for index, network in enumerate(networks)}
+    for index, (condition, found) in enumerate(ours.items()):
+        theirs = {places[network]: value for network, value in paper.get(condition, {}).items() if network in places}
+        color = _color(index)
+        ax.plot(list(theirs), list(theirs.values()), "o", color=color, markerfacecolor="none", markersize=7)
+        here = [(places[network], *spread[:2]) for network, spread in found.items() if network in places]
+        if here:
+            x, y, deviations = zip(*sorted(here), strict=True)
+            ax.errorbar(x, y, deviations, color=color, marker=".", capsize=2, linewidth=1, label=condition)
+    ax.set_xticks(range(len(networks)), networks, rotation=30, ha="right", fontsize=7)
+    ax.set_ylabel("test accuracy, %")
+    ax.set_title("dots: ours; circles: the paper's", fontsize=9)
+    ax.legend(fontsize=6)
+    return ax
+
+
+def accuracy_by_parameters(
+    ax: "Axes",
+    ours: Mapping[str, Sequence[tuple[int, float]]],
+    paper: Mapping[str, Sequence[tuple[int, float]]],
+    slopes: Mapping[str, Any] | None,
+) -> "Axes":
+    """Draw accuracy against log2 of gamma and beta, along depth and along width, with the lines fitted to ours.
+
+    Args:
+        ax: to draw on.
+        ours: (gammas and betas, accuracy in %) of every run, under "depth" and "width".
+        paper: the same.
+        slopes: what `analysis.depth_width_slopes` says of ours, or None.
+
+    Source: the paper's Figure 3.
+    """
+    for index, name in enumerate(("depth", "width")):
+        color = _color(index)
+        for points, fill in ((paper.get(name, ()), "none"), (ours.get(name, ()), color)):
+            x, y = [size for size, _ in points], [accuracy for _, accuracy in points]
+            ax.plot(x, y, "o", color=color, markersize=5, markerfacecolor=fill)
+        if slopes and ours.get(name):
+            ends = np.array([min(p for p, _ in ours[name]), max(p for p, _ in ours[name])])
+            line, label = slopes[name], f"{name}: {slopes[name]['slope']:.2f} points a doubling"
+            ax.plot(ends, line["intercept"] + line["slope"] * np.log2(ends), color=color, linewidth=1, label=label)
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel("gammas and betas")
+    ax.set_ylabel("test accuracy, %")
+    ax.set_title("dots: ours; circles: the paper's", fontsize=9)
+    if slopes:
+        ax.legend(fontsize=7)
+    return ax
+
+
+def gamma_densities(
+    ax: "Axes", histograms: Mapping[str, Sequence[tuple[Sequence[float], Sequence[int]]]], title: str
+) -> "Axes":
+    """Draw the density of gamma by condition, a line a replicate.
+
+    Args:
+        ax: to draw on.
+        histograms: (edges, counts) of every replicate, by condition.
+        title: the network's name.
+
+    Source: the paper's Figure 4.
+    """
+    for index, (condition, replicates) in enumerate(histograms.items()):
+        for number, (edges, counts) in enumerate(replicates):
+            widths, total = np.diff(edges), max(1, sum(counts))
+            style: dict[str, Any] = {"color": _color(index), "linewidth": 0.9, "label": "" if number else condition}
+            ax.stairs(np.asarray(counts) / total / widths, edges, **style)
+    ax.set_yscale("log")
+    ax.set_xlabel(r"$\gamma$")
+    ax.set_ylabel("density")
+    ax.set_title(title, fontsize=9)
+    ax.legend(fontsize=7)
+    return ax
+
+
+def near_zero_shares(
+    ax: "Axes", shares: Mapping[str, Mapping[str, Spread]], title: str, paper: Mapping[str, float] | None = None
+) -> "Axes":
+    """Draw the share of gammas with |gamma| below each threshold, by condition.
+
+    Args:
+        ax: to draw on.
+        shares: in %, by threshold and condition.
+        title: the network's name.
+        paper: its shares below 0.01, in %, by condition.
+
+    Source: the paper's Figure 5.
+    """
+    _bars(ax, shares, {"0.01": paper or {}})
+    ax.set_xlabel(r"threshold of $|\gamma|$")
+    ax.set_ylabel("gammas below, %")
+    ax.set_title(title, fontsize=9)
+    return ax
+
+
+def clamped_accuracies(ax: "Axes", changes: Mapping[str, Mapping[str, Spread]]) -> "Axes":
+    """Draw what setting small gammas to zero changes of the accuracy.
+
+    Args:
+        ax: to draw on.
+        changes: in points, by network and by condition and threshold.
+
+    Source: the paper's Figure 6.
+    """
+    _bars(ax, changes)
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_ylabel("change of accuracy, points")
+    return ax
+
+
+def dead_share_curves(
+    ax: "Axes",
+    curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    title: str,
+    paper: Mapping[str, tuple[float, float]],
+) -> "Axes":
+    """Draw the share of ReLU channels that are zero more often than a threshold, by condition, a line a replicate.
+
+    Args:
+        ax: to draw on.
+        curves: (thresholds of Pr[activation = 0], shares in %) of every replicate, by condition.
+        title: the network's name.
+        paper: its range at 0.99, in %, by condition.
+
+    Source: the paper's Figure 7.
+    """
+    for index, (condition, replicates) in enumerate(curves.items()):
+        for number, (thresholds, shares) in enumerate(replicates):
+            style: dict[str, Any] = {"color": _color(index), "linewidth": 0.9, "label": "" if number else condition}
+            ax.plot(thresholds, shares, **style)
+        if condition in paper:
+            ax.plot([0.99, 0.99], paper[condition], color=_color(index), linewidth=5, alpha=0.35)
+    ax.set_xlabel("t")
+    ax.set_ylabel("channels with Pr[activation = 0] > t, %")
+    ax.set_title(f"{title}; thick: the paper's range at 0.99", fontsize=9)
+    ax.legend(fontsize=7)
+    return ax
+
+
+def weight_decay_control(ax: "Axes", values: Mapping[str, Mapping[str, Spread]], label: str) -> "Axes":
+    """Draw a measurement by network, with and without weight decay.
+
+    Args:
+        ax: to draw on.
+        values: by network, and by condition and weight decay.
+        label: of the axis, with its unit.
+
+    Source: none; a gamma without gradient shrinks by weight decay alone, which the paper does not control for.
+    """
+    _bars(ax, values)
+    ax.set_ylabel(label)
+    return ax
+
+
+def _color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
+
+
+def _bars(
+    ax: "Axes", groups: Mapping[str, Mapping[str, Spread]], paper: Mapping[str, Mapping[str, float]] | None = None
+) -> None:
+    """Draw groups of bars, a colour a series, with deviations and, as diamonds, the paper's values."""
+    series = list(dict.fromkeys(name for group in groups.values() for name in group))
+    width = 0.8 / max(1, len(series))
+    for index, name in enumerate(series):
+        offset = (index - (len(series) - 1) / 2) * width
+        here = [(place + offset, *group[name][:2]) for place, group in enumerate(groups.values()) if name in group]
+        x, y, deviations = zip(*here, strict=True)
+        ax.bar(x, y, width, yerr=deviations, color=_color(index), label=name, error_kw={"linewidth": 0.8})
+        marks = [(place + offset, (paper or {}).get(group, {}).get(name)) for place, group in enumerate(groups)]
+        for place, value in marks:
+            if value is not None:
+                ax.plot([place], [value], "D", color="black", markerfacecolor="white", markersize=5)
+    long = max(len(name) for name in groups) > 8
+    ax.set_xticks(
+        range(len(groups)), list(groups), fontsize=7, rotation=20 if long else 0, ha="right" if long else "center"
+    )
+    ax.legend(fontsize=6)

@@ -159,13 +159,13 @@ def command(recipe: Recipe, default: Recipe) -> str:
 def run_key(recorded: Mapping[str, Any]) -> str:
     """Return what tells one run from another: the settings of a result line that are not the defaults, as JSON.
 
-    How often it was evaluated and where the data set was found make no other run; a key that a later version
-    adds, at its default, makes none either.
+    How often it was evaluated, whether it was compiled and where the data set was found make no other run; a key that
+    a later version adds, at its default, makes none either.
 
     >>> run_key({"model": "cifar_resnet14", "seed": 1, "eval_every": 5, "dataset": "uoft-cs/cifar10"})
     '{"dataset": "cifar10", "seed": 1}'
     """
     usual = json.loads(json.dumps(asdict(Recipe())))
     own = {**recorded, "dataset": Path(recorded.get("dataset", usual["dataset"])).name}
-    own = {key: value for key, value in own.items() if key != "eval_every" and value != usual.get(key)}
+    own = {key: value for key, value in own.items() if key not in ("eval_every", "compile") and value != usual.get(key)}
     return json.dumps(dict(sorted(own.items())))

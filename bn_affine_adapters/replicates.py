@@ -1,0 +1,166 @@
+"""Result lines as replicates: which runs differ in nothing but their seeds, and what was measured of them together."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import ConfigError
+from .recipe import Recipe, run_key
+from .results import read_results
+
+FULL = "the full recipe"
+# The settings that make another variant of a condition, with the usual values.
+SETTINGS: dict[str, Any] = {
+    "weight_decay": 1e-4,
+    "norm_init": "uniform",
+    "weight_init": "kaiming_normal",
+    "running_statistics": "update",
+    "pretrained": False,
+    "model_args": {},
+    "train_split": "train",
+}
+# What a schedule is, besides its epochs and drops; named where it is not the full recipe's, or else the default.
+SCHEDULE = ("lr", "lr_decay", "warmup_epochs", "batch_size", "sgd_momentum", "flip", "crop_padding", "image_size")
+Pick = Callable[[Mapping[str, Any]], Any]  # a number of a result line, or None
+Spread = tuple[float, float, int]  # mean, standard deviation, n
+
+
+class Run(NamedTuple):
+    """A result line and what it is a run of; runs that differ in nothing but the replicate are one cell."""
+
+    line: dict[str, Any]
+    dataset: str
+    network: str
+    variant: str
+    schedule: str
+    replicate: str
+
+
+def read_runs(
+    folder: Path, recipes: Mapping[str, Mapping[str, Any]], names: Mapping[str, str] | None = None
+) -> list[Run]:
+    """Return the runs of every .jsonl file in a folder, in an order that does not depend on the files'.
+
+    Args:
+        folder: of files that recipes/train.py wrote.
+        recipes: by data set, the settings that make a run one of the full recipe.
+        names: other names of networks, with the name that stands for both.
+
+    Raises:
+        ConfigError: a file cannot be read, is torn, or two lines tell different results of one run.
+    """
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in read_results(path):
+            other, before = found.setdefault(key := run_key(line["recipe"]), (path.name, line))
+            if before["top1"] != line["top1"]:
+                what, do = f"{other} and {path.name} tell two results of one run.", f"keep the right one; it is {key}"
+                raise ConfigError(what, seen=f"top1 {before['top1']} and {line['top1']}", do=do)
+            if "analysis" not in before:
+                found[key] = path.name, line
+    return [run_of(line, recipes, names or {}) for _, (_, line) in sorted(found.items())]
+
+
+def run_of(line: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> Run:
+    """Return what a result line is a run of. Args: as `read_runs`."""
+    recipe = {**asdict(Recipe()), **line["recipe"]}
+    recipe["norm_init"] = recipe["norm_init"] or "uniform"
+    dataset = Path(recipe["dataset"]).name
+    differ = [f"{key}={shown(recipe[key])}" for key, usual in SETTINGS.items() if recipe[key] != usual]
+    network = names.get(recipe["model"], recipe["model"])
+    variant, replicate = ", ".join([recipe["condition"], *differ]), f"{recipe['seed']}/{recipe['data_seed']}"
+    return Run(line, dataset, network, variant, schedule_name(recipe, recipes.get(dataset)), replicate)
+
+
+def schedule_name(recipe: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> str:
+    """Return FULL where a recipe has every setting of ``full``, or else in words how long and how it trains.
+
+    >>> schedule_name({**asdict(Recipe()), "epochs": 12, "milestones": [6, 9], "lr": 0.2})
+    '12 epochs, drops at 6 and 9, lr=0.2'
+    """
+    if full and all(recipe[key] == value for key, value in full.items()):
+        return FULL
+    usual = {**{key: getattr(Recipe(), key) for key in SCHEDULE}, **(full or {})}
+    drops = " and ".join(shown(drop) for drop in recipe["milestones"] if drop < recipe["epochs"])
+    steps = recipe["schedule"] if recipe["schedule"] != "multistep" else f"drops at {drops}" if drops else "no drop"
+    differ = [f"{key}={shown(recipe[key])}" for key in SCHEDULE if recipe[key] != usual[key]]
+    return ", ".join([f"{recipe['epochs']} epochs", steps, *differ])
+
+
+def shown(value: Any) -> str:
+    """Return a setting as a recipe's argument has it."""
+    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def by_schedule(runs: Sequence[Run], dataset: str) -> list[tuple[str, list[Run]]]:
+    """Return a data set's runs by schedule: the paper's first, then the longest."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.dataset == dataset:
+            groups.setdefault(run.schedule, []).append(run)
+
+    def order(name: str) -> tuple[bool, int, str]:
+        return name != FULL, -max(run.line["recipe"]["epochs"] for run in groups[name]), name
+
+    return [(name, groups[name]) for name in sorted(groups, key=order)]
+
+
+def analysed(*path: str) -> Pick:
+    """Return what takes an entry of a line's analysis; None where there is none."""
+
+    def pick(line: Mapping[str, Any]) -> Any:
+        value: Any = line.get("analysis")
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    return pick
+
+
+def clamp_change(threshold: str) -> Pick:
+    """Return what takes the change of accuracy, in points, when |gamma| < threshold is set to zero."""
+    pick = analysed("clamped", threshold, "top1")
+    return lambda line: None if pick(line) is None else pick(line) - line["top1"]
+
+
+MEASURES: dict[str, Pick] = {
+    "accuracy": lambda line: line["top1"],
+    "top5": lambda line: line.get("top5"),
+    "gamma mean": analysed("gamma", "mean"),
+    "gamma std": analysed("gamma", "std"),
+    "negative": analysed("gamma", "negative"),
+    "near zero": analysed("gamma", "below", "0.01"),
+    "clamped": clamp_change("0.01"),
+    "dead": analysed("dead", "0.99"),
+}
+
+
+def picked(runs: Iterable[Run], network: str, variant: str, pick: Pick) -> list[tuple[str, Any]]:
+    """Return (replicate, what a run has) of one cell, without the runs that do not have it."""
+    cell = [(run.replicate, pick(run.line)) for run in runs if (run.network, run.variant) == (network, variant)]
+    return [(replicate, value) for replicate, value in cell if value is not None]
+
+
+def measured(runs: Iterable[Run], network: str, variant: str, pick: Pick) -> dict[str, float]:
+    """Return the measurement of every replicate of one cell; runs of the same seeds are averaged."""
+    values: dict[str, list[float]] = {}
+    for replicate, value in picked(runs, network, variant, pick):
+        values.setdefault(replicate, []).append(float(value))
+    return {replicate: statistics.mean(several) for replicate, several in values.items()}
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Return (mean, sample standard deviation, n), or None of nothing."""
+    several = list(values)
+    deviation = statistics.stdev(several) if len(several) > 1 else 0.0
+    return (statistics.mean(several), deviation, len(several)) if several else None
+
+
+def spread_text(values: Spread, digits: int = 2) -> str:
+    """Return mean ± standard deviation, or the only value."""
+    mean, deviation, n = values
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if n > 1 and not math.isnan(deviation) else "")
