@@ -6,12 +6,13 @@ paper's accuracy of the network; ``source``; ``than``, from where the claim has 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .analysis import depth_width_slopes
 from .errors import ConfigError
-from .replicates import FULL, MEASURES, Run, Spread, measured, spread
+from .replicates import FULL, MEASURES, Run, Spread, measured, shown, spread, spread_text
 
 Networks = Mapping[str, Mapping[str, Any]]  # by name: "bn", gammas and betas; "lines", among "depth" and "width"
 
@@ -50,6 +51,54 @@ def value_of(claim: Mapping[str, Any], network: str, runs: Sequence[Run], networ
         others = measured(runs, network, claim["minus"], pick)
         ours = {replicate: value - others[replicate] for replicate, value in ours.items() if replicate in others}
     return spread(ours.values())
+
+
+def findings(entry: Mapping[str, Any], runs: Sequence[Run], label: Callable[[str], str] = str) -> list[str]:
+    """Return what was measured of a question, a sentence for each data set, network and schedule.
+
+    Args:
+        entry: ``variants``, the first of which the others are compared with, run by run of the same seeds;
+            ``measures``, a text for each of `replicates.MEASURES` to tell besides the accuracy; ``networks``, or all.
+        runs: of all data sets.
+        label: a network's name in a text.
+    """
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        if run.network in entry.get("networks", (run.network,)):
+            groups.setdefault((run.dataset, run.network, run.schedule), []).append(run)
+    told = []
+    for (dataset, network, schedule), group in sorted(groups.items()):
+        parts = _compared(entry["variants"], group, network, "accuracy")
+        if len(parts) < 2:
+            continue
+        sentences = [f"accuracy in %: {'; '.join(parts)}"]
+        for measure, text in entry.get("measures", {}).items():
+            if parts := _compared(entry["variants"], group, network, measure):
+                sentences.append(f"{text}: {'; '.join(parts)}")
+        told.append(f"*{dataset}, {label(network)}, {schedule}*: {'. '.join(sentences)}.")
+    return told
+
+
+def _compared(variants: Sequence[str], group: Sequence[Run], network: str, measure: str) -> list[str]:
+    """Return each variant with its mean, deviation and n, and how far it is from the first one."""
+    values = {variant: measured(group, network, variant, MEASURES[measure]) for variant in variants}
+    first, parts = values[variants[0]], []
+    for variant, own in values.items():
+        if (found := spread(own.values())) and first:
+            pairs = [value - first[replicate] for replicate, value in own.items() if replicate in first]
+            apart = f", {sum(pairs) / len(pairs):+.2f}" if variant != variants[0] and pairs else ""
+            parts.append(f"{variant} {spread_text(found)} (n = {found[2]}{apart})")
+    return parts
+
+
+def tuned(trials: Sequence[Mapping[str, Any]], label: Callable[[str], str] = str) -> str:
+    """Return in a sentence what tuning found: the best trial, and the first, which has the recipe's own settings."""
+    first, best = trials[0], max(trials, key=lambda line: line["top1"])
+    recipe = first["recipe"]
+    differ = [f"{key}={shown(value)}" for key, value in best["recipe"].items() if value != recipe[key]]
+    where = f"*{Path(recipe['dataset']).name}, {label(recipe['model'])}, {recipe['epochs']} epochs*"
+    told = f"best of {len(trials)} trials {best['top1']:.2f} % with {', '.join(differ) or 'those'}"
+    return f"{where}, accuracy on {first['split']}: the recipe's own settings {first['top1']:.2f} %; {told}."
 
 
 def bounds(claim: Mapping[str, Any], network: str, paper: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from bn_affine_adapters import BNAdapterError, plots
 from bn_affine_adapters.analysis import parameter_table
-from bn_affine_adapters.claims import bounds, on_lines, paper_text, slopes, value_of, verdict
+from bn_affine_adapters.claims import bounds, findings, on_lines, paper_text, slopes, tuned, value_of, verdict
 from bn_affine_adapters.replicates import (
     FULL,
     MEASURES,
@@ -38,6 +38,7 @@ from bn_affine_adapters.replicates import (
     spread,
     spread_text,
 )
+from bn_affine_adapters.results import read_results
 
 HERE = Path(__file__).parent
 PAPER: dict[str, Any] = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))
@@ -305,7 +306,7 @@ def title(name: str) -> str:
     return name.replace("figure", "Figure ")
 
 
-def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at: Path) -> str:
+def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at: Path, tuning: Path) -> str:
     """Return the page's text, with links to the figures from where it will lie."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -316,8 +317,12 @@ def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at:
     for name, found in figures.items():
         path, text = (None, found) if isinstance(found, str) else (os.path.relpath(found[0], at.parent), found[1])
         shown.append((title(name), PAPER["figures"][name]["title"], path, text))
-    tables = {name: make(runs) for name, make in TABLES.items()}
-    return template.render(paper=PAPER, full=FULL, runs=len(runs), schedules=schedules, figures=shown, tables=tables)
+    told = {
+        "tables": {name: make(runs) for name, make in TABLES.items()},
+        "findings": [(entry, findings(entry, runs, label)) for entry in PAPER["findings"]],
+        "tuned": [tuned(read_results(path), label) for path in sorted(tuning.glob("*.jsonl"))],
+    }
+    return template.render(paper=PAPER, full=FULL, runs=len(runs), schedules=schedules, figures=shown, **told)
 
 
 def main(arguments: list[str]) -> int:
@@ -338,7 +343,7 @@ def main(arguments: list[str]) -> int:
     if options.only:
         return int(isinstance(figures[options.only], str))
     options.page.parent.mkdir(parents=True, exist_ok=True)
-    options.page.write_text(page(runs, figures, options.page), encoding="utf-8")
+    options.page.write_text(page(runs, figures, options.page, options.results / "tune"), encoding="utf-8")
     print(options.page)
     return 0
 

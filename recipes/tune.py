@@ -81,14 +81,16 @@ def run_trial(trial: optuna.Trial, plan: dict[str, Any], more: list[str], output
     return json.loads((folder / "result.json").read_text())["top1"]
 
 
-def open_study(name: str, output: Path) -> optuna.Study:
-    """Open the study, or make it; a trial that was killed is put back at the head of the queue."""
+def open_study(name: str, output: Path, own: dict[str, Any]) -> optuna.Study:
+    """Open the study, or make it with the recipe's own settings first; a trial that was killed comes next again."""
     output.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name=name, storage=f"sqlite:///{output / 'study.db'}", direction="maximize", load_if_exists=True
     )
     # With a fixed seed the sampler would draw the same first trials again after a restart.
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
+    if not study.trials:
+        study.enqueue_trial(own)
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)
@@ -121,11 +123,13 @@ def main(file: Path, settings: tuple[str, ...], trials: int | None, output: Path
     """Tune."""
     try:
         plan, more = read_plan(file), list(settings)
-        recipe(plan, {}, more)
+        start = vars(recipe(plan, {}, more))
+        own = {key: start[key] for key in plan["space"] if start[key] is not None}
         output = output or Path("runs", "tune", file.stem)
-        study = open_study(file.stem, output)
+        study = open_study(file.stem, output, own)
         finished = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
         left = (trials or plan["trials"]) - len(finished)
+        Path(plan["results"]).parent.mkdir(parents=True, exist_ok=True)
         study.optimize(lambda trial: run_trial(trial, plan, more, output), n_trials=left) if left > 0 else None
         if not study.get_trials(states=[TrialState.COMPLETE]):
             do = f"read {output}/trial-*/log.txt"

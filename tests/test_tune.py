@@ -49,6 +49,7 @@ def test_trials_are_trained_on_the_rest_and_a_second_call_goes_on(tune, plan):
     assert [line["split"] for line in lines] == ["288 held out of train"] * 2
     assert first["top1"] == max(line["top1"] for line in lines)
     assert first["trials"] == 2
+    assert lines[0]["recipe"]["lr"] == 0.3, "the first trial has the recipe's own settings"
     best = next(line["recipe"] for line in lines if line["top1"] == first["top1"])
     assert {key: best[key] for key in first["best"]} == first["best"]
     assert 0.1 <= best["lr"] <= 1.0
@@ -71,7 +72,7 @@ def test_a_killed_trial_is_the_next_one(tune, plan):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert log.exists()
-    study = tune.open_study("tiny", plan.parent / "study")
+    study = tune.open_study("tiny", plan.parent / "study", {"lr": 0.3, "norm_init": "ones"})
     killed, waiting = study.trials
     assert killed.state == optuna.trial.TrialState.FAIL
     assert waiting.state == optuna.trial.TrialState.WAITING
