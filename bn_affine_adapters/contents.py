@@ -31,13 +31,15 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def parts(config: BNOnlyConfig, names: Iterable[str]) -> dict[str, list[str]]:
-    """Sort an adapter's tensors into "gamma", "beta", "running statistics", "head" and "other modules"."""
-    norms, heads = set(config.norm_layers or ()), set(config.head_layers or ())
-    found: dict[str, list[str]] = {part: [] for part in (*_KINDS, "running statistics", "head", "other modules")}
+    """Sort an adapter's tensors into "gamma", "beta", "running statistics", "head", "control" and "other modules"."""
+    norms = set(config.norm_layers or ())
+    others = dict.fromkeys(config.head_layers or (), "head") | dict.fromkeys(config.control_layers or (), "control")
+    names_of = (*_KINDS, "running statistics", "head", "control", "other modules")
+    found: dict[str, list[str]] = {part: [] for part in names_of}
     for name in names:
         layer, _, key = name.partition(f".{COPIES}.")
         kind = next((part for part, keys in _KINDS.items() if key in keys), "running statistics")
-        found[kind if layer in norms else "head" if layer in heads else "other modules"].append(name)
+        found[kind if layer in norms else others.get(layer, "other modules")].append(name)
     return found
 
 

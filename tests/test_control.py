@@ -9,8 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model, reinit_
+from bn_affine_adapters.card import write_card
+from bn_affine_adapters.contents import describe, read_tensors
 from bn_affine_adapters.control import Control, InputAffine, TwoWeights, choose
 from bn_affine_adapters.errors import AdapterError, ConfigError
+from bn_affine_adapters.files import read_config
 from bn_affine_adapters.layer import BNOnlyLayer
 from bn_affine_adapters.norms import plain_modules
 
@@ -260,6 +263,20 @@ def test_frozen_statistics_from_a_seed_are_a_scale_and_shift_per_filter():
     x = torch.randn(2, 16, 4, 4)
     expected = x * layer.weight.view(-1, 1, 1) / (1 + 1e-5) ** 0.5 + 0.5
     torch.testing.assert_close(layer(x), expected)
+
+
+# -- told
+
+
+def test_the_card_and_the_contents_say_what_trained(tmp_path):
+    controlled().save_pretrained(tmp_path)
+    write_card(tmp_path, "me/control")
+    text = (tmp_path / "README.md").read_text()
+    assert "of which only two weights per output channel of 15 convolutions were trained" in text
+    found = describe(tmp_path, read_config(tmp_path), read_tensors(tmp_path))
+    assert found["trains"] == ["two_weights"]
+    assert found["contents"]["control"] == {"tensors": 15, "values": 1_120, "bytes": 4_480}
+    assert "other modules" not in found["contents"]
 
 
 # -- refused

@@ -201,6 +201,33 @@ def test_what_is_held_out_leaves_something_to_train_on(count, train, refused):
         train.Feed(train.read_recipe([*TINY, f"held_out={count}"]), train.Accelerator())
 
 
+def test_replicates_side_by_side_are_runs_of_their_own(train, tmp_path):
+    # A small learning rate, where rounding does not grow: see tests/test_stacked.py.
+    options = ("lr=0.001", "seed=3", "data_seed=5", "checkpoint_every=1", "epochs=2", "condition=random2")
+    lines = tmp_path / "results.jsonl"
+    tiny(train, tmp_path / "both", *options, "replicates=2", f"results={lines}")
+    both = [json.loads((tmp_path / "both" / f"seed-{seed}" / "result.json").read_text()) for seed in (3, 4)]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    alone = tiny(train, tmp_path / "alone", *options, "seed=4", "data_seed=6")
+    assert [(r["recipe"]["seed"], r["recipe"]["data_seed"]) for r in both] == [(3, 5), (4, 6)]
+    assert both[1]["recipe"] == alone["recipe"]
+    assert both[1]["first_losses"] == pytest.approx(alone["first_losses"], rel=1e-4)
+    assert [result["hardware"]["side_by_side"] for result in (*both, alone)] == [2, 2, 1]
+    ours, theirs = (load_file(Path(r["adapter"], "adapter_model.safetensors")) for r in (both[1], alone))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name].double(), tensor.double(), rtol=1e-3, atol=1e-5, msg=name)
+    assert len(lines.read_text().splitlines()) == 2
+    AcceleratorState._reset_state(reset_partial_state=True)
+    again = tiny(train, tmp_path / "both", *options, "replicates=2", "resume=true")
+    assert again["epochs"] == both[0]["epochs"]
+
+
+@pytest.mark.parametrize("wrong", [["replicates=0"], ["replicates=2", "pretrained=true", "seed=null"]])
+def test_replicates_that_cannot_be_stacked_are_refused(wrong, train, refused):
+    with refused(ConfigError, "replicates"):
+        train.members(train.read_recipe([*TINY, *wrong]))
+
+
 def test_a_compiled_run_has_the_losses_of_an_eager_one(train, tmp_path, monkeypatch):
     compiler = torch.compile
     seen = []
