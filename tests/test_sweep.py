@@ -341,7 +341,7 @@ def test_a_dry_run_tells_order_state_and_cost_and_changes_nothing(write, dry, wh
     line = next(line for line in whole if run_key(line["recipe"]) == first[0].key)
     path.with_suffix(".jsonl").write_text(json.dumps(line) + "\n")
     first[1].folder.mkdir(parents=True)
-    torch.save({"run": {"epochs": [{}]}}, first[1].folder / "checkpoint.pt")
+    torch.save({"run": {"replicates": [{"epochs": [{}]}]}}, first[1].folder / "checkpoint.pt")
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     answer = dry(path, "--json")
     runs = answer["runs"]
@@ -364,7 +364,7 @@ def test_a_dry_run_tells_order_state_and_cost_and_changes_nothing(write, dry, wh
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
 
 
-COUNTS = {"cifar10_12_epochs": 10, "controls": 80, "families": 36, "inits": 70, "paper": 480}
+COUNTS = {"cifar10_12_epochs": 10, "controls": 80, "digits": 42, "families": 36, "inits": 70, "paper": 480}
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -375,10 +375,9 @@ def test_every_run_of_a_sweep_in_configs_has_a_recipe(path, monkeypatch):
     assert len(runs) == len(sweep.conditions) * len(sweep.networks)
     assert len(runs) * sweep.replicates == COUNTS[path.stem]
     assert {run.network for run in runs} == set(sweep.networks)
-    assert {run.recipe.dataset for run in runs} == {"uoft-cs/cifar10"}
-    assert sweep.results == f"recipes/results/{path.stem}.jsonl"
+    assert {run.recipe.dataset for run in runs} == {"digits" if path.stem == "digits" else "uoft-cs/cifar10"}
+    assert Path(sweep.results).parent == Path("recipes/results")
     assert path.read_text().startswith("# ")
-    assert "claim" in path.read_text()
 
 
 def test_every_sweep_in_configs_was_read():
