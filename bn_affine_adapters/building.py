@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .backbone import create
 from .config import BNOnlyConfig
 from .data import check_classes
+from .errors import ConfigError
 from .feed import Feed
 from .model import get_bn_only_model
 from .norms import affine, norm_layers, shortcut_convs
@@ -46,7 +47,15 @@ def configuration(recipe: Recipe, feed: Feed) -> BNOnlyConfig:
 
 
 def build_model(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module:
-    """Create the timm network, redraw or load it, and freeze what the condition does not train."""
+    """Create the timm network, redraw or load it, and freeze what the condition does not train.
+
+    Raises:
+        DataError: the data have another number of classes.
+        ConfigError: statistics are to stay frozen in a network that trains whole.
+    """
+    if recipe.condition in FULL_CONDITIONS and recipe.running_statistics != "update":
+        seen, do = f"condition={recipe.condition}, running_statistics={recipe.running_statistics}", "leave it out"
+        raise ConfigError("A network that trains whole updates its running statistics.", seen=seen, do=do)
     check_classes(feed.train, config.model_args["num_classes"])
     overlay = {"pretrained_cfg_overlay": {"file": recipe.pretrained_file}} if recipe.pretrained_file else {}
     network = timm.create_model(recipe.model, pretrained=recipe.pretrained, **config.model_args, **overlay)

@@ -51,7 +51,7 @@ BESIDE = {
     "recipe": {"errors", "config", "feed", "reinit"},
     "stacked": {"errors", "norms", "control", "layer"},
     "planning": {"building", "config", "errors", "recipe"},
-    "building": {"backbone", "config", "data", "feed", "model", "norms", "peft_model", "recipe", "reinit"},
+    "building": {"backbone", "config", "data", "errors", "feed", "model", "norms", "peft_model", "recipe", "reinit"},
     "replicates": {"errors", "recipe", "results"},
     "claims": {"errors", "analysis", "replicates"},
 }

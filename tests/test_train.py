@@ -156,6 +156,12 @@ def test_a_network_that_trained_whole_is_saved_as_a_timm_checkpoint(condition, t
     assert again["epochs"] == result["epochs"]
 
 
+def test_a_network_that_trains_whole_updates_its_statistics(train, feed, refused):
+    recipe = train.read_recipe([*TINY, "condition=all", "running_statistics=frozen"])
+    with refused(ConfigError, "running_statistics=frozen"):
+        train.build_model(recipe, train.configuration(recipe, feed), feed)
+
+
 @pytest.mark.parametrize("condition", ["all", "random2"])
 def test_a_run_of_another_kind_resumes_too(condition, train, tmp_path):
     options = (f"condition={condition}", "checkpoint_every=1", "resume=true")
