@@ -224,6 +224,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         seconds = history["seconds"]
         for replicate, before in zip(replicates, history["replicates"], strict=True):
             replicate.epochs, replicate.first_losses = before["epochs"], before["first_losses"]
+        if stacked:
+            stacked.write_back()  # where no epoch is left, what is saved comes from here
     for epoch in range(len(replicates[0].epochs), recipe.epochs):
         start = time.perf_counter()
         losses = train_epoch(model, optimizer, replicates, recipe, accelerator, epoch)
