@@ -101,6 +101,7 @@ def measured_step(recipe: Recipe, feed: Feed) -> tuple[int, float]:
     model = build_model(recipe, config, feed).to(device).to(memory_format=feed.format).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
+    step = torch.compile(model, mode=recipe.compile, dynamic=False) if recipe.compile else model
     size = recipe.batch_size // recipe.accumulation
     images = torch.randn(size, 3, recipe.image_size, recipe.image_size, device=device).to(memory_format=feed.format)
     labels = torch.randint(len(feed.label_names), (size,), device=device)
@@ -109,8 +110,10 @@ def measured_step(recipe: Recipe, feed: Feed) -> tuple[int, float]:
     while len(seconds) < WARM_UP + TIMED and sum(seconds) < LONGEST:
         start = time.perf_counter()
         for _ in range(recipe.accumulation):
+            if recipe.compile:
+                torch.compiler.cudagraph_mark_step_begin()
             with torch.autocast(device.type, dtype, enabled=recipe.precision != "no"):
-                loss = F.cross_entropy(model(images), labels)
+                loss = F.cross_entropy(step(images), labels)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

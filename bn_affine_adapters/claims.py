@@ -44,7 +44,10 @@ def value_of(claim: Mapping[str, Any], network: str, runs: Sequence[Run], networ
     if claim["measure"] == "slopes":
         if not (lines := slopes(runs, claim["of"], networks)) or lines["ratio"] is None:
             return None
-        return lines["ratio"], math.nan, lines["depth"]["n"] + lines["width"]["n"]
+        sizes = (
+            measured(runs, name, claim["of"], MEASURES["accuracy"]) for name in networks if networks[name]["lines"]
+        )
+        return lines["ratio"], math.nan, sum(map(len, sizes))  # a network on both lines counts once
     pick = MEASURES[claim["measure"]]
     ours = measured(runs, network, claim["of"], pick)
     if "minus" in claim:
@@ -92,13 +95,16 @@ def _compared(variants: Sequence[str], group: Sequence[Run], network: str, measu
 
 
 def tuned(trials: Sequence[Mapping[str, Any]], label: Callable[[str], str] = str) -> str:
-    """Return in a sentence what tuning found: the best trial, and the first, which has the recipe's own settings."""
-    first, best = trials[0], max(trials, key=lambda line: line["top1"])
-    recipe = first["recipe"]
+    """Return in a sentence what tuning found: the best trial, beside that of the recipe's own settings."""
+    best = max(trials, key=lambda line: line["top1"])
+    own = next((line for line in trials if line.get("own")), None)
+    if own is None:
+        return f"*{label(best['recipe']['model'])}*: the recipe's own settings have not been tried to the end."
+    recipe = own["recipe"]
     differ = [f"{key}={shown(value)}" for key, value in best["recipe"].items() if value != recipe[key]]
     where = f"*{Path(recipe['dataset']).name}, {label(recipe['model'])}, {recipe['epochs']} epochs*"
     told = f"best of {len(trials)} trials {best['top1']:.2f} % with {', '.join(differ) or 'those'}"
-    return f"{where}, accuracy on {first['split']}: the recipe's own settings {first['top1']:.2f} %; {told}."
+    return f"{where}, accuracy on {own['split']}: the recipe's own settings {own['top1']:.2f} %; {told}."
 
 
 def bounds(claim: Mapping[str, Any], network: str, paper: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -1,5 +1,6 @@
 """Controls of BatchNorm's size: other sets of a few parameters per channel that train instead of gamma and beta."""
 
+import math
 from copy import deepcopy
 from typing import Any
 
@@ -71,7 +72,7 @@ class TwoWeights(Control):
         """Choose the weights of the convolution whose canonical name is ``name``."""
         super().__init__(conv)
         weight = _weight(conv)
-        index = torch.from_numpy(choose(weight.shape[0], weight[0].numel(), seed, name)).to(weight.device)
+        index = torch.from_numpy(choose(weight.shape[0], math.prod(weight.shape[1:]), seed, name)).to(weight.device)
         self.values = nn.Parameter(weight.detach().flatten(1).gather(1, index), requires_grad=False)
         self.register_buffer("index", index, persistent=False)  # follows from the seed
         self.replaced = index.numel()

@@ -4,7 +4,7 @@ BNAdapterError
 ├── ConfigError               (ValueError)         a value of a configuration is not usable
 │   ├── UnknownKeyError       (TypeError)          a configuration key that does not exist
 │   └── FormatVersionError                         an adapter of a newer format
-├── NetworkError              (ValueError)         the network given or named cannot be adapted
+├── NetworkError              (ValueError)         the network cannot be adapted, analysed or stacked
 │   ├── NoNormLayerError                           it has no norm layer with gamma or beta
 │   ├── UnknownArchitectureError                   its name is not registered in timm
 │   ├── MissingModuleError                         it has no head, or no module of that name
@@ -73,7 +73,7 @@ class FormatVersionError(ConfigError):
 
 
 class NetworkError(BNAdapterError, ValueError):
-    """The network given or named cannot be adapted."""
+    """The network given or named cannot be adapted, analysed or stacked."""
 
 
 class NoNormLayerError(NetworkError):

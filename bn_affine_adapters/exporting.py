@@ -207,9 +207,15 @@ def _answers(model: nn.Module, size: list[int] | None) -> dict[str, torch.Tensor
 
 def _compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     wrong = sorted(ours.keys() ^ theirs.keys())
-    wrong += [key for key in ours if key in theirs and not ours[key].to(theirs[key].dtype).equal(theirs[key])]
+    wrong += [key for key in ours if key in theirs and not _same(ours[key].to(theirs[key].dtype), theirs[key])]
     if wrong:
         raise ValueError(f"{len(wrong)} of {len(ours)} tensors differ, the first is {wrong[0]}")
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Tell whether two tensors are equal, not a number in the same places: a network that diverged is one too."""
+    numbers = ours.nan_to_num(), theirs.nan_to_num()
+    return ours.shape == theirs.shape and ours.isnan().equal(theirs.isnan()) and numbers[0].equal(numbers[1])
 
 
 @contextmanager

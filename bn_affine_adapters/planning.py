@@ -15,7 +15,7 @@ from .config import check_keys
 from .errors import BNAdapterError, ConfigError
 from .recipe import Recipe, read_recipe, recorded, run_key
 
-OWN = {"model", "output_dir", "overwrite", "resume", "checkpoint_every", "results"}  # what the sweep sets itself
+OWN = {"model", "replicates", "output_dir", "overwrite", "resume", "checkpoint_every", "results"}  # set by the sweep
 
 
 @dataclass

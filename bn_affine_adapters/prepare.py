@@ -125,6 +125,8 @@ def _choose_convolutions(model: nn.Module, config: BNOnlyConfig, whole: list[str
     if strange := [name for name, module in named.items() if not is_conv(module) or holder(name, others)]:
         what = "control_layers names a module that is no convolution, or that trains as a whole."
         raise ConfigError(what, seen=strange[0], do="leave control_layers out for all convolutions")
+    if named and not config.control:
+        raise ConfigError("control_layers belong to a control.", seen="control=None", do='control="two_weights"')
     if config.control and not named:
         do = "choose a network with convolutions, or control=None"
         raise ConfigError(f"{type(model).__name__} has no convolution to control.", seen=config.control, do=do)

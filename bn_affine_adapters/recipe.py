@@ -135,9 +135,11 @@ def members(recipe: Recipe) -> list[Recipe]:
     """
     if recipe.replicates == 1:
         return [recipe]
-    if recipe.replicates < 1 or recipe.seed is None or recipe.streaming:
-        seen = f"replicates={recipe.replicates}, seed={recipe.seed}, streaming={recipe.streaming}"
-        do = "replicates=5 with a seed, and a data set in memory"
+    # In fp16 the overflow of one would skip the step of all.
+    if recipe.replicates < 1 or recipe.seed is None or recipe.streaming or recipe.precision == "fp16":
+        keys = ("replicates", "seed", "streaming", "precision")
+        seen = ", ".join(f"{key}={getattr(recipe, key)}" for key in keys)
+        do = "replicates=5 with a seed, a data set in memory, and precision no or bf16"
         raise ConfigError("So many replicates cannot train side by side.", seen=seen, do=do)
     seeds = [recipe.seed + i for i in range(recipe.replicates)]
     first = recipe.data_seed - recipe.seed
@@ -167,5 +169,7 @@ def run_key(recorded: Mapping[str, Any]) -> str:
     """
     usual = json.loads(json.dumps(asdict(Recipe())))
     own = {**recorded, "dataset": Path(recorded.get("dataset", usual["dataset"])).name}
+    if own.get("norm_init") == "uniform" and own.get("seed", 0) is not None:
+        own["norm_init"] = None  # which means it
     own = {key: value for key, value in own.items() if key not in ("eval_every", "compile") and value != usual.get(key)}
     return json.dumps(dict(sorted(own.items())))

@@ -22,6 +22,8 @@ SETTINGS: dict[str, Any] = {
     "pretrained": False,
     "model_args": {},
     "train_split": "train",
+    "held_out": 0,
+    "accumulation": 1,
 }
 # What a schedule is, besides its epochs and drops; named where it is not the full recipe's, or else the default.
 SCHEDULE = ("lr", "lr_decay", "warmup_epochs", "batch_size", "sgd_momentum", "flip", "crop_padding", "image_size")
@@ -71,6 +73,7 @@ def run_of(line: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], names
     recipe["norm_init"] = recipe["norm_init"] or "uniform"
     dataset = Path(recipe["dataset"]).name
     differ = [f"{key}={shown(recipe[key])}" for key, usual in SETTINGS.items() if recipe[key] != usual]
+    differ += [f"test_split={recipe['test_split']}"] * (recipe["test_split"] not in ("test", "validation"))
     network = names.get(recipe["model"], recipe["model"])
     variant, replicate = ", ".join([recipe["condition"], *differ]), f"{recipe['seed']}/{recipe['data_seed']}"
     return Run(line, dataset, network, variant, schedule_name(recipe, recipes.get(dataset)), replicate)
@@ -123,8 +126,14 @@ def analysed(*path: str) -> Pick:
 
 def clamp_change(threshold: str) -> Pick:
     """Return what takes the change of accuracy, in points, when |gamma| < threshold is set to zero."""
-    pick = analysed("clamped", threshold, "top1")
-    return lambda line: None if pick(line) is None else pick(line) - line["top1"]
+    pick, whole = analysed("clamped", threshold, "top1"), analysed("top1")
+
+    def change(line: Mapping[str, Any]) -> float | None:
+        # Training may have been in another precision than the analysis, which has an accuracy of its own.
+        before = line["top1"] if whole(line) is None else whole(line)
+        return None if pick(line) is None else pick(line) - before
+
+    return change
 
 
 MEASURES: dict[str, Pick] = {

@@ -84,7 +84,14 @@ def _line(path: Path, number: int, text: str) -> dict[str, Any]:
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Return in which results two lines of one run differ; one may be analysed alone or evaluated more often."""
     keys = sorted((a.keys() | b.keys()) - {*TIMES, "recipe"} - ({"analysis"} - (a.keys() & b.keys())))
-    return [key for key in keys if a.get(key) != b.get(key) and not (key == "epochs" and _alike(a, b))]
+    if a is b:
+        return []
+    # As text, in which a loss that is no number equals itself.
+    return [key for key in keys if _text(a.get(key)) != _text(b.get(key)) and not (key == "epochs" and _alike(a, b))]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

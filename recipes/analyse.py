@@ -87,9 +87,9 @@ def load_plain(folder: Path) -> Any:
         ) from error
 
 
-def analyse(model: nn.Module, feed: Feed, options: Options) -> dict[str, Any]:
-    """Return what the line holds under "analysis"."""
-    found: dict[str, Any] = {}
+def analyse(model: nn.Module, feed: Feed, options: Options, top1: float) -> dict[str, Any]:
+    """Return what the line holds under "analysis"; ``top1`` is the accuracy that clamping changes."""
+    found: dict[str, Any] = {"top1": top1}
     for kind, values in norm_values(model).items():
         found[kind] = distribution(values, digits=DIGITS)
         if not options.layers:
@@ -125,7 +125,7 @@ def run(options: Options) -> dict[str, Any]:
     model = load(options, feed).to(memory_format=feed.format)
     scores = {key: round(value, DIGITS) for key, value in accuracy(model, feed).items()}
     with torch.inference_mode():
-        result = {**scores, "images": len(feed.test.dataset), "analysis": analyse(model, feed, options)}
+        result = {**scores, "images": len(feed.test.dataset), "analysis": analyse(model, feed, options, scores["top1"])}
     line = json.dumps(result)
     print(line)
     if options.output:

@@ -9,6 +9,7 @@ its checkpoint. key=value arguments change every run's recipe. `--help` lists th
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import signal
@@ -68,7 +69,7 @@ def work(run: Run, analyse: bool) -> Generator[None, None, Outcome]:
         if (result := result_of(run)) is None:
             raise subprocess.SubprocessError(f"{run.folder / 'result.json'} is not the result of this recipe")
         line = {key: value for key, value in result.items() if key not in ("adapter", "network")}
-        if analyse:
+        if analyse and math.isfinite(line["loss"]):  # gammas that are no numbers have no distribution
             yield from call(run, analysis(run))
             line["analysis"] = json.loads((run.folder / "analysis.json").read_text(encoding="utf-8"))["analysis"]
         return Outcome(line, "", where)
@@ -80,6 +81,8 @@ def analysis(run: Run) -> list[str]:
     """Return the arguments that analyse what a run saved, on the data that it was tested on."""
     saved = run.folder / ("adapter" if (run.folder / "adapter").is_dir() else "network")
     usual, data = asdict(DataOptions()), {key: getattr(run.recipe, key) for key in asdict(DataOptions())}
+    data |= {key: getattr(run.recipe, key) for key in ("pretrained", "pretrained_file")}
+    usual |= {"pretrained": False, "pretrained_file": None}
     saved_with_it = ("image_size", "mean", "std")
     own = {key: value for key, value in data.items() if value != usual[key] and key not in saved_with_it}
     words = [f"{key}={shown(value)}" for key, value in own.items()]
@@ -280,7 +283,12 @@ def table(told: dict[str, Any]) -> str:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("changes", nargs=-1)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the runs; runs/sweeps/NAME.")
-@click.option("--workers", default=1, type=click.IntRange(1), help="Runs side by side on this machine.")
+@click.option(
+    "--workers",
+    default=1,
+    type=click.IntRange(1),
+    help="Runs side by side on this machine, on one device; --ray shares out GPUs.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the runs, their order, and hours from a measured step.")
 @click.option("--json", "as_json", is_flag=True, help="Print the dry run as JSON.")
 @click.option("--ray", "use_ray", is_flag=True, help="Run through Ray, on this machine unless --ray-address is given.")
@@ -291,7 +299,7 @@ def main(file: Path, changes: tuple[str, ...], output: Path | None, workers: int
     """Plan, run what is not finished, append a line a run; exit with 1 if one failed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through every `finally`
     on_a_cluster = options["use_ray"] or options["ray_address"]
-    share = max(1, int(options["cpus_per_run"])) if on_a_cluster else cores() // workers if workers > 1 else 0
+    share = max(1, int(options["cpus_per_run"])) if on_a_cluster else max(1, cores() // workers) if workers > 1 else 0
     try:
         sweep = read_sweep(file)
         runs = plan(sweep, list(changes), output or Path("runs/sweeps", file.stem), threads=share)

@@ -32,7 +32,7 @@ from bn_affine_adapters.building import build_model, configuration, count
 from bn_affine_adapters.errors import ConfigError, OutputFolderError
 from bn_affine_adapters.exporting import export_network
 from bn_affine_adapters.feed import Feed, accuracy, side_by_side
-from bn_affine_adapters.recipe import Recipe, command, help_text, members, recorded
+from bn_affine_adapters.recipe import Recipe, command, help_text, members, recorded, run_key
 from bn_affine_adapters.recipe import read_recipe as read
 from bn_affine_adapters.results import RESULTS_NAME
 from bn_affine_adapters.runs import cores, provenance
@@ -171,7 +171,8 @@ def load_checkpoint(path: Path, recipe: Recipe, model: nn.Module, optimizer: Any
     """
     state = torch.load(path, weights_only=True, map_location="cpu")
     before, now = json.loads(state["recipe"]), json.loads(json.dumps(recorded(recipe)))
-    if before != now:
+    before["replicates"], now["replicates"] = len(state["run"]["replicates"]), recipe.replicates
+    if run_key(before) != run_key(now):
         raise ConfigError(
             f"{path} belongs to another recipe.",
             seen=", ".join(f"{k}: {before.get(k)!r} -> {now[k]!r}" for k in now if before.get(k) != now[k]),
@@ -237,7 +238,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
             replicate.first_losses = (replicate.first_losses + own)[:20]
             entry = {"loss": sum(own) / len(own)}
             if evaluated:
-                entry |= accuracy(replicate.network.to(accelerator.device) if stacked else model, replicate.feed)
+                with accelerator.autocast():
+                    entry |= accuracy(replicate.network.to(accelerator.device) if stacked else model, replicate.feed)
             replicate.epochs.append(entry)
             shown = "  ".join(f"{key} {value:.4g}" for key, value in entry.items())
             accelerator.print(f"epoch {epoch + 1}/{recipe.epochs}  {shown}", file=sys.stderr)
@@ -251,7 +253,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if accelerator.is_main_process:
         for replicate, result in zip(replicates, results, strict=True):
             folder = Path(replicate.recipe.output_dir)
-            write_result(recipe, folder, result, save(replicate.network, replicate.config, folder))
+            # Without the autocast that Accelerate has put around it, which would be saved with it.
+            network = accelerator.unwrap_model(replicate.network, keep_fp32_wrapper=False)
+            write_result(recipe, folder, result, save(network, replicate.config, folder))
     accelerator.end_training()
     return results[0]
 

@@ -3,7 +3,7 @@
     python recipes/tune.py recipes/configs/tune/NAME.yaml [key=value ...] [--trials N] [--output runs/tune/NAME]
 
 A trial is one run of recipes/train.py. Trials are kept in OUTPUT/study.db: the same command goes on where it stopped.
-Prints the best trial as one JSON line, with the command that trains its settings on the whole training split.
+Prints the best trial as one JSON line, with the command that trains its settings by the whole recipe.
 """
 
 import json
@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from bn_affine_adapters import BNAdapterError
 from bn_affine_adapters.config import check_keys
 from bn_affine_adapters.errors import ConfigError
-from bn_affine_adapters.recipe import Recipe, read_recipe
+from bn_affine_adapters.recipe import Recipe, read_recipe, recorded
 from bn_affine_adapters.results import read_results
 
 HERE = Path(__file__).parent
@@ -41,7 +41,10 @@ def read_plan(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is no tuning plan.", seen=seen, do=f"give the keys {', '.join(sorted(KEYS))}")
     check_keys(plan, KEYS, str(file))
     check_keys(plan["space"], set(vars(Recipe())), "the space")
-    if not recipe(plan, {}, []).held_out:
+    start = recipe(plan, {}, [])
+    if start.replicates != 1:
+        raise ConfigError("A trial is one run.", seen=f"replicates={start.replicates}", do="leave it out")
+    if not start.held_out:
         do = "set: {held_out: 5000}"
         raise ConfigError("Hyper-parameters would be chosen on the test split.", seen="held_out=0", do=do)
     return plan
@@ -67,50 +70,69 @@ def suggest(trial: optuna.Trial, space: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_trial(trial: optuna.Trial, plan: dict[str, Any], more: list[str], output: Path) -> float:
-    """Train with the trial's settings; return the accuracy on the images held out, in %."""
-    folder = output / f"trial-{trial.number}"
-    settings = {**plan["set"], **suggest(trial, plan["space"])}
-    where = [f"output_dir={folder}", "overwrite=true", f"results={plan['results']}"]
+def run_trial(trial: optuna.Trial, plan: dict[str, Any], more: list[str], output: Path, own: dict[str, Any]) -> float:
+    """Train with the trial's settings, add its result line, return the accuracy on the images held out, in %."""
+    folder, chosen = output / f"trial-{trial.number}", suggest(trial, plan["space"])
     folder.mkdir(parents=True, exist_ok=True)
+    arguments = [*words({**plan["set"], **chosen}), *more, f"output_dir={folder}", "overwrite=true"]
     with open(folder / "log.txt", "w") as log:
-        command = [sys.executable, str(HERE / "train.py"), "--config", plan["config"], *words(settings), *more, *where]
+        command = [sys.executable, str(HERE / "train.py"), "--config", plan["config"], *arguments]
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         raise optuna.TrialPruned(f"exit status {done.returncode}, see {folder / 'log.txt'}")
-    return json.loads((folder / "result.json").read_text())["top1"]
+    result = json.loads((folder / "result.json").read_text())
+    line = {key: value for key, value in result.items() if key not in ("adapter", "network")}
+    with open(plan["results"], "a") as file:
+        file.write(json.dumps({**line, "trial": trial.number, "own": chosen == own}) + "\n")
+    return result["top1"]
 
 
-def open_study(name: str, output: Path, own: dict[str, Any]) -> optuna.Study:
-    """Open the study, or make it with the recipe's own settings first; a trial that was killed comes next again."""
+def own_settings(plan: dict[str, Any], start: Recipe) -> dict[str, Any]:
+    """Return the recipe's own value of every key of the space."""
+    usual = {"norm_init": "uniform"}  # what None means with a seed
+    values = {key: getattr(start, key) for key in plan["space"]}
+    return {key: usual.get(key) if value is None else value for key, value in values.items()}
+
+
+def open_study(name: str, output: Path, plan: dict[str, Any], start: Recipe) -> optuna.Study:
+    """Open the study, or make it with the recipe's own settings first; a trial that was killed comes next again.
+
+    Raises:
+        ConfigError: the study there is one of another plan.
+    """
     output.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name=name, storage=f"sqlite:///{output / 'study.db'}", direction="maximize", load_if_exists=True
     )
+    about, own = json.dumps([recorded(start), plan["space"]], sort_keys=True), own_settings(plan, start)
+    if study.user_attrs.get("plan", about) != about:
+        do = "--output for another folder, or the settings that it was begun with"
+        raise ConfigError(f"The study in {output} has other settings or another space.", seen=about[:200], do=do)
+    study.set_user_attr("plan", about)
     # With a fixed seed the sampler would draw the same first trials again after a restart.
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
-    if not study.trials:
-        study.enqueue_trial(own)
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)
+    alive = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING])
+    if own not in [trial.params or trial.system_attrs.get("fixed_params") for trial in alive]:
+        study.enqueue_trial(own)
     return study
 
 
-def summary(study: optuna.Study, plan: dict[str, Any]) -> dict[str, Any]:
-    """Return the best trial, what mattered, and the command that trains its settings on all images."""
+def summary(study: optuna.Study, plan: dict[str, Any], more: list[str]) -> dict[str, Any]:
+    """Return the best trial, what mattered, and the command that trains its settings by the whole recipe."""
     done = study.get_trials(states=[TrialState.COMPLETE])
-    settings = {key: value for key, value in {**plan["set"], **study.best_params}.items() if key != "held_out"}
+    model = {key: value for key, value in plan["set"].items() if key == "model"}
     several = len(done) > 1 and len({trial.value for trial in done}) > 1
     importance = optuna.importance.get_param_importances(study) if several else {}
+    arguments = [*words({**model, **study.best_params}), *more]
     return {
         "top1": study.best_value,
         "trials": len(done),
         "best": study.best_params,
         "importance": {key: round(value, 3) for key, value in importance.items()},
-        "command": shlex.join(
-            ["accelerate", "launch", "recipes/train.py", "--config", plan["config"], *words(settings)]
-        ),
+        "command": shlex.join(["accelerate", "launch", "recipes/train.py", "--config", plan["config"], *arguments]),
     }
 
 
@@ -123,21 +145,21 @@ def main(file: Path, settings: tuple[str, ...], trials: int | None, output: Path
     """Tune."""
     try:
         plan, more = read_plan(file), list(settings)
-        start = vars(recipe(plan, {}, more))
-        own = {key: start[key] for key in plan["space"] if start[key] is not None}
+        start = recipe(plan, {}, more)
         output = output or Path("runs", "tune", file.stem)
-        study = open_study(file.stem, output, own)
+        study = open_study(file.stem, output, plan, start)
         finished = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
         left = (trials or plan["trials"]) - len(finished)
         Path(plan["results"]).parent.mkdir(parents=True, exist_ok=True)
-        study.optimize(lambda trial: run_trial(trial, plan, more, output), n_trials=left) if left > 0 else None
+        own = own_settings(plan, start)
+        study.optimize(lambda trial: run_trial(trial, plan, more, output, own), n_trials=left) if left > 0 else None
         if not study.get_trials(states=[TrialState.COMPLETE]):
             do = f"read {output}/trial-*/log.txt"
             raise ConfigError("No trial came to its end.", seen=f"{len(study.trials)} trials", do=do)
         read_results(Path(plan["results"]))
     except BNAdapterError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    click.echo(json.dumps(summary(study, plan)))
+    click.echo(json.dumps(summary(study, plan, more)))
 
 
 if __name__ == "__main__":

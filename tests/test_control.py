@@ -218,7 +218,9 @@ def test_the_format_in_memory_stays():
 
 @pytest.mark.parametrize("control", ["two_weights", "input_affine"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_an_adapter_stores_the_trained_values_alone_and_gives_the_same_logits(name, control, train_step, tmp_path):
+def test_an_adapter_stores_the_trained_values_beside_the_norm_layers_and_gives_the_same_logits(
+    name, control, train_step, tmp_path
+):
     model = train_step(controlled(name, control))
     model.save_pretrained(tmp_path)
     kinds = {"two_weights": {"values"}, "input_affine": {"scale", "shift"}}[control]
@@ -291,6 +293,15 @@ def test_two_weights_need_a_seed(refused):
 def test_control_layers_have_to_be_convolutions(layers, refused):
     with refused(ConfigError, layers[0]):
         controlled(control_layers=layers)
+
+
+def test_layers_of_a_control_that_is_not_there_are_refused(refused):
+    with refused(ConfigError, "control_layers"):
+        get_bn_only_model(timm.create_model("cifar_resnet14"), BNOnlyConfig(seed=0, control_layers=["conv1"]))
+
+
+def test_a_convolution_without_filters_chooses_nothing():
+    assert TwoWeights(nn.Conv2d(3, 0, 3), "conv", 0).values.shape == (0, 2)
 
 
 def test_a_network_without_convolutions_cannot_be_controlled(refused):

@@ -42,6 +42,7 @@ BASES = {
     "resnet": ("test_resnet", {"num_classes": 3}, {"train_head": True}, 32),
     "efficientnet": ("test_efficientnet", {"num_classes": 3}, {"train_head": True, "label_names": ["a", "b", "c"]}, 32),
     "vit": ("test_vit", {"num_classes": 3, "img_size": 32}, {}, 32),
+    "control": ("test_resnet", {}, {"control": "two_weights", "train_gamma": False, "train_beta": False}, 32),
 }
 DOORS = ("load", "load", "load", "load", "load", "load", "given", "peft", "peft", "add")
 

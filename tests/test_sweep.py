@@ -364,7 +364,7 @@ def test_a_dry_run_tells_order_state_and_cost_and_changes_nothing(write, dry, wh
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
 
 
-COUNTS = {"cifar10_12_epochs": 10, "controls": 80, "digits": 42, "families": 36, "inits": 70, "paper": 480}
+COUNTS = {"cifar10_12_epochs": 10, "controls": 60, "digits": 42, "families": 36, "inits": 60, "paper": 480}
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

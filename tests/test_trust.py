@@ -307,7 +307,7 @@ def test_a_constructor_that_loops_is_stopped(architecture, args, folder):
 @pytest.mark.parametrize(
     "pattern", ["(a+)+$", ".*", "bn1|bn2", "^bn", "bn1\\", "(?P<x>(x*)*)*", "a" * 5_000_000, "re:bn1"]
 )
-@pytest.mark.parametrize("key", ["norm_layers", "head_layers", "extra_trainable_modules"])
+@pytest.mark.parametrize("key", ["norm_layers", "head_layers", "control_layers", "extra_trainable_modules"])
 def test_names_are_never_patterns(key, pattern, door, folder):
     start = time.process_time()
     with pytest.raises((MissingModuleError, FingerprintError, ConfigError)):
@@ -316,7 +316,9 @@ def test_names_are_never_patterns(key, pattern, door, folder):
 
 
 @doors
-@pytest.mark.parametrize("key", ["norm_layers", "head_layers", "extra_trainable_modules", "label_names"])
+@pytest.mark.parametrize(
+    "key", ["norm_layers", "head_layers", "control_layers", "extra_trainable_modules", "label_names"]
+)
 @pytest.mark.parametrize("value", [["bn1", "bn1"], [["bn1"]], [None], {"bn1": 1}, "bn1", 5], ids=str)
 def test_a_list_of_names_is_one(key, value, door, folder, refused):
     if (key, value) == ("label_names", ["bn1", "bn1"]):

@@ -13,7 +13,9 @@ import pytest
 from click.testing import CliRunner
 from conftest import script
 
+from bn_affine_adapters.claims import tuned
 from bn_affine_adapters.errors import BNAdapterError, ConfigError, UnknownKeyError
+from bn_affine_adapters.results import read_results
 
 ROOT = Path(__file__).parents[1]
 PLAN = """
@@ -49,7 +51,9 @@ def test_trials_are_trained_on_the_rest_and_a_second_call_goes_on(tune, plan):
     assert [line["split"] for line in lines] == ["288 held out of train"] * 2
     assert first["top1"] == max(line["top1"] for line in lines)
     assert first["trials"] == 2
-    assert lines[0]["recipe"]["lr"] == 0.3, "the first trial has the recipe's own settings"
+    assert [line["own"] for line in lines] == [True, False], "the first trial has the recipe's own settings"
+    assert (lines[0]["recipe"]["lr"], lines[0]["recipe"]["norm_init"]) == (0.3, "uniform")
+    assert tuned(read_results(plan.parent / "results.jsonl")).count(f"own settings {lines[0]['top1']:.2f} %") == 1
     best = next(line["recipe"] for line in lines if line["top1"] == first["top1"])
     assert {key: best[key] for key in first["best"]} == first["best"]
     assert 0.1 <= best["lr"] <= 1.0
@@ -60,6 +64,7 @@ def test_trials_are_trained_on_the_rest_and_a_second_call_goes_on(tune, plan):
     assert len({line["recipe"]["lr"] for line in lines}) == 3
     assert run(tune, plan, "--trials", "3").exit_code == 0
     assert len((plan.parent / "results.jsonl").read_text().splitlines()) == 3
+    assert "other settings or another space" in str(run(tune, plan, "lr=0.2").exception)
 
 
 def test_a_killed_trial_is_the_next_one(tune, plan):
@@ -72,7 +77,8 @@ def test_a_killed_trial_is_the_next_one(tune, plan):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert log.exists()
-    study = tune.open_study("tiny", plan.parent / "study", {"lr": 0.3, "norm_init": "ones"})
+    read = tune.read_plan(plan)
+    study = tune.open_study("tiny", plan.parent / "study", read, tune.recipe(read, {}, []))
     killed, waiting = study.trials
     assert killed.state == optuna.trial.TrialState.FAIL
     assert waiting.state == optuna.trial.TrialState.WAITING
@@ -81,11 +87,12 @@ def test_a_killed_trial_is_the_next_one(tune, plan):
 
 
 def test_a_trial_that_fails_costs_only_itself(tune, plan):
-    plan.write_text(plan.read_text().replace("[uniform, ones]", "[zeros]"))
+    # What the recipe itself has is chosen first, and is no part of this space.
+    plan.write_text(plan.read_text().replace("[uniform, ones]", "[zeros]").replace("trials: 2", "trials: 1"))
     result = run(tune, plan)
     assert result.exit_code == 1
     assert "No trial came to its end." in result.output
-    assert "norm_init has no such value" in (plan.parent / "study" / "trial-1" / "log.txt").read_text()
+    assert "norm_init has no such value" in (plan.parent / "study" / "trial-0" / "log.txt").read_text()
 
 
 def test_the_plans_in_configs_read(tune):
