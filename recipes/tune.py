@@ -94,6 +94,12 @@ def own_settings(plan: dict[str, Any], start: Recipe) -> dict[str, Any]:
     return {key: usual.get(key) if value is None else value for key, value in values.items()}
 
 
+def inside(settings: dict[str, Any], space: dict[str, Any]) -> bool:
+    """Tell whether settings lie in a space."""
+    values = [(settings[key], allowed) for key, allowed in space.items()]
+    return all(v in a if isinstance(a, list) else a["low"] <= v <= a["high"] for v, a in values)
+
+
 def open_study(name: str, output: Path, plan: dict[str, Any], start: Recipe) -> optuna.Study:
     """Open the study, or make it with the recipe's own settings first; a trial that was killed comes next again.
 
@@ -115,7 +121,9 @@ def open_study(name: str, output: Path, plan: dict[str, Any], start: Recipe) -> 
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)
     alive = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING])
-    if own not in [trial.params or trial.system_attrs.get("fixed_params") for trial in alive]:
+    if inside(own, plan["space"]) and own not in [
+        trial.params or trial.system_attrs.get("fixed_params") for trial in alive
+    ]:
         study.enqueue_trial(own)
     return study
 

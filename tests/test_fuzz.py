@@ -410,7 +410,7 @@ def test_the_adapters_load_before_they_are_mutated(tmp_path):
     found = {(base, door): server.ask(str(tmp_path / base), base, door)[0] for base in BASES for door in {*DOORS}}
     server.stop()
     assert set(found.values()) == {"loaded"}, found
-    assert len(found) == 16
+    assert len(found) == 20
 
 
 def test_the_same_seed_makes_the_same_adapters():
