@@ -50,7 +50,7 @@ def network(name, wrapped=False):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, **NETWORKS[name][0])
     if wrapped:
-        model = get_bn_only_model(model, BNOnlyConfig(seed=0))
+        model = get_bn_only_model(model, BNOnlyConfig(seed=0, model_args=NETWORKS[name][0]))
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -479,7 +479,7 @@ def each_run_begins_as_in_a_process_of_its_own():
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """The golden adapter, real digits, as a plain timm network."""
-    return export(load_bn_only_model(GOLDEN), tmp_path_factory.mktemp("plain") / "a #1 network")
+    return export(load_bn_only_model(GOLDEN), tmp_path_factory.mktemp("plain") / "a network")
 
 
 def run(analyse, adapter, *more):
@@ -506,7 +506,8 @@ def test_the_recipe_tells_of_an_adapter_what_the_functions_tell(golden):
     assert list(result) == ["top1", "top5", "images", "analysis"]
     assert result["images"] == 359
     found = result["analysis"]
-    assert list(found) == ["gamma", "beta", "clamped", "dead"]
+    assert list(found) == ["top1", "gamma", "beta", "clamped", "dead"]
+    assert found["top1"] == result["top1"]
     values = norm_values(load_bn_only_model(GOLDEN))
     for kind in ("gamma", "beta"):
         expected = distribution(values[kind], digits=4)

@@ -52,7 +52,10 @@ def adapted(seed, condition="bn", name="cifar_resnet", depth=8, dtype=torch.floa
     args = {"num_classes": 10} | ({"depth": depth} if name == "cifar_resnet" else {})
     network = timm.create_model(name, **args)
     extra = shortcut_convs(network) if "shortcut" in condition else []
-    config = BNOnlyConfig(seed=seed, extra_trainable_modules=extra, **CONDITIONS[condition], **settings)
+    # timm keeps a network's creation arguments only from 1.0.31 on.
+    config = BNOnlyConfig(
+        seed=seed, model_args=args, extra_trainable_modules=extra, **CONDITIONS[condition], **settings
+    )
     return get_bn_only_model(network, config).to(dtype).train()
 
 
