@@ -298,12 +298,7 @@ def draw(name: str, runs: Sequence[Run], folder: Path) -> tuple[Path, str] | str
             return path, schedule
     path.unlink(missing_ok=True)  # of an earlier page
     needs = PAPER["figures"][name]["needs"]
-    return f"{title(name)}: no run with {needs}; run: `{command_of(PAPER['figures'][name], '')}`"
-
-
-def title(name: str) -> str:
-    """Return a figure's name in a text."""
-    return name.replace("figure", "Figure ")
+    return f"{name.replace('figure', 'Figure ')}: no run with {needs}; run: `{command_of(PAPER['figures'][name], '')}`"
 
 
 def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at: Path, tuning: Path) -> str:
@@ -316,7 +311,7 @@ def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at:
     shown = []
     for name, found in figures.items():
         path, text = (None, found) if isinstance(found, str) else (os.path.relpath(found[0], at.parent), found[1])
-        shown.append((title(name), PAPER["figures"][name]["title"], path, text))
+        shown.append((name.replace("figure", "Figure "), PAPER["figures"][name]["title"], path, text))
     told = {
         "tables": {name: make(runs) for name, make in TABLES.items()},
         "findings": [(entry, findings(entry, runs, label)) for entry in PAPER["findings"]],
