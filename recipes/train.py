@@ -231,9 +231,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
         start = time.perf_counter()
         losses = train_epoch(model, optimizer, replicates, recipe, accelerator, epoch)
         seconds += time.perf_counter() - start
-        if stacked:
-            stacked.write_back()
         evaluated = (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.epochs
+        if stacked and evaluated:
+            stacked.write_back()
         for replicate, own in zip(replicates, losses, strict=True):
             replicate.first_losses = (replicate.first_losses + own)[:20]
             entry = {"loss": sum(own) / len(own)}
