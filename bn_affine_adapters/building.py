@@ -34,6 +34,7 @@ def configuration(recipe: Recipe, feed: Feed) -> BNOnlyConfig:
         architecture=recipe.model.partition(".")[0] if recipe.condition in FULL_CONDITIONS else None,
         model_args={"num_classes": len(feed.label_names), **recipe.model_args},
         label_names=list(feed.label_names),
+        lean=recipe.lean,  # type: ignore[arg-type]  # checked by the configuration
         data_config={
             "input_size": [3, recipe.image_size, recipe.image_size],
             "mean": recipe.mean,

@@ -38,7 +38,7 @@ BN_ONLY = MethodName("BN_ONLY")
 PEFT_KEYS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 }  # fmt: skip
-RUN_TIME = ("verify",)  # choices of this run, never written to adapter_config.json
+RUN_TIME = ("verify", "lean")  # choices of this run, never written to adapter_config.json
 
 # Creation arguments that would load something, or build another kind of object than a classifier.
 FORBIDDEN_ARGS = {
@@ -90,6 +90,7 @@ class BNOnlyConfig(PeftConfig):
         layout_hash: sha256 over the backbone's names and shapes.
         versions: of the libraries that made the adapter.
         verify: "full", "sampled" or "off": how the frozen network is compared at load. A run-time choice, not saved.
+        lean: "exact", "rounded" or "smallest": train in less memory and time, see `bn_affine_adapters.lean`. Not saved.
 
     Raises:
         UnknownKeyError: a key does not exist.
@@ -124,6 +125,7 @@ class BNOnlyConfig(PeftConfig):
     layout_hash: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     verify: Literal["full", "sampled", "off"] = "full"
+    lean: Literal["exact", "rounded", "smallest"] | None = None
 
     built_here = False  # set on a configuration whose network was just built from it: not compared once more
 
@@ -150,6 +152,7 @@ class BNOnlyConfig(PeftConfig):
         check_choice("norm_init", self.norm_init, NORM_INITS)
         check_choice("running_statistics", self.running_statistics, ("update", "frozen"))
         check_choice("verify", self.verify, ("full", "sampled", "off"))
+        check_choice("lean", self.lean, (None, "exact", "rounded", "smallest"))
         check_choice("control", self.control, (None, "two_weights", "input_affine"))
         check_choice("init_scheme", self.init_scheme, (SCHEME,))
         for key in ("train_gamma", "train_beta", "train_head"):
@@ -158,9 +161,8 @@ class BNOnlyConfig(PeftConfig):
             self._check_names(key)
         for key in ("model_args", "versions", "data_config"):
             self._check_plain_dict(key, optional=key == "data_config")
-        for key in (f.name for f in fields(self) if f.name.endswith(("fingerprint", "sampled", "digests", "hash"))):
-            _check_type(key, getattr(self, key), str | None)
-        for key in ("architecture", "base_model_name_or_path", "revision", "peft_version"):
+        digests = [f.name for f in fields(self) if f.name.endswith(("fingerprint", "sampled", "digests", "hash"))]
+        for key in (*digests, "architecture", "base_model_name_or_path", "revision", "peft_version"):
             _check_type(key, getattr(self, key), str | None)
         _check_type("auto_mapping", self.auto_mapping, type(None))  # by which PEFT would import a base's class
         if self.control == "two_weights" and self.seed is None:
@@ -186,7 +188,7 @@ class BNOnlyConfig(PeftConfig):
         value = getattr(self, key)
         if value is None and key != "extra_trainable_modules":
             return
-        names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+        names = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
         if not names or (key != "label_names" and len(set(value)) < len(value)):
             raise ConfigError(
                 f"{key} is not a list of {'different names' if names else 'names'}.",

@@ -62,6 +62,7 @@ def load_bn_only_model(
     verify: Literal["full", "sampled", "off"] = "full",
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    lean: Literal["exact", "rounded", "smallest"] | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | bool | None = None,
@@ -81,6 +82,7 @@ def load_bn_only_model(
         verify: compare every frozen value, at most 4,096 a tensor, or none.
         device: where the network goes after it was drawn on the CPU.
         dtype: of the whole network, cast after it was verified.
+        lean: with ``is_trainable``, train on in less memory and time, see `bn_affine_adapters.lean`.
         revision: a branch, tag or commit on the Hub.
         subfolder: of the folder or repository, where the adapter lies.
         token: of the Hub; by default that of ``hf auth login``.
@@ -115,7 +117,10 @@ def load_bn_only_model(
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
-    return wrapped.to(device, dtype)
+    wrapped.to(device, dtype)
+    if lean is not None:
+        wrapped.set_lean(lean)
+    return wrapped
 
 
 def _build(

@@ -21,6 +21,7 @@ from .errors import AdapterError, BNAdapterError, ConfigError, NoSpaceError
 from .files import check_files, check_header, read_config
 from .hub import cached_commit, fetch, fetch_base, push_folder
 from .layer import BNOnlyLayer
+from .lean import Report, lean_, plain_
 from .prepare import choose_layers
 
 
@@ -88,6 +89,22 @@ class BNOnlyPeftModel(PeftModel):
             ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def set_lean(self, level: str | None) -> Report | None:
+        """Turn lean training on or off, see `bn_affine_adapters.lean.lean_`; return what it spares.
+
+        Args:
+            level: "exact", "rounded", "smallest", or None for the plain network.
+
+        Raises:
+            ConfigError: there is no such level.
+        """
+        plain_(self.get_base_model())
+        self.base_model.lean = None
+        if level is not None:
+            data = self.peft_config[self.active_adapter].data_config or {}
+            self.base_model.lean = lean_(self.get_base_model(), level, data.get("input_size"))
+        return self.base_model.lean
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write no card on save: PEFT's is for language models, and ours needs the repository's name."""

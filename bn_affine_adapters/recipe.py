@@ -56,6 +56,7 @@ class Recipe(DataOptions):
     weight_decay: float = 1e-4
     # The run
     precision: str = "no"  # or bf16, fp16
+    lean: str | None = None  # "exact", "rounded" or "smallest": less memory and time for a network with frozen weights
     compile: str | None = None  # a mode of torch.compile; "reduce-overhead" captures the step in CUDA graphs
     replicates: int = 1  # trained side by side, with seed, seed + 1, ... and data_seed, data_seed + 1, ...
     sync_norm: bool = True  # with several processes: batch statistics over all of them
@@ -109,6 +110,11 @@ def read_recipe(arguments: list[str], default: Path) -> Recipe:
     check_choice("condition", recipe.condition, (*CONDITIONS, *FULL_CONDITIONS))
     check_choice("schedule", recipe.schedule, ("multistep", "cosine"))
     check_choice("compile", recipe.compile, COMPILE_MODES)
+    check_choice("lean", recipe.lean, (None, "exact", "rounded", "smallest"))
+    if recipe.lean and (recipe.condition in FULL_CONDITIONS or recipe.replicates > 1):
+        seen = f"lean={recipe.lean}, condition={recipe.condition}, replicates={recipe.replicates}"
+        do = "leave lean out, or train one replicate of a condition that freezes the convolutions"
+        raise ConfigError("Lean training is for one network with frozen weights.", seen=seen, do=do)
     if recipe.pretrained == (recipe.seed is not None):
         raise ConfigError(
             "A network is either redrawn from a seed or keeps pretrained weights.",

@@ -61,6 +61,18 @@ class _Synchronised(_BatchNorm):
         self.running_var.lerp_(variance.to(self.running_var.dtype), rate)
 
 
+# The forwards that normalise over a batch as `nn.BatchNorm2d` does, whatever they do behind it.
+BATCH_NORMS = (_BatchNorm.forward, BatchNormAct2d.forward, nn.SyncBatchNorm.forward, _Synchronised.forward)
+
+
+def group_of(module: nn.Module) -> Any:
+    """Return the group of processes that a norm layer in training mode shares its statistics with; None for its own."""
+    if not (module.training and isinstance(module, _Synchronised | nn.SyncBatchNorm) and dist.is_initialized()):
+        return None
+    group = getattr(module, "process_group", None) or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
 def sync_norms_(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """Make every BatchNorm of a network, timm's fused ones included, use the statistics of all processes; return it.
 

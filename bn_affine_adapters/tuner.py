@@ -14,6 +14,7 @@ from .config import CUSTOM, BNOnlyConfig
 from .control import Control, controlled
 from .files import bare, check_tensors
 from .layer import BNOnlyLayer
+from .lean import Report, lean_, plain_
 from .limits import bounded
 from .norms import COPIES, is_norm
 from .prepare import (
@@ -36,6 +37,7 @@ class BNOnlyTuner(BaseTuner):
     agree with it, and brings its own gamma, beta, running statistics and head.
     """
 
+    lean: Report | None = None  # what lean training spares, while it is on
     prefix = PREFIX
     tuner_layer_cls = BNOnlyLayer
 
@@ -74,6 +76,8 @@ class BNOnlyTuner(BaseTuner):
         (describe if fresh else verify)(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.train(training)
+        if config.lean is not None:
+            self.lean = lean_(model, config.lean, (config.data_config or {}).get("input_size"))
 
     def _prepare_adapter_config(self, peft_config: BNOnlyConfig, model_config: dict[str, Any]) -> BNOnlyConfig:
         return peft_config
@@ -186,6 +190,7 @@ class BNOnlyTuner(BaseTuner):
 
 def unwrap_(model: nn.Module) -> nn.Module:
     """Put what is in the place of each wrapped layer back into the network, and take PEFT's traces off it."""
+    plain_(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BNOnlyLayer):
             base = layer.base_layer

@@ -208,6 +208,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     accelerator.print(
         "{}: {:,} of {:,} parameters train".format(recipe.condition, *count(networks[0])), file=sys.stderr
     )
+    if recipe.lean:
+        accelerator.print(networks[0].lean, file=sys.stderr)
     if recipe.tracker:
         accelerator.init_trackers("bn_affine_adapters", config={k: str(v) for k, v in recorded(recipe).items()})
     stacked = Stacked(networks) if len(networks) > 1 else None

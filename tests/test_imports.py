@@ -23,6 +23,7 @@ TOWER = [
     "config",
     "control",
     "layer",
+    "lean",
     "backbone",
     "limits",
     "files",
@@ -56,6 +57,7 @@ BESIDE = {
     "claims": {"errors", "analysis", "replicates"},
 }
 ALLOWED = BESIDE | {module: set(TOWER[:i]) for i, module in enumerate(TOWER)} | {"__init__": {*TOWER, *BESIDE}}
+ALLOWED["lean"] |= {"sync"}  # which norm layers share their statistics
 ALLOWED["results"] |= {"recipe"}  # what tells one run from another; recipe stands on config and what is beside
 
 HEAVY = {"datasets", "accelerate", "evaluate", "sklearn", "matplotlib", "omegaconf", "ray", "tensorboard"}
@@ -133,7 +135,7 @@ def too_long(folder, limit):
 def test_every_module_has_its_place():
     found = {module for module, _ in modules(PACKAGE)}
     assert found == set(ALLOWED)
-    assert len(found) == 37
+    assert len(found) == 38
 
 
 def test_imports_go_down_only():

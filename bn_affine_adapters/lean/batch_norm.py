@@ -1,0 +1,260 @@
+"""Differentiable BatchNorm with what is around it, of which backward needs one tensor. It is differentiable once.
+
+What it keeps is seen by `torch.autograd.graph.saved_tensors_hooks`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .kernels import BFLOAT16, BYTE, IDENTITY, INPUT, MASKED, NOTHING, kernels
+from .spatial import Geometry, conv_gradient, convolve
+
+
+class Norm(NamedTuple):
+    """How a norm layer is computed and what of it is kept.
+
+    Attributes:
+        act: the activation behind it.
+        keep: what is kept of its input.
+        of_batch: whether its statistics are those of the batch, and so pass a gradient on.
+        values: how many each mean is of, in all processes.
+        group: the processes that share the statistics, if there are several.
+    """
+
+    act: int
+    keep: int
+    of_batch: bool
+    values: int
+    group: Any = None
+
+
+class Lines(NamedTuple):
+    """Linear maps between the forms of a norm layer's input z, with a number per channel, each (C).
+
+    Attributes:
+        slope: the activation's input is z slope + level.
+        level: see there.
+        zero: what is kept is (z - zero) step.
+        step: see there.
+        kept_slope: the activation's input is kept kept_slope + kept_level.
+        kept_level: see there.
+        kept_zero: the normalised input is (kept - kept_zero) kept_step.
+        kept_step: see there.
+    """
+
+    slope: Tensor
+    level: Tensor
+    zero: Tensor
+    step: Tensor
+    kept_slope: Tensor
+    kept_level: Tensor
+    kept_zero: Tensor
+    kept_step: Tensor
+
+
+@torch.no_grad()
+def lines(statistics: Tensor, eps: float, gamma: Tensor | None, beta: Tensor | None, keep: int) -> Tensor:
+    """Return a norm layer's `Lines` as one tensor, (8, C).
+
+    Args:
+        statistics: mean and variance of each channel, and for `BYTE` its least and greatest value, (2 or 4, C).
+        eps: added to the variance.
+        gamma: (C), or None for ones.
+        beta: (C), or None for zeros.
+        keep: what is kept.
+    """
+    mean, inverse = statistics[0], torch.rsqrt(statistics[1] + eps)
+    gamma = torch.ones_like(mean) if gamma is None else gamma.to(mean.dtype)
+    beta = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
+    slope = gamma * inverse
+    level = beta - mean * slope
+    if keep == BFLOAT16:
+        found = Lines(slope, level, mean, inverse, gamma, beta, torch.zeros_like(mean), torch.ones_like(mean))
+    elif keep == BYTE:
+        low, high = statistics[2], statistics[3]
+        width = ((high - low) / 255).clamp_min(1e-18)  # where a channel is constant, nothing is divided by zero
+        step = width * slope
+        found = Lines(slope, level, low, 1 / width, step, low * slope + level, (mean - low) / width, width * inverse)
+    else:
+        found = Lines(slope, level, mean, inverse, slope, level, mean, inverse)
+    return torch.stack(found)
+
+
+class NormAct(Function):
+    """act(norm(z) + residual), of which backward needs one tensor, rounded or not, and at most a bit a value more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        maps: Tensor,
+        norm: Norm,
+    ) -> Tensor:
+        """Return the output, in the type of z.
+
+        Args:
+            ctx: autograd's.
+            z: (N, C, ...).
+            gamma: (C) or None; here it only gets its gradient.
+            beta: likewise.
+            residual: added before the activation, which then is the identity or one of `MASKED`.
+            maps: what `lines` returned.
+            norm: how it is computed.
+        """
+        with_mask = norm.act in MASKED and (norm.keep != INPUT or residual is not None)
+        first = Lines(*maps)[:4]
+        y, kept, mask = kernels(z, norm.act).forward(z, residual, *first, norm.act, norm.keep, with_mask)
+        ctx.save_for_backward(z if norm.keep == INPUT else kept, mask, maps)
+        ctx.norm, ctx.with_mask = norm, with_mask
+        ctx.dtypes = [None if t is None else t.dtype for t in (z, gamma, beta, residual)]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of z, gamma, beta and residual."""
+        kept, mask, maps = ctx.saved_tensors
+        mask = mask if ctx.with_mask else None
+        found = norm_gradients(dy, kept, mask, maps, ctx.norm, ctx.needs_input_grad[:4], ctx.dtypes)
+        return (*found, None, None)
+
+
+def norm_gradients(
+    dy: Tensor,
+    kept: Tensor,
+    mask: Tensor | None,
+    maps: Tensor,
+    norm: Norm,
+    needs: tuple[bool, ...],
+    dtypes: list[Any],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a norm layer's input, gamma, beta and residual, each where needed and in its type.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", section 3.
+    """
+    slope, _, _, _, *kept_lines, step = Lines(*maps)
+    ops, act, du = kernels(dy, norm.act), norm.act, dy
+    kept = dy if norm.keep == NOTHING else kept
+    dz: Tensor | None = None
+    dgamma = dbeta = torch.zeros_like(slope)
+    want_du = needs[3] and act != IDENTITY
+    if norm.of_batch or needs[1] or needs[2] or want_du:
+        (dbeta, product), written = ops.sums(dy, kept, mask, *kept_lines, act, want_du)
+        dgamma = product * step
+        if want_du:
+            du, mask, act = written, None, IDENTITY
+    if needs[0]:
+        along = constant = torch.zeros_like(slope)
+        if norm.of_batch:
+            total = torch.stack([dbeta, dgamma])
+            if norm.group is not None:
+                dist.all_reduce(total, group=norm.group)
+            constant, along = (-slope / norm.values * total).unbind()
+        dz = ops.input_gradient(du, kept, mask, *kept_lines, act, slope, along * step, constant)
+    gradients = (dz, dgamma, dbeta, du)
+    return tuple(g.to(d) if n and g is not None else None for g, d, n in zip(gradients, dtypes, needs, strict=True))
+
+
+class NormActConv(Function):
+    """act2(norm2(conv(act1(norm1(z)))) + residual), of which the convolution's output is computed again in backward.
+
+    Kept are z, rounded to 8 bits, and the masks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        gamma2: Tensor | None,
+        beta2: Tensor | None,
+        residual: Tensor | None,
+        kept: Tensor,
+        mask: Tensor | None,
+        maps: Tensor,
+        norm: Norm,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        z2: Tensor,
+        maps2: Tensor,
+        norm2: Norm,
+    ) -> Tensor:
+        """Return the output, from the second norm layer's input z2, which is not kept.
+
+        Args: as `NormAct`, twice; ``kept`` and ``mask`` are what is kept of the first norm layer, ``geometry`` is the
+        convolution's.
+        """
+        with_mask = norm2.act in MASKED
+        first = Lines(*maps2)[:4]
+        y, _, mask2 = kernels(z2, norm2.act).forward(z2, residual, *first, norm2.act, NOTHING, with_mask)
+        ctx.save_for_backward(kept, mask, maps, weight, bias, mask2 if with_mask else None, maps2)
+        ctx.norms, ctx.geometry, ctx.dtype = (norm, norm2), geometry, z.dtype
+        ctx.dtypes = [None if t is None else t.dtype for t in (z, gamma, beta, z2, gamma2, beta2, residual)]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of z, both gammas and betas, and the residual."""
+        kept, mask, maps, weight, bias, mask2, maps2 = ctx.saved_tensors
+        norm, norm2 = ctx.norms
+        needs = ctx.needs_input_grad
+        slope, level = Lines(*maps)[4:6]
+        h = kernels(kept, norm.act).restore(kept, slope, level, norm.act).to(ctx.dtype)
+        size = h.shape[2:]
+        z2 = convolve(h, weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype), ctx.geometry)
+        del h
+        needed = (any(needs[:3]), *needs[3:6])
+        dz2, *second = norm_gradients(dy, z2, mask2, maps2, norm2._replace(keep=INPUT), needed, ctx.dtypes[3:])
+        del z2
+        first: tuple[Tensor | None, ...] = (None, None, None)
+        if dz2 is not None:
+            dh = conv_gradient(dz2, weight, size, ctx.geometry)
+            first = norm_gradients(dh, kept, mask, maps, norm, (*needs[:3], False), [*ctx.dtypes[:3], None])[:3]
+        return (*first, *second, *(None,) * 10)
+
+
+class PooledNorm(Function):
+    """max_pool(relu(norm(z))) where z needs no gradient: of z only the values are kept that the pooling took."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        maps: Tensor,
+        norm: Norm,
+        pool: dict[str, Any],
+    ) -> Tensor:
+        """Return the output. Args: as `NormAct`; ``pool`` holds the keyword arguments of `F.max_pool2d`."""
+        first = Lines(*maps)[:4]
+        y, _, _ = kernels(z, norm.act).forward(z, None, *first, norm.act, NOTHING, False)
+        y, index = F.max_pool2d(y, **pool, return_indices=True)
+        taken = z.flatten(2).gather(2, index.flatten(2)).view(y.shape)
+        taken = taken.contiguous(memory_format=torch.channels_last)
+        _, kept, mask = kernels(taken, norm.act).forward(taken, None, *first, norm.act, norm.keep, norm.keep != INPUT)
+        ctx.save_for_backward(taken if norm.keep == INPUT else kept, mask, maps)
+        ctx.norm, ctx.dtypes = norm, [None if t is None else t.dtype for t in (None, gamma, beta, None)]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of gamma and beta."""
+        kept, mask, maps = ctx.saved_tensors
+        mask = None if ctx.norm.keep == INPUT else mask
+        needs = (False, *ctx.needs_input_grad[1:3], False)
+        _, dgamma, dbeta, _ = norm_gradients(dy, kept, mask, maps, ctx.norm, needs, ctx.dtypes)
+        return None, dgamma, dbeta, None, None, None

@@ -1,0 +1,483 @@
+// Norm + activation of a tensor whose channels lie innermost, in one pass over memory each way.
+//
+// A tensor is read as rows of channels: channels_last. Every kernel works on rows in chunks of a fixed size, whose partial
+// sums are added in order: what comes out does not depend on the number of threads.
+// What forward keeps for backward, `kept`, is the norm's input itself, its normalised value in bfloat16, or 8 bits per
+// value; x = (kept - zero) * step is the normalised input, and u = kept * slope + level the activation's input. Bit k of
+// byte (g, c) of a mask says whether the activation lets the gradient of row 8 g + k, number c pass.
+
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+enum Act : int64_t { IDENTITY = 0, RELU = 1, RELU6 = 2, SILU = 3, HARDSWISH = 4 };
+enum Keep : int64_t { INPUT = 0, BFLOAT16 = 1, BYTE = 2, NOTHING = 3 };
+
+constexpr int64_t CHUNK = 128;  // rows, a multiple of 8
+constexpr int64_t BLOCK = 32;   // rows whose sums are held in the type of the tensor, before they go to double
+constexpr int64_t WIDTH = 128;  // numbers in a row, at the least: where channels are fewer, several rows are read as one
+
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define INDEPENDENT
+#endif
+
+// The type that is computed in.
+template <typename T> using wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Rounded once, in forward and in backward alike: a mask that is computed again has to be the same mask.
+inline float fma_(float a, float b, float c) {
+#ifdef __FMA__
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline double fma_(double a, double b, double c) {
+#ifdef __FMA__
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline double exp_(double x) { return std::exp(x); }
+// A polynomial that compilers put into vector registers, within 2 units in the last place (Cephes' coefficients).
+inline float exp_(float x) {
+  x = x < -87.f ? -87.f : (x > 88.f ? 88.f : x);
+  float n = std::nearbyint(x * 1.44269504088896341f);
+  float r = fma_(n, -0.693359375f, x);
+  r = fma_(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = fma_(p, r, 1.3981999507e-3f);
+  p = fma_(p, r, 8.3334519073e-3f);
+  p = fma_(p, r, 4.1665795894e-2f);
+  p = fma_(p, r, 1.6666665459e-1f);
+  p = fma_(p, r, 5.0000001201e-1f);
+  float e = fma_(p, r * r, r + 1.f);
+  int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return e * power;
+}
+
+template <int64_t ACT, typename W> inline W activate(W u) {
+  if constexpr (ACT == RELU) return u > 0 ? u : W(0);
+  if constexpr (ACT == RELU6) return u > 0 ? (u < 6 ? u : W(6)) : W(0);
+  if constexpr (ACT == SILU) return u / (1 + exp_(-u));
+  if constexpr (ACT == HARDSWISH) return u * (u > -3 ? (u < 3 ? (u + 3) / 6 : W(1)) : W(0));
+  return u;
+}
+
+template <int64_t ACT, typename W> inline bool passes(W u) {
+  if constexpr (ACT == RELU6) return u > 0 && u < 6;
+  return u > 0;
+}
+
+template <int64_t ACT, typename W> inline W slope_at(W u) {
+  if constexpr (ACT == RELU || ACT == RELU6) return passes<ACT>(u) ? W(1) : W(0);
+  if constexpr (ACT == SILU) {
+    W s = 1 / (1 + exp_(-u));
+    return s * (1 + u * (1 - s));
+  }
+  if constexpr (ACT == HARDSWISH) return u > -3 ? (u < 3 ? u / 3 + W(0.5) : W(1)) : W(0);
+  return W(1);
+}
+
+inline void put(float* to, float value) { *to = value; }
+inline void put(double* to, double value) { *to = value; }
+// Rounded to even, without the branch that keeps a loop out of vector registers.
+inline void put(at::BFloat16* to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to->x = value == value ? static_cast<uint16_t>(rounded) : uint16_t(0x7fc0);
+}
+inline void put(at::BFloat16* to, double value) { put(to, static_cast<float>(value)); }
+
+// A tensor as rows: `together` of its own, of `channels` numbers each, make one of `width` numbers.
+struct Shape {
+  int64_t channels, together = 1, width, rows, chunks;
+  explicit Shape(const Tensor& t) : channels(t.size(1)), rows(t.numel() / t.size(1)) {
+    while (channels * together < WIDTH && rows % 2 == 0) together *= 2, rows /= 2;
+    width = channels * together;
+    chunks = (rows + CHUNK - 1) / CHUNK;
+  }
+  // A number per channel as one per number in a row.
+  Tensor tiled(const Tensor& t) const { return together > 1 ? t.repeat({together}) : t.contiguous(); }
+};
+
+template <typename F> void over_chunks(const Shape& s, const F& body) {
+  at::parallel_for(0, s.chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) body(i, i * CHUNK, std::min(s.rows, (i + 1) * CHUNK));
+  });
+}
+
+Tensor innermost(const Tensor& t) {
+  return t.dim() == 4 ? t.contiguous(at::MemoryFormat::ChannelsLast) : t.contiguous();
+}
+
+template <typename T> const T* data(const Tensor& t) { return t.const_data_ptr<T>(); }
+template <typename T> const T* data(const optional<Tensor>& t) { return t ? t->const_data_ptr<T>() : nullptr; }
+
+template <int64_t V> using Constant = std::integral_constant<int64_t, V>;
+
+template <typename F> void with_act(int64_t act, const F& body) {
+  switch (act) {
+    case RELU: return body(Constant<RELU>());
+    case RELU6: return body(Constant<RELU6>());
+    case SILU: return body(Constant<SILU>());
+    case HARDSWISH: return body(Constant<HARDSWISH>());
+    default: return body(Constant<IDENTITY>());
+  }
+}
+
+template <typename F> void with_flag(bool flag, const F& body) { flag ? body(std::true_type()) : body(std::false_type()); }
+
+template <typename F> void with_type(const Tensor& t, const F& body) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return body(float());
+    case at::kDouble: return body(double());
+    case at::kBFloat16: return body(at::BFloat16());
+    default: TORCH_CHECK(false, "bn_affine_adapters: no kernel for ", t.scalar_type());
+  }
+}
+
+// Adds four rows, less a shift, and their squares: a sum that starts near the mean loses no digits.
+template <typename T, typename W>
+inline void add_rows(const T* __restrict x, int64_t width, const W* __restrict shift, W* __restrict sum, W* __restrict square) {
+  INDEPENDENT
+  for (int64_t c = 0; c < width; ++c) {
+    const W p = W(x[c]) - shift[c], q = W(x[width + c]) - shift[c];
+    const W r = W(x[2 * width + c]) - shift[c], t = W(x[3 * width + c]) - shift[c];
+    sum[c] += (p + q) + (r + t);
+    square[c] += (p * p + q * q) + (r * r + t * t);
+  }
+}
+template <typename T, typename W>
+inline void add_row(const T* __restrict x, int64_t width, const W* __restrict shift, W* __restrict sum, W* __restrict square) {
+  INDEPENDENT
+  for (int64_t c = 0; c < width; ++c) {
+    const W p = W(x[c]) - shift[c];
+    sum[c] += p;
+    square[c] += p * p;
+  }
+}
+template <typename T, typename W>
+inline void widen(const T* __restrict x, int64_t width, W* __restrict low, W* __restrict high) {
+  INDEPENDENT
+  for (int64_t c = 0; c < width; ++c) {
+    const W v = x[c];
+    low[c] = v < low[c] ? v : low[c];
+    high[c] = v > high[c] ? v : high[c];
+  }
+}
+
+// Mean and biased variance of each channel, and its least and greatest value if asked for: (2 or 4, C).
+Tensor stats(const Tensor& z, bool range) {
+  const Tensor input = innermost(z);
+  const Shape s(input);
+  const int64_t width = s.width, kinds = range ? 4 : 2;
+  std::vector<double> partial(s.chunks * kinds * width);
+  Tensor out = at::empty({kinds, s.channels}, input.options().dtype(at::toOpMathType(input.scalar_type())));
+  with_type(input, [&](auto type) {
+    using T = decltype(type);
+    using W = wide<T>;
+    const T* x = data<T>(input);
+    over_chunks(s, [&](int64_t index, int64_t from, int64_t to) {
+      constexpr W infinity = std::numeric_limits<W>::infinity();
+      std::vector<W> shift(width), sum(width), square(width), low(width, infinity), high(width, -infinity);
+      double* total = &partial[index * kinds * width];
+      for (int64_t c = 0; c < width; ++c) shift[c] = x[from * width + c];
+      for (int64_t begin = from; begin < to; begin += BLOCK) {
+        std::fill(sum.begin(), sum.end(), W(0));
+        std::fill(square.begin(), square.end(), W(0));
+        const int64_t end = std::min(to, begin + BLOCK);
+        for (int64_t row = begin; row < end; row += row + 4 <= end ? 4 : 1)
+          (row + 4 <= end ? add_rows<T, W> : add_row<T, W>)(x + row * width, width, shift.data(), sum.data(), square.data());
+        if (range)
+          for (int64_t row = begin; row < end; ++row) widen(x + row * width, width, low.data(), high.data());
+        for (int64_t c = 0; c < width; ++c) total[c] += sum[c], total[width + c] += square[c];
+      }
+      for (int64_t c = 0; c < width; ++c) {  // to the chunk's mean and its squares about it
+        const double mean = total[c] / (to - from);
+        total[width + c] -= total[c] * mean;
+        total[c] = mean + shift[c];
+        if (range) total[2 * width + c] = low[c], total[3 * width + c] = high[c];
+      }
+    });
+    W* result = out.data_ptr<W>();
+    for (int64_t c = 0; c < s.channels; ++c) {
+      double n = 0, mean = 0, square = 0, low = INFINITY, high = -INFINITY;
+      for (int64_t i = 0; i < s.chunks; ++i)  // the rule of Chan, Golub and LeVeque for the variance of parts
+        for (int64_t j = 0; j < s.together; ++j) {
+          const double* part = &partial[i * kinds * width + j * s.channels + c];
+          const double m = std::min(s.rows, (i + 1) * CHUNK) - i * CHUNK, delta = part[0] - mean;
+          mean += delta * m / (n + m);
+          square += part[width] + delta * delta * n * m / (n + m);
+          n += m;
+          if (range) low = std::min(low, part[2 * width]), high = std::max(high, part[3 * width]);
+        }
+      result[c] = mean;
+      result[s.channels + c] = std::max(0.0, square / n);
+      if (range) result[2 * s.channels + c] = low, result[3 * s.channels + c] = high;
+    }
+  });
+  return out;
+}
+
+template <int64_t ACT, bool ADDS, bool MASKS, typename T, typename W>
+inline void forward_row(const T* __restrict x, const T* __restrict add, int64_t width, const W* __restrict slope,
+                        const W* __restrict level, T* __restrict y, uint8_t* __restrict byte, int k) {
+  INDEPENDENT
+  for (int64_t c = 0; c < width; ++c) {
+    W u = fma_(W(x[c]), slope[c], level[c]);
+    if constexpr (ADDS) u += W(add[c]);
+    put(y + c, activate<ACT>(u));
+    if constexpr (MASKS) byte[c] |= static_cast<uint8_t>(static_cast<uint32_t>(passes<ACT>(u)) << k);
+  }
+}
+template <typename T, typename W>
+inline void keep_row(const T* __restrict x, int64_t width, const W* __restrict zero, const W* __restrict step,
+                     at::BFloat16* __restrict to) {
+  INDEPENDENT
+  for (int64_t c = 0; c < width; ++c) put(to + c, (W(x[c]) - zero[c]) * step[c]);
+}
+template <typename T, typename W>
+inline void keep_row(const T* __restrict x, int64_t width, const W* __restrict zero, const W* __restrict step,
+                     uint8_t* __restrict to) {
+  INDEPENDENT
+  for (int64_t c = 0; c < width; ++c) {
+    const W v = fma_(W(x[c]) - zero[c], step[c], W(0.5));
+    to[c] = static_cast<uint8_t>(static_cast<int32_t>(v > 0 ? (v < 255 ? v : W(255)) : W(0)));
+  }
+}
+
+// y = act(z * slope + level (+ residual)); what is kept of z, which is (z - zero) * step; and the mask.
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& z, const optional<Tensor>& residual, const Tensor& slope,
+                                           const Tensor& level, const Tensor& zero, const Tensor& step, int64_t act,
+                                           int64_t keep, bool with_mask) {
+  const Tensor input = innermost(z);
+  const Shape s(input);
+  const int64_t width = s.width;
+  optional<Tensor> other;
+  if (residual) other = innermost(residual->to(input.scalar_type()));
+  Tensor y = at::empty_like(input);
+  const auto kind = [&](int64_t which, at::ScalarType type) {
+    return keep == which ? at::empty_like(input, input.options().dtype(type)) : at::empty({0}, input.options().dtype(type));
+  };
+  Tensor half = kind(BFLOAT16, at::kBFloat16), code = kind(BYTE, at::kByte);
+  Tensor mask = at::zeros({with_mask ? (s.rows + 7) / 8 : 0, width}, input.options().dtype(at::kByte));
+  const Tensor slopes = s.tiled(slope), levels = s.tiled(level), zeros = s.tiled(zero), steps = s.tiled(step);
+  with_type(input, [&](auto type) {
+    using T = decltype(type);
+    using W = wide<T>;
+    const T *x = data<T>(input), *r = data<T>(other);
+    const W *p = data<W>(slopes), *q = data<W>(levels), *o = data<W>(zeros), *t = data<W>(steps);
+    T* out = y.data_ptr<T>();
+    auto* halves = half.data_ptr<at::BFloat16>();
+    auto *codes = code.data_ptr<uint8_t>(), *bits = mask.data_ptr<uint8_t>();
+    with_act(act, [&](auto which) {
+      with_flag(r != nullptr, [&](auto adds) {
+        with_flag(with_mask, [&](auto masks) {
+          over_chunks(s, [&](int64_t, int64_t from, int64_t to) {
+            for (int64_t row = from, at = from * width; row < to; ++row, at += width) {
+              forward_row<decltype(which)::value, decltype(adds)::value, decltype(masks)::value>(
+                  x + at, adds ? r + at : nullptr, width, p, q, out + at, masks ? bits + row / 8 * width : nullptr, row % 8);
+              if (keep == BFLOAT16) keep_row(x + at, width, o, t, halves + at);
+              if (keep == BYTE) keep_row(x + at, width, o, t, codes + at);
+            }
+          });
+        });
+      });
+    });
+  });
+  return {y, keep == BYTE ? code : half, mask};
+}
+
+// Calls body with the types of what was kept and of the gradient, the activation, and whether a mask stands for it.
+template <typename F>
+void with_kinds(const Tensor& kept, const Tensor& dy, const optional<Tensor>& mask, int64_t act, const F& body) {
+  with_type(dy, [&](auto type) {
+    using T = decltype(type);
+    const auto with_kept = [&](auto k) {
+      if (mask) return body(k, T(), Constant<RELU>(), std::true_type());
+      with_act(act, [&](auto which) { body(k, T(), which, std::false_type()); });
+    };
+    if (kept.scalar_type() == at::kByte) return with_kept(uint8_t());
+    if (kept.scalar_type() == at::kBFloat16) return with_kept(at::BFloat16());
+    TORCH_CHECK(kept.scalar_type() == at::toOpMathType(dy.scalar_type()), "bn_affine_adapters: no kernel for ",
+                kept.scalar_type(), " and ", dy.scalar_type());
+    with_kept(wide<T>());
+  });
+}
+
+// The gradient of the activation's input, at one value.
+template <int64_t ACT, bool MASKED, typename W>
+inline W through(W dy, W kept, W slope, W level, uint8_t byte, int k) {
+  if constexpr (MASKED) return (byte >> k) & 1 ? dy : W(0);
+  if constexpr (ACT == IDENTITY) return dy;
+  return dy * slope_at<ACT>(fma_(kept, slope, level));
+}
+
+template <int64_t ACT, bool MASKED, bool WRITES, typename K, typename T, typename W>
+inline void sum_row(const K* __restrict x, const T* __restrict dy, int64_t width, const W* __restrict slope,
+                    const W* __restrict level, const W* __restrict zero, const uint8_t* __restrict byte, int k,
+                    T* __restrict du, W* __restrict sum, W* __restrict product) {
+  INDEPENDENT
+  for (int64_t c = 0; c < width; ++c) {
+    const W v = W(x[c]), d = through<ACT, MASKED>(W(dy[c]), v, slope[c], level[c], MASKED ? byte[c] : uint8_t(0), k);
+    if constexpr (WRITES) put(du + c, d);
+    sum[c] += d;
+    product[c] += d * (v - zero[c]);
+  }
+}
+
+// Sums over the rows of du and of du * (kept - zero), (2, C); and du itself if asked for, which a residual needs.
+std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const optional<Tensor>& mask, const Tensor& slope,
+                                const Tensor& level, const Tensor& zero, int64_t act, bool want_du) {
+  const Tensor dy = innermost(dy_), kept = innermost(kept_);
+  const Shape s(dy);
+  const int64_t width = s.width;
+  Tensor du = want_du ? at::empty_like(dy) : at::empty({0}, dy.options());
+  Tensor out = at::zeros({2, s.channels}, slope.options());
+  const Tensor slopes = s.tiled(slope), levels = s.tiled(level), zeros = s.tiled(zero);
+  std::vector<double> partial(s.chunks * 2 * width);
+  with_kinds(kept, dy, mask, act, [&](auto kind, auto type, auto which, auto masked) {
+    using K = decltype(kind);
+    using T = decltype(type);
+    using W = wide<T>;
+    const K* x = data<K>(kept);
+    const T* g = data<T>(dy);
+    T* written = du.data_ptr<T>();
+    const uint8_t* bits = data<uint8_t>(mask);
+    const W *p = data<W>(slopes), *q = data<W>(levels), *o = data<W>(zeros);
+    with_flag(want_du, [&](auto writes) {
+      over_chunks(s, [&](int64_t index, int64_t from, int64_t to) {
+        std::vector<W> room(2 * width);
+        double* total = &partial[index * 2 * width];
+        for (int64_t begin = from; begin < to; begin += BLOCK) {
+          std::fill(room.begin(), room.end(), W(0));
+          for (int64_t row = begin, at = begin * width; row < std::min(to, begin + BLOCK); ++row, at += width)
+            sum_row<decltype(which)::value, decltype(masked)::value, decltype(writes)::value>(
+                x + at, g + at, width, p, q, o, masked ? bits + row / 8 * width : nullptr, row % 8,
+                writes ? written + at : nullptr, room.data(), room.data() + width);
+          for (int64_t c = 0; c < 2 * width; ++c) total[c] += room[c];
+        }
+      });
+    });
+    W* result = out.data_ptr<W>();
+    for (int64_t which_sum = 0; which_sum < 2; ++which_sum)
+      for (int64_t c = 0; c < s.channels; ++c) {
+        double total = 0;
+        for (int64_t i = 0; i < s.chunks; ++i)
+          for (int64_t j = 0; j < s.together; ++j) total += partial[(i * 2 + which_sum) * width + j * s.channels + c];
+        result[which_sum * s.channels + c] = total;
+      }
+  });
+  return {out, du};
+}
+
+template <int64_t ACT, bool MASKED, typename K, typename T, typename W>
+inline void input_row(const K* __restrict x, const T* __restrict dy, int64_t width, const W* __restrict slope,
+                      const W* __restrict level, const W* __restrict zero, const uint8_t* __restrict byte, int k,
+                      const W* __restrict by, const W* __restrict along, const W* __restrict constant, T* __restrict dz) {
+  INDEPENDENT
+  for (int64_t c = 0; c < width; ++c) {
+    const W v = W(x[c]), d = through<ACT, MASKED>(W(dy[c]), v, slope[c], level[c], MASKED ? byte[c] : uint8_t(0), k);
+    put(dz + c, fma_(d, by[c], fma_(v - zero[c], along[c], constant[c])));
+  }
+}
+
+// dz = du * by + (kept - zero) * along + constant, with du from dy as in `sums`.
+Tensor input_gradient(const Tensor& dy_, const Tensor& kept_, const optional<Tensor>& mask, const Tensor& slope,
+                      const Tensor& level, const Tensor& zero, int64_t act, const Tensor& by, const Tensor& along,
+                      const Tensor& constant) {
+  const Tensor dy = innermost(dy_), kept = innermost(kept_);
+  const Shape s(dy);
+  const int64_t width = s.width;
+  Tensor dz = at::empty_like(dy);
+  const Tensor slopes = s.tiled(slope), levels = s.tiled(level), zeros = s.tiled(zero);
+  const Tensor bys = s.tiled(by), alongs = s.tiled(along), constants = s.tiled(constant);
+  with_kinds(kept, dy, mask, act, [&](auto kind, auto type, auto which, auto masked) {
+    using K = decltype(kind);
+    using T = decltype(type);
+    using W = wide<T>;
+    const K* x = data<K>(kept);
+    const T* g = data<T>(dy);
+    T* out = dz.data_ptr<T>();
+    const uint8_t* bits = data<uint8_t>(mask);
+    const W *p = data<W>(slopes), *q = data<W>(levels), *o = data<W>(zeros);
+    const W *b = data<W>(bys), *a = data<W>(alongs), *d = data<W>(constants);
+    over_chunks(s, [&](int64_t, int64_t from, int64_t to) {
+      for (int64_t row = from, at = from * width; row < to; ++row, at += width)
+        input_row<decltype(which)::value, decltype(masked)::value>(
+            x + at, g + at, width, p, q, o, masked ? bits + row / 8 * width : nullptr, row % 8, b, a, d, out + at);
+    });
+  });
+  return dz;
+}
+
+template <int64_t ACT, typename K, typename W>
+inline void restore_row(const K* __restrict x, int64_t width, const W* __restrict slope, const W* __restrict level,
+                        W* __restrict y) {
+  INDEPENDENT
+  for (int64_t c = 0; c < width; ++c) y[c] = activate<ACT>(fma_(W(x[c]), slope[c], level[c]));
+}
+
+// act(kept * slope + level) in the type of `slope`: the activation's output from what was kept.
+Tensor restore(const Tensor& kept_, const Tensor& slope, const Tensor& level, int64_t act) {
+  const Tensor kept = innermost(kept_);
+  const Shape s(kept);
+  Tensor y = at::empty_like(kept, kept.options().dtype(slope.scalar_type()));
+  const Tensor slopes = s.tiled(slope), levels = s.tiled(level);
+  with_kinds(kept, y, optional<Tensor>(), act, [&](auto kind, auto type, auto which, auto) {
+    using K = decltype(kind);
+    using W = wide<decltype(type)>;
+    const K* x = data<K>(kept);
+    W* out = y.data_ptr<W>();
+    const W *p = data<W>(slopes), *q = data<W>(levels);
+    over_chunks(s, [&](int64_t, int64_t from, int64_t to) {
+      for (int64_t at = from * s.width; at < to * s.width; at += s.width)
+        restore_row<decltype(which)::value>(x + at, s.width, p, q, out + at);
+    });
+  });
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(bnaa, m) {
+  m.def("stats(Tensor z, bool range) -> Tensor");
+  m.def("forward(Tensor z, Tensor? residual, Tensor slope, Tensor level, Tensor zero, Tensor step, int act, int keep, "
+        "bool with_mask) -> (Tensor, Tensor, Tensor)");
+  m.def("sums(Tensor dy, Tensor kept, Tensor? mask, Tensor slope, Tensor level, Tensor zero, int act, bool want_du) -> "
+        "(Tensor, Tensor)");
+  m.def("input_gradient(Tensor dy, Tensor kept, Tensor? mask, Tensor slope, Tensor level, Tensor zero, int act, "
+        "Tensor by, Tensor along, Tensor constant) -> Tensor");
+  m.def("restore(Tensor kept, Tensor slope, Tensor level, int act) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(bnaa, CPU, m) {
+  m.impl("stats", stats);
+  m.impl("forward", forward);
+  m.impl("sums", sums);
+  m.impl("input_gradient", input_gradient);
+  m.impl("restore", restore);
+}

@@ -1,0 +1,173 @@
+"""The arithmetic of norm + activation: PyTorch's own operators everywhere, C++ where `native` has it.
+
+Both sides have the functions `stats`, `forward`, `sums`, `input_gradient` and `restore` with the same arguments, which
+`kernels.cpp` describes. Tensors have their channels in dimension 1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import native
+
+# Activations.
+IDENTITY, RELU, RELU6, SILU, HARDSWISH, GELU, GELU_TANH = range(7)
+MASKED = (RELU, RELU6)  # what backward has to know of their input is one bit
+# What forward keeps for backward: the input itself, its normalised value in bfloat16 or in 8 bits, or nothing.
+INPUT, BFLOAT16, BYTE, NOTHING = range(4)
+
+
+def kernels(z: Tensor, act: int) -> Any:
+    """Return the namespace of functions that computes a norm layer of z; C++ only after `native.load`."""
+    usable = z.device.type == "cpu" and z.dtype in native.DTYPES and z.dim() in (2, 4) and act <= HARDSWISH
+    return torch.ops.bnaa if usable and native.loaded else Portable
+
+
+def activate(u: Tensor, act: int) -> Tensor:
+    """Return the activation of u."""
+    if act == RELU:
+        return F.relu(u)
+    if act == RELU6:
+        return F.relu6(u)
+    if act == SILU:
+        return F.silu(u)
+    if act == HARDSWISH:
+        return F.hardswish(u)
+    if act in (GELU, GELU_TANH):
+        return F.gelu(u, approximate="tanh" if act == GELU_TANH else "none")
+    return u
+
+
+def act_gradient(dy: Tensor, u: Tensor, act: int) -> Tensor:
+    """Return the gradient of an activation's input u."""
+    if act in MASKED:
+        return dy * passes(u, act)
+    if act == SILU:
+        return torch.ops.aten.silu_backward(dy, u)
+    if act == HARDSWISH:
+        return torch.ops.aten.hardswish_backward(dy, u)
+    if act in (GELU, GELU_TANH):
+        return torch.ops.aten.gelu_backward(dy, u, approximate="tanh" if act == GELU_TANH else "none")
+    return dy
+
+
+def passes(u: Tensor, act: int) -> Tensor:
+    """Return where ReLU or ReLU6 lets the gradient of its input u through, bool."""
+    return (u > 0) & (u < 6) if act == RELU6 else u > 0
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Return a bool tensor as uint8, 8 values a byte."""
+    flat = F.pad(bits.flatten(), (0, -bits.numel() % 8)).view(-1, 8)
+    return (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+    """Return the bool tensor of a shape that `pack` packed."""
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.flatten()[: shape.numel()].view(shape).bool()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that is computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _axes(z: Tensor) -> list[int]:
+    return [axis for axis in range(z.dim()) if axis != 1]
+
+
+def _columns(z: Tensor, *values: Tensor) -> list[Tensor]:
+    """Return one number per channel in a shape that fits z."""
+    return [value.view(1, -1, *(1,) * (z.dim() - 2)) for value in values]
+
+
+class Portable:
+    """The kernels in PyTorch's operators: any device and layout; torch.compile fuses them."""
+
+    @staticmethod
+    def stats(z: Tensor, range: bool) -> Tensor:
+        """Return mean and biased variance of each channel, and its least and greatest value: (2 or 4, C)."""
+        z = z.to(wide(z.dtype))
+        axes = _axes(z)
+        variance, mean = torch.var_mean(z, axes, correction=0)
+        return torch.stack([mean, variance, *((z.amin(axes), z.amax(axes)) if range else ())])
+
+    @staticmethod
+    def forward(
+        z: Tensor,
+        residual: Tensor | None,
+        slope: Tensor,
+        level: Tensor,
+        zero: Tensor,
+        step: Tensor,
+        act: int,
+        keep: int,
+        with_mask: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the layer's output, what is kept of z, and the packed mask."""
+        slope, level, zero, step = _columns(z, slope, level, zero, step)
+        u = z.to(slope.dtype) * slope + level
+        if residual is not None:
+            u = u + residual
+        kept = z.new_empty(0)
+        if keep == BFLOAT16:
+            kept = ((z - zero) * step).to(torch.bfloat16)
+        elif keep == BYTE:
+            kept = ((z - zero) * step + 0.5).clamp(0, 255).to(torch.uint8)
+        mask = pack(passes(u, act)) if with_mask else z.new_empty(0, dtype=torch.uint8)
+        return activate(u, act).to(z.dtype), kept, mask
+
+    @staticmethod
+    def sums(
+        dy: Tensor,
+        kept: Tensor,
+        mask: Tensor | None,
+        slope: Tensor,
+        level: Tensor,
+        zero: Tensor,
+        act: int,
+        want_du: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sums of du and of du (kept - zero), (2, C), and du itself if asked for."""
+        axes = _axes(dy)
+        du = _du(dy, kept, mask, slope, level, act)
+        (centre,) = _columns(dy, zero)
+        found = torch.stack([du.sum(axes), (du * (kept - centre)).sum(axes)])
+        return found, du.to(dy.dtype) if want_du else dy.new_empty(0)
+
+    @staticmethod
+    def input_gradient(
+        dy: Tensor,
+        kept: Tensor,
+        mask: Tensor | None,
+        slope: Tensor,
+        level: Tensor,
+        zero: Tensor,
+        act: int,
+        by: Tensor,
+        along: Tensor,
+        constant: Tensor,
+    ) -> Tensor:
+        """Return du * by + (kept - zero) * along + constant."""
+        du = _du(dy, kept, mask, slope, level, act)
+        zero, by, along, constant = _columns(dy, zero, by, along, constant)
+        return (du * by + (kept - zero) * along + constant).to(dy.dtype)
+
+    @staticmethod
+    def restore(kept: Tensor, slope: Tensor, level: Tensor, act: int) -> Tensor:
+        """Return the activation's output from what was kept."""
+        slope, level = _columns(kept, slope, level)
+        return activate(kept * slope + level, act)
+
+
+def _du(dy: Tensor, kept: Tensor, mask: Tensor | None, slope: Tensor, level: Tensor, act: int) -> Tensor:
+    dy = dy.to(slope.dtype)
+    if mask is not None:
+        return dy * unpack(mask, dy.shape)
+    if act == IDENTITY:
+        return dy
+    slope, level = _columns(dy, slope, level)
+    return act_gradient(dy, kept * slope + level, act)

@@ -1,0 +1,112 @@
+"""The C++ kernels of a CPU, compiled when they are first asked for and kept in torch's cache of extensions."""
+
+import hashlib
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+# Contraction off: what is rounded once and what twice is written in the source.
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+log = logging.getLogger(__name__)
+loaded: bool | None = None  # None: not asked for yet
+
+
+def load() -> bool:
+    """Compile and load the kernels, once; return whether they are there. The log says why not.
+
+    It takes about a minute once, and moments from then on: the library lies in TORCH_EXTENSIONS_DIR, by default in the
+    user's cache. ``BN_AFFINE_ADAPTERS_NATIVE=0`` leaves it out.
+    """
+    global loaded
+    if loaded is None:
+        loaded = _load()
+    return loaded
+
+
+def _load() -> bool:
+    if os.environ.get("BN_AFFINE_ADAPTERS_NATIVE") == "0":
+        log.info("BN_AFFINE_ADAPTERS_NATIVE=0: lean training runs in PyTorch's own kernels")
+        return False
+    try:
+        from torch.utils import cpp_extension
+
+        # The processor is in the name: a home folder may be shared by machines of several kinds.
+        key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, torch.__version__, _processor())).encode())
+        cpp_extension.load(
+            f"bn_affine_adapters_{key.hexdigest()[:16]}", [str(SOURCE)], extra_cflags=FLAGS, is_python_module=False
+        )
+        _describe()
+    except Exception as error:  # no compiler, no ninja, no room, an unknown flag: whatever it is, there is another way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log.warning(
+            "lean training runs in PyTorch's own kernels, which are slower: the C++ ones could not be built (%s). "
+            "They need a C++ compiler and ninja: pip install ninja",
+            reason,
+        )
+        return False
+    return True
+
+
+def _processor() -> str:
+    """Return what the compiler's -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def _describe() -> None:
+    """Tell torch.compile what shapes the operators return."""
+
+    @torch.library.register_fake("bnaa::stats")
+    def stats(z: Tensor, range: bool) -> Tensor:
+        return z.new_empty((4 if range else 2, z.shape[1]), dtype=_wide(z))
+
+    @torch.library.register_fake("bnaa::forward")
+    def forward(
+        z: Tensor,
+        residual: Tensor | None,
+        slope: Tensor,
+        level: Tensor,
+        zero: Tensor,
+        step: Tensor,
+        act: int,
+        keep: int,
+        with_mask: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y = _innermost(z)
+        dtype = torch.uint8 if keep == 2 else torch.bfloat16
+        kept = torch.empty_like(y, dtype=dtype) if keep in (1, 2) else z.new_empty(0, dtype=dtype)
+        rows, width = z.numel() // z.shape[1], z.shape[1]
+        while width < 128 and rows % 2 == 0:
+            rows, width = rows // 2, width * 2
+        return y, kept, z.new_empty(((rows + 7) // 8 if with_mask else 0, width), dtype=torch.uint8)
+
+    @torch.library.register_fake("bnaa::sums")
+    def sums(dy: Tensor, kept: Tensor, mask: Any, slope: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return slope.new_empty((2, dy.shape[1])), _innermost(dy) if rest[-1] else dy.new_empty(0)
+
+    @torch.library.register_fake("bnaa::input_gradient")
+    def input_gradient(dy: Tensor, *rest: Any) -> Tensor:
+        return _innermost(dy)
+
+    @torch.library.register_fake("bnaa::restore")
+    def restore(kept: Tensor, slope: Tensor, level: Tensor, act: int) -> Tensor:
+        return _innermost(kept).to(slope.dtype)
+
+
+def _wide(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+def _innermost(z: Tensor) -> Tensor:
+    return torch.empty_like(z, memory_format=torch.channels_last if z.dim() == 4 else torch.contiguous_format)

@@ -1,0 +1,290 @@
+"""Find what a network can do without, by tracing it, and give it a forward that does without.
+
+The network's modules, names and tensors stay; its `forward` becomes one that torch.fx wrote, in which frozen
+convolutions and chains of norm, activation, addition and pooling are calls of `runners`.
+"""
+
+import inspect
+import logging
+import operator
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from timm.layers import get_notrace_functions, is_notrace_module
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from ..layer import BNOnlyLayer
+from ..norms import is_norm, unwrapped
+from . import runners
+from .plans import ACTS, Report, hooked
+
+log = logging.getLogger(__name__)
+ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
+@dataclass
+class Chain:
+    """The nodes of what is run together, in their order: a norm layer, and what of this there is behind it."""
+
+    norm: fx.Node
+    add: fx.Node | None = None
+    act: fx.Node | None = None
+    pool: fx.Node | None = None
+    first: "Chain | None" = None  # a norm layer and an activation in front, with `between` on the way
+    between: fx.Node | None = None
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All of them."""
+        front = self.first.nodes if self.first else []
+        return [*front, *(n for n in (self.between, self.norm, self.add, self.act, self.pool) if n is not None)]
+
+    @property
+    def source(self) -> fx.Node:
+        """The node whose output goes in."""
+        return self.first.source if self.first else self.norm.args[0]  # type: ignore[return-value]
+
+    @property
+    def residual(self) -> fx.Node | None:
+        """The node whose output is added."""
+        return next((node for node in self.add.all_input_nodes if node is not self.norm), None) if self.add else None
+
+
+class _Tracer(fx.Tracer):
+    """Goes into every module but torch's own, norm layers, layers with adapters, and what timm says is not to be."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.entered: list[str] = []
+        self.closed: list[str] = []  # not to be traced through, but perhaps by themselves
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        own = isinstance(m, BNOnlyLayer) or is_norm(m) or super().is_leaf_module(m, module_qualified_name)
+        closed = is_notrace_module(type(m))
+        if closed and not own and [*m.children()]:
+            self.closed.append(module_qualified_name)
+        elif not (own or closed):
+            self.entered.append(module_qualified_name)
+        return own or closed
+
+
+def rewrite(network: nn.Module, level: str) -> Report:
+    """Give a network, or where it cannot be traced the largest parts of it that can, a lean forward."""
+    report = Report(level)
+    # Traced on a copy that shares the tensors: a forward may leave something behind in its module.
+    tensors = [*network.parameters(), *network.buffers()]
+    copy = deepcopy(network, {id(tensor): tensor for tensor in tensors}).train()
+    _rewrite(network, copy, "", report)
+    return report
+
+
+def undo(network: nn.Module) -> None:
+    """Take the lean forwards off a network."""
+    for module in network.modules():
+        if hasattr(getattr(module.__dict__.get("forward"), "__func__", None), "entered"):
+            del module.forward
+
+
+def _rewrite(module: nn.Module, copy: nn.Module, name: str, report: Report) -> None:
+    tracer = _Tracer()
+    try:
+        parameters = list(inspect.signature(type(copy).forward).parameters.values())[1:]
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        graph = tracer.trace(copy, concrete_args=defaults or None)
+        if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
+            raise ValueError("its forward holds a tensor, which would stay on its device")
+    except Exception as error:  # a forward is any code: whatever it does that fx cannot follow, its parts may do less
+        log.debug("%s cannot be traced: %s", name or type(module).__name__, error)
+        report.untraced.append(name)
+        for child, part in module.named_children():
+            if [*part.children()] and not (isinstance(part, BNOnlyLayer) or is_norm(part)):
+                _rewrite(part, copy.get_submodule(child), f"{name}.{child}".lstrip("."), report)
+        return
+    for child in tracer.closed:
+        _rewrite(module.get_submodule(child), copy.get_submodule(child), f"{name}.{child}".lstrip("."), report)
+    before = report.places
+    _replace(graph, copy, report)
+    if report.places > before:
+        if not name:
+            images = next(node for node in graph.nodes if node.op == "placeholder")
+            with graph.inserting_after(images):
+                inner = graph.call_function(runners.innermost, (images,))
+            images.replace_all_uses_with(inner, delete_user_cb=lambda user: user is not inner)
+        required = len(parameters) - len(defaults)
+        module.forward = MethodType(_forward(graph, required, tuple(tracer.entered)), module)
+
+
+def _forward(graph: fx.Graph, required: int, entered: tuple[str, ...]) -> Callable[..., Any]:
+    """Return the lean forward of a graph, as a function of the module."""
+    graph.lint()
+    code = graph.python_code(root_module="self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<lean forward>", "exec"), scope)  # what torch.fx wrote from the network's own forward
+    run = scope["forward"]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        usable = self.training and torch.is_grad_enabled() and len(args) == required and not kwargs
+        if usable and (torch.compiler.is_compiling() or _unwatched(self, entered)):
+            return run(self, *args)
+        return type(self).forward(self, *args, **kwargs)
+
+    forward.entered = entered  # type: ignore[attr-defined]
+    return forward
+
+
+def _unwatched(module: nn.Module, entered: tuple[str, ...]) -> bool:
+    """Tell whether no hook and no checkpointing is on the modules whose forward was written out."""
+    for name in ("", *entered):
+        part = module.get_submodule(name)
+        if (name and hooked(part)) or getattr(part, "grad_checkpointing", False):
+            log.info("%s has hooks or is checkpointed: the network runs plain", name or type(module).__name__)
+            return False
+    return True
+
+
+def _replace(graph: fx.Graph, root: nn.Module, report: Report) -> None:
+    """Put calls of `runners` into a graph in the place of the layers they know."""
+    level = report.level
+    _drop_identities(graph, root)
+    taken: set[fx.Node] = set()
+    chains = [chain for node in list(graph.nodes) if (chain := _chain(node, root, taken)) is not None]
+    if level == "smallest":
+        _pair(chains, root)
+    inner = {id(chain.first) for chain in chains if chain.first}
+    for chain in chains:
+        if id(chain) not in inner:
+            _write_chain(graph, level, chain)
+    report.norms += len(chains)
+    report.recomputed += len(inner)
+    report.convs += len(inner)
+    for node in list(graph.nodes):
+        with graph.inserting_before(node):
+            module = _module(node, root)
+            if isinstance(module, _ConvNd) and not module.transposed and _one_input(node):
+                _put(graph, [node], runners.conv, (_get(graph, node), node.args[0]))
+                report.convs += 1
+            elif isinstance(module, nn.AdaptiveAvgPool2d) and _one_input(node):
+                _put(graph, [node], runners.global_pool, (_get(graph, node), node.args[0]))
+                report.others += 1
+            elif node.target is F.avg_pool2d and len(node.args) == 2 and not node.kwargs:
+                _put(graph, [node], runners.avg_pool, node.args)
+                report.others += 1
+            elif _is_act(node, root):
+                _put(graph, [node], runners.activation, (level, _get(graph, node), node.args[0]))
+                report.others += 1
+            elif type(module) is nn.MaxPool2d and _one_input(node):
+                _put(graph, [node], runners.max_pool, (_get(graph, node), node.args[0]))
+                report.others += 1
+            elif level == "smallest" and node.target is F.scaled_dot_product_attention:
+                _put(graph, [node], runners.attention, node.args, node.kwargs)
+                report.others += 1
+
+
+def _module(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """Return the module that a node calls, with an adapter's in the place of its wrapper."""
+    return unwrapped(root.get_submodule(str(node.target))) if node.op == "call_module" else None
+
+
+def _one_input(node: fx.Node) -> bool:
+    return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
+
+
+def _is_act(node: fx.Node, root: nn.Module) -> bool:
+    """Tell whether a node is an activation that the runners know."""
+    if node.op == "call_function":
+        plain = set(node.kwargs) <= {"inplace"} and len(node.args) == 1 and isinstance(node.args[0], fx.Node)
+        return plain and node.target in ACTS
+    return type(_module(node, root)) in ACTS and _one_input(node)
+
+
+def _sole_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _drop_identities(graph: fx.Graph, root: nn.Module) -> None:
+    for node in list(graph.nodes):
+        if type(_module(node, root)) is nn.Identity and _one_input(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _chain(node: fx.Node, root: nn.Module, taken: set[fx.Node]) -> Chain | None:
+    """Return the chain that starts at a norm layer's node; of two that are added, the first takes the sum."""
+    module = _module(node, root)
+    if module is None or not is_norm(module) or not _one_input(node):
+        return None
+    chain, user = Chain(node), _sole_user(node)
+    if (
+        user is not None
+        and user.target in ADDS
+        and not user.kwargs
+        and len(user.all_input_nodes) == len(user.args) == 2
+    ):
+        if user in taken:
+            return chain
+        taken.add(user)
+        chain.add, user = user, _sole_user(user)
+    if user is not None and _is_act(user, root):
+        chain.act, user = user, _sole_user(user)
+    if user is not None and type(_module(user, root)) is nn.MaxPool2d and _one_input(user) and chain.add is None:
+        chain.pool = user
+    return chain
+
+
+def _pair(chains: list[Chain], root: nn.Module) -> None:
+    """Join chains with a convolution between them, whose output then is computed again instead of kept.
+
+    From the back, since the last convolution of a residual block is the widest; not where what is spared would be
+    smaller than what has to be kept for it.
+    """
+    by_last = {chain.nodes[-1]: chain for chain in chains if chain.pool is None and chain.add is None}
+    joined: set[int] = set()
+    for chain in reversed(chains):
+        between = chain.source
+        conv, first = _module(between, root), by_last.get(between.args[0] if between.args else None)  # type: ignore[arg-type]
+        if (
+            first is not None
+            and isinstance(conv, _ConvNd)
+            and _one_input(between)
+            and conv.out_channels >= conv.in_channels
+            and not {id(first), id(chain)} & joined
+            and chain.pool is None
+            and _sole_user(first.nodes[-1]) is between
+            and _sole_user(between) is chain.norm
+        ):
+            chain.first, chain.between = first, between
+            joined |= {id(first), id(chain)}
+
+
+def _write_chain(graph: fx.Graph, level: str, chain: Chain) -> None:
+    """Put one call in the place of a chain's nodes, where the last of them was."""
+    nodes, first = chain.nodes, chain.first
+    with graph.inserting_before(nodes[-1]):
+        own = (_get(graph, chain.norm), _get(graph, chain.act))
+        if first is not None:
+            front = (level, _get(graph, first.norm), _get(graph, first.act), _get(graph, chain.between))
+            _put(graph, nodes, runners.pair, (*front, *own, chain.source, chain.residual))
+        elif chain.pool is not None:
+            _put(graph, nodes, runners.pooled, (level, *own, _get(graph, chain.pool), chain.source))
+        else:
+            _put(graph, nodes, runners.norm, (level, *own, chain.source, chain.residual))
+
+
+def _get(graph: fx.Graph, node: fx.Node | None) -> Any:
+    """Return what the runners get for a node: the module that it calls, or the code of an activation."""
+    if node is None:
+        return None
+    return graph.get_attr(str(node.target)) if node.op == "call_module" else ACTS[node.target]
+
+
+def _put(graph: fx.Graph, nodes: list[fx.Node], function: Callable[..., Any], args: Any, kwargs: Any = None) -> None:
+    """Put a call, at the graph's insertion point, in the place of nodes in their order."""
+    nodes[-1].replace_all_uses_with(graph.call_function(function, args, kwargs or {}))
+    for node in reversed(nodes):
+        graph.erase_node(node)

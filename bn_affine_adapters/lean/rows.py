@@ -1,0 +1,150 @@
+"""Differentiable functions whose statistics belong to a row: LayerNorm, GroupNorm; and activations and attention.
+
+What they keep for backward is rounded. They are differentiable once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .kernels import BFLOAT16, BYTE, IDENTITY, MASKED, act_gradient, activate, pack, passes, unpack, wide
+
+
+def rounded(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Return x as it is kept and what `restored` needs besides: of 8 bits, the least value and the step of each row."""
+    if keep == BFLOAT16:
+        return x.to(torch.bfloat16), x.new_empty(0)
+    if keep != BYTE:
+        return x, x.new_empty(0)
+    low = x.amin(-1, keepdim=True).to(wide(x.dtype))
+    step = ((x.amax(-1, keepdim=True) - low) / 255).clamp_min(1e-18)
+    return ((x - low) / step + 0.5).clamp(0, 255).to(torch.uint8), torch.cat([low, step], -1)
+
+
+def restored(kept: Tensor, scale: Tensor, keep: int, dtype: torch.dtype) -> Tensor:
+    """Return in a type what `rounded` kept."""
+    return torch.addcmul(scale[..., :1], kept, scale[..., 1:]).to(dtype) if keep == BYTE else kept.to(dtype)
+
+
+class RowNorm(Function):
+    """act(norm(z)) with LayerNorm over the last axis, or GroupNorm: the normalised input is kept, rounded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, groups: int, eps: float, act: int, keep: int
+    ) -> Tensor:
+        """Return the output.
+
+        Args:
+            ctx: autograd's.
+            z: (..., C) for LayerNorm, (N, C, ...) for GroupNorm.
+            gamma: (C), or None for ones.
+            beta: (C), or None for zeros.
+            groups: of GroupNorm; 0 for LayerNorm.
+            eps: added to the variance.
+            act: which activation.
+            keep: what is kept.
+        """
+        ctx.groups, ctx.act, ctx.keep, ctx.dtype, ctx.shape = groups, act, keep, z.dtype, z.shape
+        if groups:
+            size = z.shape[0], z.shape[1], z.shape[2:].numel()
+            z = z.contiguous()
+            y, mean, inverse = torch.native_group_norm(z, gamma, beta, *size, groups, eps)
+            lines = z.view(z.shape[0] * groups, -1)
+        else:
+            y, mean, inverse = torch.native_layer_norm(z, z.shape[-1:], gamma, beta, eps)
+            lines = z
+        dtype = wide(z.dtype)
+        column = (-1, 1) if groups else (*z.shape[:-1], 1)
+        mean, inverse = mean.to(dtype).view(column), inverse.to(dtype).view(column)
+        kept, scale = rounded((lines.to(dtype) - mean) * inverse, keep)
+        ctx.save_for_backward(kept, scale, inverse, gamma, beta)
+        return activate(y, act)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of z, gamma and beta."""
+        kept, scale, inverse, gamma, beta = ctx.saved_tensors
+        dtype = inverse.dtype
+        x = restored(kept, scale, ctx.keep, dtype)
+        du, wide_gamma = dy.to(dtype), None if gamma is None else gamma.to(dtype)
+        shape = (1, -1, *(1,) * (len(ctx.shape) - 2)) if ctx.groups else (-1,)
+        if ctx.act != IDENTITY:
+            u = x.view(ctx.shape)
+            u = u if wide_gamma is None else u * wide_gamma.view(shape)
+            u = u if beta is None else u + beta.to(dtype).view(shape)
+            du = act_gradient(du, u, ctx.act)
+        needs = (ctx.needs_input_grad[0], gamma is not None and ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        # PyTorch's own backward of an input that is normalised already: mean 0, deviation 1.
+        zero, one = torch.zeros_like(inverse), torch.ones_like(inverse)
+        if ctx.groups:
+            size = ctx.shape[0], ctx.shape[1], ctx.shape[2:].numel()
+            zero, one = zero.view(ctx.shape[0], ctx.groups), one.view(ctx.shape[0], ctx.groups)
+            found = torch.ops.aten.native_group_norm_backward(
+                du.contiguous(), x.view(ctx.shape), zero, one, wide_gamma, *size, ctx.groups, needs
+            )
+        else:
+            wide_beta = None if beta is None else beta.to(dtype)
+            found = torch.ops.aten.native_layer_norm_backward(
+                du, x, ctx.shape[-1:], zero, one, wide_gamma, wide_beta, needs
+            )
+        dz, dgamma, dbeta = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
+        if dz is not None:
+            dz = (dz.view(kept.shape) * inverse).view(ctx.shape).to(ctx.dtype)
+        return (
+            dz,
+            None if dgamma is None or gamma is None else dgamma.to(gamma.dtype),
+            None if dbeta is None or beta is None else dbeta.to(beta.dtype),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+class KeptAct(Function):
+    """An activation of whose input a bit is kept where that is enough, else 8 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, act: int) -> Tensor:
+        """Return the activation of x, (..., C)."""
+        kept, scale = (pack(passes(x, act)), x.new_empty(0)) if act in MASKED else rounded(x, BYTE)
+        ctx.save_for_backward(kept, scale)
+        ctx.act, ctx.dtype, ctx.shape = act, x.dtype, x.shape
+        return activate(x, act)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of x."""
+        kept, scale = ctx.saved_tensors
+        if ctx.act in MASKED:
+            return dy * unpack(kept, ctx.shape), None
+        return act_gradient(dy, restored(kept, scale, BYTE, ctx.dtype), ctx.act).to(ctx.dtype), None
+
+
+class RoundedAttention(Function):
+    """softmax(q k' scale) v whose q, k and v are kept in 8 bits a value, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Return the attention's output, (..., L, D), of q (..., L, D), k and v (..., S, D)."""
+        kept = [rounded(x, BYTE) for x in (q, k, v)]
+        ctx.save_for_backward(*(tensor for pair in kept for tensor in pair))
+        ctx.scale, ctx.dtype = scale, q.dtype
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return the gradients of q, k and v; the weights are computed again."""
+        saved = ctx.saved_tensors
+        q, k, v = (restored(saved[i], saved[i + 1], BYTE, dy.dtype) for i in (0, 2, 4))
+        weights = torch.softmax(q @ k.mT * ctx.scale, -1)
+        dv = weights.mT @ dy
+        dweights = dy @ v.mT
+        dscores = weights * (dweights - (dweights * weights).sum(-1, keepdim=True)) * ctx.scale
+        dq, dk = dscores @ k, dscores.mT @ q
+        return dq.to(ctx.dtype), dk.to(ctx.dtype), dv.to(ctx.dtype), None

@@ -1,0 +1,125 @@
+"""Turn lean training of a network on and off, and say what it spares."""
+
+import logging
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NetworkError
+from ..norms import plain_modules
+from ..reinit import check_choice
+from . import native
+from .plans import LEVELS, Report
+from .rewrite import rewrite, undo
+
+log = logging.getLogger(__name__)
+TOLERANCE = 0.05  # of the output's norm: rounding stays far below, another computation far above
+
+
+def lean_(network: nn.Module, level: str, input_size: tuple[int, ...] | None = None) -> Report:
+    """Give a network with frozen weights a training forward that keeps less for backward; return what it spares.
+
+    Modules, names and tensors stay as they are, and so does every other forward: in evaluation mode, without gradients,
+    or where a hook is on a module that would not be called. The new forward is compared with the old one on random
+    images, and taken back if it computes something else.
+
+    Args:
+        network: changed in place; what `get_base_model()` returns.
+        level: "exact" keeps a norm layer's input once for it, its activation and the convolution behind; "rounded"
+            keeps it in bfloat16; "smallest" in 8 bits, and computes some convolutions a second time. Rounding changes
+            gradients alone: neither outputs nor running statistics.
+        input_size: of an image, (C, H, W); by default what timm says of the network.
+
+    Raises:
+        ConfigError: there is no such level.
+        NetworkError: no weight of the network is frozen.
+    """
+    check_choice("lean", level, LEVELS)
+    plain_(network)
+    weights = [m.weight for _, m in plain_modules(network, active=True) if _is_weighty(m)]
+    if weights and all(weight.requires_grad for weight in weights):
+        raise NetworkError(
+            "Lean training spares what frozen weights do not need, and here every weight trains.",
+            seen=f"{len(weights)} of {len(weights)} convolutions and linear layers train",
+            do="get_bn_only_model(network, BNOnlyConfig(lean=...)), or leave lean out",
+        )
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    if device.type == "cpu":
+        native.load()
+        if any(weight.dtype == torch.float16 for weight in weights):
+            log.warning("float16 on a CPU: lean training runs in PyTorch's own kernels, which are slower")
+    report = rewrite(network, level)
+    if report.places:
+        report.share, wrong = _tried(network, input_size)
+        if wrong:
+            log.warning("lean: the network stays plain, since its lean forward %s", wrong)
+            plain_(network)
+            report = Report(level, untraced=report.untraced)
+    log.info("%s", report)
+    return report
+
+
+def plain_(network: nn.Module) -> None:
+    """Give a network its own forward back."""
+    undo(network)
+
+
+def _is_weighty(module: Any) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+
+
+def _tried(network: nn.Module, input_size: tuple[int, ...] | None) -> tuple[float | None, str | None]:
+    """Return the lean forward's share of the saved bytes, if it can be told, and what is wrong with it, if anything."""
+    shape = input_size or (getattr(network, "pretrained_cfg", None) or {}).get("input_size")
+    # Parameters are shared, buffers are not: running statistics stay what they are.
+    copy = deepcopy(network, {id(parameter): parameter for parameter in network.parameters()}).train()
+    first = next(network.parameters())
+    devices = [first.device] if first.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        images = torch.randn(
+            8 if shape and shape[-1] <= 64 else 2, *(shape or ()), device=first.device, dtype=first.dtype
+        )
+
+        def run() -> Tensor:
+            torch.manual_seed(0)
+            return copy(images).detach().float()
+
+        try:
+            lean, kept = saved_bytes(copy, run)
+            error = None
+        except Exception as caught:  # of any kind, by the network's own code
+            error = f"fails: {caught}"
+        undo(copy)
+        try:
+            plain, all_kept = saved_bytes(copy, run)
+        except Exception as caught:
+            log.info("lean: its forward was not tried, since the network does not take images %s: %s", shape, caught)
+            return None, None
+    if error:
+        return None, error
+    difference = ((lean - plain).norm() / plain.norm().clamp_min(1e-12)).item()
+    if plain.isfinite().all() and not difference < TOLERANCE:
+        return None, f"differs by {difference:.2g} of the output"
+    return (kept / all_kept if all_kept else None), None
+
+
+def saved_bytes(network: nn.Module, run: Callable[[], Any]) -> tuple[Any, int]:
+    """Return what a forward returns, and the bytes that it saves for backward besides parameters and buffers.
+
+    A storage is counted once, whole, however many tensors look into it.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
+    found: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor: so that its address is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return result, sum(size for size, _ in found.values())
