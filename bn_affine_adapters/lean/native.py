@@ -36,8 +36,13 @@ def _load() -> bool:
         log.info("BN_AFFINE_ADAPTERS_NATIVE=0: lean training runs in PyTorch's own kernels")
         return False
     try:
+        # Its import warns where there is no GPU, which is no news here.
+        torch_log = logging.getLogger("torch.utils.cpp_extension")
+        before = torch_log.level
+        torch_log.setLevel(logging.ERROR)
         from torch.utils import cpp_extension
 
+        torch_log.setLevel(before)
         # The processor is in the name: a home folder may be shared by machines of several kinds.
         key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, torch.__version__, _processor())).encode())
         cpp_extension.load(
