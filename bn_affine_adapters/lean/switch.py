@@ -36,6 +36,14 @@ def lean_(network: nn.Module, level: str, input_size: tuple[int, ...] | None = N
     Raises:
         ConfigError: there is no such level.
         NetworkError: no weight of the network is frozen.
+
+    >>> import timm
+    >>> network = timm.create_model("cifar_resnet14").requires_grad_(False)
+    >>> for layer in network.modules():
+    ...     if isinstance(layer, nn.BatchNorm2d):
+    ...         _ = layer.requires_grad_(True)
+    >>> print(lean_(network, "exact"))
+    lean exact: 15 norm layers, 15 convolutions, 1 others; 0.53 of the bytes that plain freezing saves for backward
     """
     check_choice("lean", level, LEVELS)
     plain_(network)
