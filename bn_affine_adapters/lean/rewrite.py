@@ -139,9 +139,13 @@ def _forward(graph: fx.Graph, required: int, entered: tuple[str, ...]) -> Callab
 
 
 def _unwatched(module: nn.Module, entered: tuple[str, ...]) -> bool:
-    """Tell whether no hook and no checkpointing is on the modules whose forward was written out."""
+    """Tell whether no hook, checkpointing or other wrapper is on the modules whose forward was written out."""
     for name in ("", *entered):
-        part = module.get_submodule(name)
+        try:
+            part = module.get_submodule(name)
+        except AttributeError:  # as FSDP does it
+            log.info("%s is wrapped: the network runs plain", name)
+            return False
         if (name and hooked(part)) or getattr(part, "grad_checkpointing", False):
             log.info("%s has hooks or is checkpointed: the network runs plain", name or type(module).__name__)
             return False
