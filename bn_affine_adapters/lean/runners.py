@@ -93,6 +93,7 @@ def keep_of(level: str, own: Any, act: int, x: Tensor) -> int:
 @torch.no_grad()
 def _statistics(own: Any, act: int, x: Tensor, keep: int) -> tuple[Norm, Tensor]:
     """Return how a BatchNorm layer is computed, and its `lines`; update its running statistics in training mode."""
+    own._check_input_dim(x)
     count: Any = x.numel() // x.shape[1]
     if not _of_batch(own):
         found = torch.stack([own.running_mean, own.running_var]).to(k.wide(x.dtype))
@@ -101,7 +102,7 @@ def _statistics(own: Any, act: int, x: Tensor, keep: int) -> tuple[Norm, Tensor]
         return Norm(act, keep, False, count), lines(found, own.eps, own.weight, own.bias, keep)
     group = group_of(own)
     if group is None and count <= 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     found = k.kernels(x, act).stats(x, keep == k.BYTE)
     if group is not None:
         found, count = _over_processes(found, count, group)
