@@ -177,8 +177,9 @@ def _pair(
         del h
         apart = residual is not None and not _alike(residual, z)
         how2, maps2 = _statistics(two, k.IDENTITY if apart else act2, z, k.INPUT)
+    fused, bits = None if apart else residual, mask if act in k.MASKED else None
     y = NormActConv.apply(
-        x, one.weight, one.bias, two.weight, two.bias, None if apart else residual, kept, mask if act in k.MASKED else None, maps, how,
+        x, one.weight, one.bias, two.weight, two.bias, fused, kept, bits, maps, how,
         own.weight, own.bias, geometry, z, maps2, how2,
     )  # fmt: skip
     return k.activate(y + residual, act2) if apart else y
