@@ -157,7 +157,9 @@ def test_statistics_are_those_of_float64(cpp, dtype):
         assert torch.equal(found[:2], cpp.stats(z, False))
         assert torch.equal(found[2:], torch.stack([low + shift, high + shift]).to(found.dtype)), name
         eps, deviation = torch.finfo(found.dtype).eps, variance.sqrt()
-        assert ((found[0].double() - (mean + shift)).abs() <= eps * (4 * (mean + shift).abs() + 8 * deviation)).all(), name
+        assert ((found[0].double() - (mean + shift)).abs() <= eps * (4 * (mean + shift).abs() + 8 * deviation)).all(), (
+            name
+        )
         parts = torch.finfo(torch.float64).eps * (shift / deviation.clamp_min(1e-300)).abs()  # put together in float64
         assert ((found[1].double() - variance).abs() <= (32 * eps + 2 * parts) * variance).all(), name
         cases += 1
@@ -262,7 +264,7 @@ def test_what_cpp_does_not_know_is_computed_by_pytorch(cpp):
 def test_compilers_are_told_the_shapes_that_the_operators_return(cpp):
     """torch.compile asks the operators' stand-ins; what they say of shapes, types and strides is what comes out."""
     cases = 0
-    for shape, dtype, keep in itertools.product(SHAPES[:6], native.DTYPES, KEEPS):
+    for shape, dtype, keep in itertools.product(SHAPES[1:5], native.DTYPES, KEEPS):
         z, dy = drawn(shape, dtype), drawn(shape, dtype, seed=1)
         slope, level = columns(shape, WIDE[dtype], 2)
         line = (slope, level, level)
@@ -279,4 +281,4 @@ def test_compilers_are_told_the_shapes_that_the_operators_return(cpp):
         for operator, args in calls.items():
             torch.library.opcheck(operator.default, args, test_utils=("test_schema", "test_faketensor"))
             cases += 1
-    assert cases > 300
+    assert cases == 4 * (3 * 4 * 5 - 2)  # bfloat16 itself is not restored, where it is kept or nothing is
