@@ -311,6 +311,24 @@ def test_a_mask_read_in_another_layout_would_be_found(monkeypatch):
 # Rounded and smallest.
 
 
+def test_what_is_kept_is_off_by_half_a_step_at_most(backend):
+    """Normalised input and activation's input from what was kept, in float64; a constant channel's are exact."""
+    z = torch.cat([drawn(4, 5, 6, 7, scale=3, shift=10), torch.full((4, 1, 6, 7), 10.0).double()], 1)
+    gamma, beta = drawn(6, seed=1), drawn(6, seed=2)
+    statistics = k.kernels(z, k.IDENTITY).stats(z, True)
+    x = F.batch_norm(z, None, None, training=True)
+    u = F.batch_norm(z, None, None, gamma, beta, training=True)
+    spread = (x.amax((0, 2, 3)) - x.amin((0, 2, 3))) / 255
+    for keep in (k.INPUT, k.BFLOAT16, k.BYTE):
+        table = lines(statistics, 1e-5, gamma, beta, keep)
+        _, kept, _ = k.kernels(z, k.IDENTITY).forward(z, None, *table[:4], k.IDENTITY, keep, False)
+        kept = (z if keep == k.INPUT else kept).double()
+        slope, level, zero, step = (line.view(1, -1, 1, 1) for line in table[4:])
+        half = {k.INPUT: 0 * x, k.BFLOAT16: x.abs() / 256, k.BYTE: spread.view(1, -1, 1, 1) / 2}[keep] + 1e-12
+        assert (((kept - zero) * step - x).abs() <= half).all()
+        assert ((kept * slope + level - u).abs() <= half * gamma.abs().view(1, -1, 1, 1) + 1e-12).all()
+
+
 class Chain(nn.Module):
     """Frozen convolutions, norm layers and residuals, as a residual network has them; plain, or lean at a level."""
 
