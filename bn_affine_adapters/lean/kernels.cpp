@@ -78,8 +78,8 @@ inline float exp_(float x) {
 }
 
 template <int64_t ACT, typename W> inline W activate(W u) {
-  if constexpr (ACT == RELU) return u > 0 ? u : W(0);
-  if constexpr (ACT == RELU6) return u > 0 ? (u < 6 ? u : W(6)) : W(0);
+  if constexpr (ACT == RELU) return u <= 0 ? W(0) : u;  // what is not a number stays so, as in PyTorch
+  if constexpr (ACT == RELU6) return u <= 0 ? W(0) : (u >= 6 ? W(6) : u);
   if constexpr (ACT == SILU) return u / (1 + exp_(-u));
   if constexpr (ACT == HARDSWISH) return u * (u > -3 ? (u < 3 ? (u + 3) / 6 : W(1)) : W(0));
   return u;
