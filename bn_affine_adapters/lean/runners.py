@@ -107,11 +107,11 @@ def _statistics(own: Any, act: int, x: Tensor, keep: int) -> tuple[Norm, Tensor]
     if group is not None:
         found, count = _over_processes(found, count, group)
     if own.training and own.track_running_stats and own.running_mean is not None:
-        rate: Any = own.momentum
+        rate: Any = own.momentum or 0.0
         if own.num_batches_tracked is not None:
             own.num_batches_tracked.add_(1)
-        if rate is None:
-            rate = own.num_batches_tracked.reciprocal().to(own.running_mean.dtype)
+            if own.momentum is None:
+                rate = own.num_batches_tracked.reciprocal().to(own.running_mean.dtype)
         own.running_mean.lerp_(found[0].to(own.running_mean.dtype), rate)
         own.running_var.lerp_((found[1] * (count / (count - 1))).to(own.running_var.dtype), rate)
     return Norm(act, keep, True, count, group), lines(found, own.eps, own.weight, own.bias, keep)
@@ -133,6 +133,8 @@ def _row_norm(level: str, plan: Plan, act: int, x: Tensor) -> Tensor | None:
     if not _trains(x, own.weight, own.bias) or (level == "exact" and act == k.IDENTITY):
         return None  # what PyTorch keeps of such a layer is its input, which is the least there is
     keep = {"exact": k.INPUT, "rounded": k.BFLOAT16, "smallest": k.BYTE}[level]
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.float()  # as autocast does with PyTorch's own
     if kind == "layer2d":
         x = x.permute(0, 2, 3, 1)
     groups = own.num_groups if kind == "group" else 0
