@@ -1,5 +1,6 @@
 """The benchmarks of lean training and of the data path: what they measure, how they go on, what they write."""
 
+import gc
 import json
 import shutil
 from collections import Counter
@@ -14,6 +15,7 @@ from torch import nn
 from bn_affine_adapters.costs import largest, operations, peak_memory, unsaved_buffers
 from bn_affine_adapters.data import TensorData, batches
 from bn_affine_adapters.feed import DataOptions
+from bn_affine_adapters.lean import saved_bytes
 
 lean = script("benchmarks/lean")
 PAGE = lean.DOCS / "performance.md"
@@ -59,6 +61,18 @@ def test_operations_are_those_of_forward_and_of_each_gradient_in_groups_too():
         conv.weight.requires_grad_(False)
         assert operations(lambda conv=conv: conv(images).sum().backward()) == 2 * forward
         assert operations(lambda conv=conv: conv(images.detach())) == forward
+
+
+def test_counting_saved_bytes_leaves_no_tensor_behind():
+    def alive():
+        gc.collect()
+        return sum(type(found) is torch.Tensor for found in gc.get_objects())
+
+    network, images = timm.create_model("cifar_resnet14"), torch.randn(2, 3, 8, 8)
+    before = alive()
+    counted = saved_bytes(network, lambda: network(images).detach())[1]
+    assert counted > 0
+    assert alive() == before
 
 
 def test_copies_are_the_buffers_that_are_not_saved_each_counted_once():
