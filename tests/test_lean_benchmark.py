@@ -181,6 +181,7 @@ def test_what_is_in_the_file_is_not_measured_again(line, tmp_path, monkeypatch, 
 
 def test_the_page_has_a_row_for_each_way_and_a_figure_beside_it(line, tmp_path):
     page = copied(tmp_path)
+    (tmp_path / "figures").mkdir()
     lean.write([line], tmp_path)
     text = section(page.read_text())
     for row in lean.rows(line):

@@ -140,9 +140,9 @@ class Training:
 
     def step(self) -> None:
         """Run forward, loss, backward and SGD."""
-        self.optimizer.zero_grad()
         self.loss().backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()  # last: gradients are memory that the step needs, not the network
 
     def seconds(self) -> float:
         """Return how long a step takes, to the end of what it launched."""
@@ -208,16 +208,15 @@ def measure(job: Job, ways: Sequence[str]) -> dict[str, Any]:
         found[way] |= {"saved": saved_bytes(training.model, training.loss)[1], "copies": training.copies, "seconds": []}
         if way not in COMPILED:
             found[way]["operations"] = operations(training.step)
-        training.step()
-    order = list(ways)
-    for _ in range(job.rounds):
-        for way in order:
+    for turn in range(-1, job.rounds):  # before the first, a rehearsal
+        for way in (*ways[turn % len(ways) :], *ways[: turn % len(ways)]):  # none is always first
             found[way]["seconds"].append(trainings[way].seconds())
-        order = order[1:] + order[:1]  # none is always first
+    for of in found.values():
+        del of["seconds"][0]
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     versions = {module.__name__: module.__version__ for module in (torch, timm, peft)}
-    of = {"device": DEVICE, "machine": machine, "versions": versions, "native": bool(native.loaded)}
-    return {**asdict(job), **of, "ways": found}
+    there = {"device": DEVICE, "machine": machine, "versions": versions, "native": bool(native.loaded)}
+    return {**asdict(job), **there, "ways": found}
 
 
 def ratio(line: dict[str, Any], way: str, measure: str, to: str = "full") -> float | None:
@@ -238,16 +237,18 @@ def rows(line: dict[str, Any]) -> list[list[str]]:
         pairs = [(measure, "full") for measure in ("saved", "peak", "operations", "seconds")] + [("seconds", "plain")]
         ratios = [ratio(line, way, *pair) for pair in pairs]
         shown = ["-" if value is None else f"{value:.3f}" for value in ratios]
-        what = [line["network"], f"{line['batch']} x {line['size']} px", way, f"{of['saved'] / 1e6:.1f}"]
-        rate = line["batch"] / statistics.median(of["seconds"])
-        found.append([*what, shown[0], f"{of['copies'] / 1e6:.1f}", *shown[1:], f"{rate:.4g}"])
+        copies, saved, peak = (f"{of[key] / 1e6:.1f}" for key in ("copies", "saved", "peak"))
+        what = [line["network"], f"{line['batch']} x {line['size']} px", way, copies, saved, shown[0], peak]
+        found.append([*what, *shown[1:], f"{line['batch'] / statistics.median(of['seconds']):.4g}"])
     return found
 
 
 def table(lines: Iterable[dict[str, Any]]) -> str:
     """Return lines as a Markdown table."""
-    head = ["network", "images", "way", "saved, MB", "saved / full", "copies, MB", "peak / full", "operations / full"]
-    cells = [[*head, "time / full", "time / plain", "images/s"], *(row for line in lines for row in rows(line))]
+    head = (
+        "network|images|way|copies, MB|saved, MB|/ full|peak, MB|/ full|operations / full|time / full|/ plain|images/s"
+    )
+    cells = [head.split("|"), *(row for line in lines for row in rows(line))]
     text = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([text[0], "|---" * len(cells[0]) + "|", *text[1:]])
 
@@ -284,12 +285,11 @@ def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
     devices = sorted({line["device"] for line in lines})
     figure = Figure(figsize=(1 + 4.6 * len(devices), 4.2), layout="constrained")
     for ax, device in zip(figure.subplots(1, len(devices), squeeze=False)[0], devices, strict=True):
-        points: Any = {line["network"]: {} for line in lines if line["device"] == device}
-        for line in (line for line in lines if line["device"] == device):
-            for way in line["ways"]:
-                points[line["network"]][way] = ratio(line, way, "seconds"), ratio(line, way, "saved")
+        points: Any = {}
+        for line in [line for line in lines if line["device"] == device]:
+            found = {way: (ratio(line, way, "seconds"), ratio(line, way, "saved")) for way in line["ways"]}
+            points[line["network"]] = found
         plots.memory_against_time(ax, points).set_title(ABOUT["devices"][device]["title"], fontsize=9)
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100, metadata={"Software": None})  # without the version: the same lines, the same picture
 
 
