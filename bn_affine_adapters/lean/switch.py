@@ -120,14 +120,14 @@ def saved_bytes(network: nn.Module, run: Callable[[], Any]) -> tuple[Any, int]:
     A storage is counted once, whole, however many tensors look into it.
     """
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
-    found: dict[int, tuple[int, Tensor]] = {}
+    found: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor: so that its address is not used again
-        return tensor
+            found[storage.data_ptr()] = storage  # kept, so that its address is not used again
+        return tensor.detach()  # else an output that is saved holds its own graph, and so itself, for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
-    return result, sum(size for size, _ in found.values())
+    return result, sum(storage.nbytes() for storage in found.values())
