@@ -64,10 +64,9 @@ class Report:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Tell whether somebody listens to a module, who would not be called if it were replaced."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Tell whether somebody listens to a module, or gave it a forward of its own, and would not be called any more."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or "forward" in module.__dict__
 
 
 def act_of(act: Any) -> int | None:

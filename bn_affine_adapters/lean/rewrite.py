@@ -22,7 +22,8 @@ from torch.nn.modules.conv import _ConvNd
 from ..layer import BNOnlyLayer
 from ..norms import is_norm, unwrapped
 from . import runners
-from .plans import ACTS, Report, hooked
+from .forward import lean_forward, settings
+from .plans import ACTS, Report
 
 log = logging.getLogger(__name__)
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -84,13 +85,6 @@ def rewrite(network: nn.Module, level: str) -> Report:
     return report
 
 
-def undo(network: nn.Module) -> None:
-    """Take the lean forwards off a network."""
-    for module in network.modules():
-        if hasattr(getattr(module.__dict__.get("forward"), "__func__", None), "entered"):
-            del module.forward
-
-
 def _rewrite(module: nn.Module, copy: nn.Module, name: str, report: Report) -> None:
     tracer = _Tracer()
     try:
@@ -109,6 +103,7 @@ def _rewrite(module: nn.Module, copy: nn.Module, name: str, report: Report) -> N
     for child in tracer.closed:
         _rewrite(module.get_submodule(child), copy.get_submodule(child), f"{name}.{child}".lstrip("."), report)
     before = report.places
+    tracer.entered += _drop_identities(graph, copy)
     _replace(graph, copy, report)
     if report.places > before:
         if not name:
@@ -117,45 +112,13 @@ def _rewrite(module: nn.Module, copy: nn.Module, name: str, report: Report) -> N
                 inner = graph.call_function(runners.innermost, (images,))
             images.replace_all_uses_with(inner, delete_user_cb=lambda user: user is not inner)
         required = len(parameters) - len(defaults)
-        module.forward = MethodType(_forward(graph, required, tuple(tracer.entered)), module)
-
-
-def _forward(graph: fx.Graph, required: int, entered: tuple[str, ...]) -> Callable[..., Any]:
-    """Return the lean forward of a graph, as a function of the module."""
-    graph.lint()
-    code = graph.python_code(root_module="self")
-    scope = dict(code.globals)
-    exec(compile(code.src, "<lean forward>", "exec"), scope)  # what torch.fx wrote from the network's own forward
-    run = scope["forward"]
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        usable = self.training and torch.is_grad_enabled() and len(args) == required and not kwargs
-        if usable and (torch.compiler.is_compiling() or _unwatched(self, entered)):
-            return run(self, *args)
-        return type(self).forward(self, *args, **kwargs)
-
-    forward.entered = entered  # type: ignore[attr-defined]
-    return forward
-
-
-def _unwatched(module: nn.Module, entered: tuple[str, ...]) -> bool:
-    """Tell whether no hook, checkpointing or other wrapper is on the modules whose forward was written out."""
-    for name in ("", *entered):
-        try:
-            part = module.get_submodule(name)
-        except AttributeError:  # as FSDP does it
-            log.info("%s is wrapped: the network runs plain", name)
-            return False
-        if (name and hooked(part)) or getattr(part, "grad_checkpointing", False):
-            log.info("%s has hooks or is checkpointed: the network runs plain", name or type(module).__name__)
-            return False
-    return True
+        written = {child: settings(module.get_submodule(child)) for child in ("", *tracer.entered)}
+        module.forward = MethodType(lean_forward(graph, required, written), module)
 
 
 def _replace(graph: fx.Graph, root: nn.Module, report: Report) -> None:
     """Put calls of `runners` into a graph in the place of the layers they know."""
     level = report.level
-    _drop_identities(graph, root)
     taken: set[fx.Node] = set()
     chains = [chain for node in list(graph.nodes) if (chain := _chain(node, root, taken)) is not None]
     if level == "smallest":
@@ -211,11 +174,15 @@ def _sole_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _drop_identities(graph: fx.Graph, root: nn.Module) -> None:
+def _drop_identities(graph: fx.Graph, root: nn.Module) -> list[str]:
+    """Take modules that do nothing out of a graph, so that layers meet; return their names."""
+    dropped = []
     for node in list(graph.nodes):
         if type(_module(node, root)) is nn.Identity and _one_input(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+            dropped.append(str(node.target))
+    return dropped
 
 
 def _chain(node: fx.Node, root: nn.Module, taken: set[fx.Node]) -> Chain | None:

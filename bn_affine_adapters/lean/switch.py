@@ -12,8 +12,9 @@ from ..errors import NetworkError
 from ..norms import plain_modules
 from ..reinit import check_choice
 from . import native
+from .forward import undo
 from .plans import LEVELS, Report
-from .rewrite import rewrite, undo
+from .rewrite import rewrite
 
 log = logging.getLogger(__name__)
 TOLERANCE = 0.05  # of the output's norm: rounding stays far below, another computation far above
@@ -23,8 +24,9 @@ def lean_(network: nn.Module, level: str, input_size: tuple[int, ...] | None = N
     """Give a network with frozen weights a training forward that keeps less for backward; return what it spares.
 
     Modules, names and tensors stay as they are, and so does every other forward: in evaluation mode, without gradients,
-    or where a hook is on a module that would not be called. The new forward is compared with the old one on random
-    images, and taken back if it computes something else.
+    under transforms such as vmap, and, as the log says, where a hook is on a module that would not be called or a
+    setting has changed, e.g. a rate of dropout; then call this again. A deep copy is lean too, a pickled one plain.
+    The new forward is compared with the old one on random images, and taken back if it computes something else.
 
     Args:
         network: changed in place; what `get_base_model()` returns.
@@ -60,7 +62,7 @@ def lean_(network: nn.Module, level: str, input_size: tuple[int, ...] | None = N
         if any(weight.dtype == torch.float16 for weight in weights):
             log.warning("float16 on a CPU: lean training runs in PyTorch's own kernels, which are slower")
     report = rewrite(network, level)
-    if report.places:
+    if report.places and device.type != "meta":
         report.share, wrong = _tried(network, input_size)
         if wrong:
             log.warning("lean: the network stays plain, since its lean forward %s", wrong)

@@ -1,0 +1,70 @@
+"""The lean forward of a module as Python code, and whether it still is what the module computes."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .plans import hooked
+
+log = logging.getLogger(__name__)
+
+
+def lean_forward(graph: fx.Graph, required: int, written: dict[str, dict[str, Any]]) -> Callable[..., Any]:
+    """Return the lean forward of a graph, as a function of the module.
+
+    Args:
+        graph: what it computes.
+        required: how many arguments it takes.
+        written: the settings of the modules whose forward was written out, by name.
+    """
+    graph.lint()
+    code = graph.python_code(root_module="self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<lean forward>", "exec"), scope)  # what torch.fx wrote from the network's own forward
+    run = scope["forward"]
+    said: list[str] = []
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        usable = self.training and torch.is_grad_enabled() and len(args) == required and not kwargs
+        if usable and not torch._C._are_functorch_transforms_active():  # the runners' functions know no transforms
+            reason = _obstacle(self, written)
+            if reason is None:
+                return run(self, *args)
+            if reason not in said:
+                said.append(reason)
+                log.info("%s: the network runs plain", reason)
+        return type(self).forward(self, *args, **kwargs)
+
+    forward.lean = True  # type: ignore[attr-defined]
+    return forward
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """Return the plain values that a module's forward may have read when it was written out, as in training mode."""
+    kinds = bool | int | float | str | None
+    return {key: value for key, value in vars(module).items() if isinstance(value, kinds)} | {"training": True}
+
+
+def _obstacle(root: nn.Module, written: dict[str, dict[str, Any]]) -> str | None:
+    """Return why the forward as it was written out is not that of the modules any more, if so."""
+    for name, settings in written.items():
+        try:
+            module = root.get_submodule(name)
+        except AttributeError:  # as FSDP leaves it
+            return f"{name} is wrapped"
+        if name and hooked(module):
+            return f"{name} has hooks"
+        for key, value in settings.items():
+            if getattr(module, key, None) != value:
+                return f"{key} of {name or type(module).__name__} has changed"
+    return None
+
+
+def undo(network: nn.Module) -> None:
+    """Take the lean forwards off a network."""
+    for module in network.modules():
+        if hasattr(getattr(module.__dict__.get("forward"), "__func__", None), "lean"):
+            del module.forward
