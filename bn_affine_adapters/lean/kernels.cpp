@@ -11,6 +11,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -130,9 +131,9 @@ struct Shape {
   }
 };
 
-template <typename F> void over_chunks(const Shape& s, const F& body) {
-  at::parallel_for(0, s.chunks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) body(i, i * CHUNK, std::min(s.rows, (i + 1) * CHUNK));
+template <typename F> void over_rows(int64_t rows, const F& body) {
+  at::parallel_for(0, (rows + CHUNK - 1) / CHUNK, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) body(i, i * CHUNK, std::min(rows, (i + 1) * CHUNK));
   });
 }
 
@@ -211,7 +212,7 @@ Tensor stats(const Tensor& z, bool range) {
     using T = decltype(type);
     using W = wide<T>;
     const T* x = data<T>(input);
-    over_chunks(s, [&](int64_t index, int64_t from, int64_t to) {
+    over_rows(s.rows, [&](int64_t index, int64_t from, int64_t to) {
       constexpr W infinity = std::numeric_limits<W>::infinity();
       std::vector<W> shift(width), sum(width), square(width), low(width, infinity), high(width, -infinity);
       double* total = &partial[index * kinds * width];
@@ -309,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& z, const optional<Tenso
     with_act(act, [&](auto which) {
       with_flag(r != nullptr, [&](auto adds) {
         with_flag(with_mask, [&](auto masks) {
-          over_chunks(s, [&](int64_t, int64_t from, int64_t to) {
+          over_rows(s.rows, [&](int64_t, int64_t from, int64_t to) {
             for (int64_t row = from, at = from * width; row < to; ++row, at += width) {
               uint8_t* byte = masks ? bits + row / 8 * width : nullptr;
               forward_row<decltype(which)::value, decltype(adds)::value, decltype(masks)::value>(
@@ -384,7 +385,7 @@ std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const op
     const auto slopes = s.tiled<W>(slope), levels = s.tiled<W>(level), zeros = s.tiled<W>(zero);
     const W *p = slopes.data(), *q = levels.data(), *o = zeros.data();
     with_flag(want_du, [&](auto writes) {
-      over_chunks(s, [&](int64_t index, int64_t from, int64_t to) {
+      over_rows(s.rows, [&](int64_t index, int64_t from, int64_t to) {
         std::vector<W> room(2 * width);
         double* total = &partial[index * 2 * width];
         for (int64_t begin = from; begin < to; begin += BLOCK) {
@@ -412,7 +413,8 @@ std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const op
 template <int64_t ACT, bool MASKED, typename K, typename T, typename W>
 inline void input_row(const K* __restrict x, const T* __restrict dy, int64_t width, const W* __restrict slope,
                       const W* __restrict level, const W* __restrict zero, const uint8_t* __restrict byte, int k,
-                      const W* __restrict by, const W* __restrict along, const W* __restrict constant, T* __restrict dz) {
+                      const W* __restrict by, const W* __restrict along, const W* __restrict constant,
+                      T* __restrict dz) {
   INDEPENDENT
   for (int64_t c = 0; c < width; ++c) {
     const W v = W(x[c]), d = through<ACT, MASKED>(W(dy[c]), v, slope[c], level[c], MASKED ? byte[c] : uint8_t(0), k);
@@ -440,7 +442,7 @@ Tensor input_gradient(const Tensor& dy_, const Tensor& kept_, const optional<Ten
     const W *p = slopes.data(), *q = levels.data(), *o = zeros.data();
     const auto bys = s.tiled<W>(by), alongs = s.tiled<W>(along), constants = s.tiled<W>(constant);
     const W *b = bys.data(), *a = alongs.data(), *d = constants.data();
-    over_chunks(s, [&](int64_t, int64_t from, int64_t to) {
+    over_rows(s.rows, [&](int64_t, int64_t from, int64_t to) {
       for (int64_t row = from, at = from * width; row < to; ++row, at += width)
         input_row<decltype(which)::value, decltype(masked)::value>(
             x + at, g + at, width, p, q, o, masked ? bits + row / 8 * width : nullptr, row % 8, b, a, d, out + at);
@@ -468,12 +470,154 @@ Tensor restore(const Tensor& kept_, const Tensor& slope, const Tensor& level, in
     W* out = y.data_ptr<W>();
     const auto slopes = s.tiled<W>(slope), levels = s.tiled<W>(level);
     const W *p = slopes.data(), *q = levels.data();
-    over_chunks(s, [&](int64_t, int64_t from, int64_t to) {
+    over_rows(s.rows, [&](int64_t, int64_t from, int64_t to) {
       for (int64_t at = from * s.width; at < to * s.width; at += s.width)
         restore_row<decltype(which)::value>(x + at, s.width, p, q, out + at);
     });
   });
   return y;
+}
+
+// LayerNorm over the last axis. A row's sums are taken in LANES parts, as vector registers do.
+constexpr int64_t LANES = 16;
+
+template <typename W, typename F> inline W sum_of(int64_t width, const F& value) {
+  W parts[LANES] = {};
+  int64_t c = 0;
+  for (; c + LANES <= width; c += LANES)
+    for (int64_t j = 0; j < LANES; ++j) parts[j] += value(c + j);
+  W total = 0;
+  for (; c < width; ++c) total += value(c);
+  for (int64_t j = 0; j < LANES; ++j) total += parts[j];
+  return total;
+}
+
+// The least of the numbers times a sign.
+template <typename W> inline W least_of(const W* __restrict x, int64_t width, W sign) {
+  W parts[LANES];
+  std::fill(parts, parts + LANES, std::numeric_limits<W>::infinity());
+  int64_t c = 0;
+  for (; c + LANES <= width; c += LANES)
+    for (int64_t j = 0; j < LANES; ++j) parts[j] = sign * x[c + j] < parts[j] ? sign * x[c + j] : parts[j];
+  for (; c < width; ++c) parts[0] = sign * x[c] < parts[0] ? sign * x[c] : parts[0];
+  return *std::min_element(parts, parts + LANES);
+}
+
+inline void keep_value(at::BFloat16* to, float value, float, float) { put(to, value); }
+inline void keep_value(at::BFloat16* to, double value, double, double) { put(to, value); }
+template <typename W> inline void keep_value(uint8_t* to, W value, W low, W per_step) {
+  const W v = fma_(value - low, per_step, W(0.5));
+  *to = static_cast<uint8_t>(static_cast<int32_t>(v > 0 ? (v < 255 ? v : W(255)) : W(0)));
+}
+
+template <typename F> void with_rounded(int64_t keep, const F& body) {
+  keep == BYTE ? body(uint8_t()) : body(at::BFloat16());
+}
+
+// The output, the normalised input x as it is kept, of 8 bits each row's least value and step, and one over the
+// standard deviation of each row.
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_forward(const Tensor& z, const Tensor& gamma, const Tensor& beta,
+                                                       double eps, int64_t keep) {
+  const Tensor input = z.contiguous(), g = gamma.contiguous(), b = beta.contiguous();
+  const int64_t width = input.size(-1), rows = input.numel() / width;
+  auto column = input.sizes().vec();
+  column.back() = 1;
+  Tensor y = at::empty_like(input), inverse = at::empty(column, g.options());
+  Tensor kept = at::empty_like(input, input.options().dtype(keep == BYTE ? at::kByte : at::kBFloat16));
+  column.back() = keep == BYTE ? 2 : 0;
+  Tensor scale = at::empty(column, g.options());
+  with_type(input, [&](auto type) {
+    using T = decltype(type);
+    using W = wide<T>;
+    with_rounded(keep, [&](auto kind) {
+      using K = decltype(kind);
+      const T* from = data<T>(input);
+      const W *p = data<W>(g), *q = data<W>(b);
+      T* out = y.data_ptr<T>();
+      K* codes = kept.data_ptr<K>();
+      W *inverses = inverse.data_ptr<W>(), *scales = scale.data_ptr<W>();
+      over_rows(rows, [&](int64_t, int64_t first, int64_t last) {
+        std::vector<W> line(width);
+        W* __restrict x = line.data();
+        for (int64_t row = first; row < last; ++row) {
+          const T* __restrict in = from + row * width;
+          T* __restrict write = out + row * width;
+          K* __restrict code = codes + row * width;
+          const W mean = sum_of<W>(width, [&](int64_t c) { return W(in[c]); }) / width;
+          const W square = sum_of<W>(width, [&](int64_t c) { return (W(in[c]) - mean) * (W(in[c]) - mean); });
+          const W factor = inverses[row] = 1 / std::sqrt(square / width + W(eps));
+          W low = 0, step = 1;
+          for (int64_t c = 0; c < width; ++c) x[c] = (W(in[c]) - mean) * factor;
+          if (keep == BYTE) {
+            scales[2 * row] = low = least_of(x, width, W(1));
+            scales[2 * row + 1] = step = std::max((-least_of(x, width, W(-1)) - low) / 255, W(1e-18));
+          }
+          const W per_step = 1 / step;
+          INDEPENDENT
+          for (int64_t c = 0; c < width; ++c) {
+            put(write + c, fma_(x[c], p[c], q[c]));
+            keep_value(code + c, x[c], low, per_step);
+          }
+        }
+      });
+    });
+  });
+  return {y, kept, scale, inverse};
+}
+
+// The gradients of the input, gamma and beta.
+std::tuple<Tensor, Tensor, Tensor> row_backward(const Tensor& dy_, const Tensor& kept, const Tensor& scale,
+                                                const Tensor& inverse, const Tensor& gamma) {
+  const Tensor dy = dy_.contiguous(), g = gamma.contiguous();
+  const int64_t width = dy.size(-1), rows = dy.numel() / width, chunks = (rows + CHUNK - 1) / CHUNK;
+  Tensor dz = at::empty_like(dy), dgamma = at::empty_like(g), dbeta = at::empty_like(g);
+  std::vector<double> partial(chunks * 2 * width);
+  with_type(dy, [&](auto type) {
+    using T = decltype(type);
+    using W = wide<T>;
+    with_rounded(kept.scalar_type() == at::kByte ? BYTE : BFLOAT16, [&](auto kind) {
+      using K = decltype(kind);
+      const T* from = data<T>(dy);
+      const K* codes = data<K>(kept);
+      const W *p = data<W>(g), *inverses = data<W>(inverse), *scales = data<W>(scale);
+      T* out = dz.data_ptr<T>();
+      over_rows(rows, [&](int64_t index, int64_t first, int64_t last) {
+        std::vector<W> room(4 * width);
+        W *__restrict x = room.data(), *__restrict d = x + width;
+        W *__restrict sum = d + width, *__restrict product = sum + width;
+        double* total = &partial[index * 2 * width];
+        for (int64_t row = first; row < last; ++row) {
+          const T* __restrict grad = from + row * width;
+          const K* __restrict code = codes + row * width;
+          T* __restrict write = out + row * width;
+          const W low = scale.numel() ? scales[2 * row] : W(0), step = scale.numel() ? scales[2 * row + 1] : W(1);
+          INDEPENDENT
+          for (int64_t c = 0; c < width; ++c) {
+            x[c] = fma_(W(code[c]), step, low);
+            d[c] = W(grad[c]) * p[c];
+            sum[c] += W(grad[c]);
+            product[c] += W(grad[c]) * x[c];
+          }
+          const W mean = sum_of<W>(width, [&](int64_t c) { return d[c]; }) / width;
+          const W slope = sum_of<W>(width, [&](int64_t c) { return d[c] * x[c]; }) / width;
+          INDEPENDENT
+          for (int64_t c = 0; c < width; ++c) put(write + c, inverses[row] * (d[c] - mean - x[c] * slope));
+        }
+        for (int64_t c = 0; c < width; ++c) total[c] = sum[c], total[width + c] = product[c];
+      });
+      W *to_gamma = dgamma.data_ptr<W>(), *to_beta = dbeta.data_ptr<W>();
+      for (int64_t c = 0; c < width; ++c) {
+        double sum = 0, product = 0;
+        for (int64_t i = 0; i < chunks; ++i) {
+          sum += partial[2 * i * width + c];
+          product += partial[(2 * i + 1) * width + c];
+        }
+        to_beta[c] = sum;
+        to_gamma[c] = product;
+      }
+    });
+  });
+  return {dz, dgamma, dbeta};
 }
 
 }  // namespace
@@ -487,6 +631,8 @@ TORCH_LIBRARY(bnaa, m) {
   m.def("input_gradient(Tensor dy, Tensor kept, Tensor? mask, Tensor slope, Tensor level, Tensor zero, int act, "
         "Tensor by, Tensor along, Tensor constant) -> Tensor");
   m.def("restore(Tensor kept, Tensor slope, Tensor level, int act) -> Tensor");
+  m.def("row_forward(Tensor z, Tensor gamma, Tensor beta, float eps, int keep) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("row_backward(Tensor dy, Tensor kept, Tensor scale, Tensor inverse, Tensor gamma) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(bnaa, CPU, m) {
@@ -495,4 +641,6 @@ TORCH_LIBRARY_IMPL(bnaa, CPU, m) {
   m.impl("sums", sums);
   m.impl("input_gradient", input_gradient);
   m.impl("restore", restore);
+  m.impl("row_forward", row_forward);
+  m.impl("row_backward", row_backward);
 }

@@ -21,8 +21,12 @@ INPUT, BFLOAT16, BYTE, NOTHING = range(4)
 
 def kernels(z: Tensor, act: int) -> Any:
     """Return the namespace of functions that computes a norm layer of z; C++ only after `native.load`."""
-    usable = z.device.type == "cpu" and z.dtype in native.DTYPES and z.dim() in (2, 4) and act <= HARDSWISH
-    return torch.ops.bnaa if usable and native.loaded else Portable
+    return torch.ops.bnaa if compiled(z) and z.dim() in (2, 4) and act <= HARDSWISH else Portable
+
+
+def compiled(z: Tensor) -> bool:
+    """Tell whether there are C++ kernels for a tensor."""
+    return bool(native.loaded) and z.device.type == "cpu" and z.dtype in native.DTYPES
 
 
 def activate(u: Tensor, act: int) -> Tensor:

@@ -131,6 +131,17 @@ def _describe() -> None:
     def input_gradient(dy: Tensor, *rest: Any) -> Tensor:
         return _innermost(dy)
 
+    @torch.library.register_fake("bnaa::row_forward")
+    def row_forward(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, keep: int) -> tuple[Tensor, ...]:
+        y = torch.empty_like(z, memory_format=torch.contiguous_format)
+        kept = torch.empty_like(y, dtype=torch.uint8 if keep == 2 else torch.bfloat16)
+        return y, kept, gamma.new_empty(*z.shape[:-1], 2 if keep == 2 else 0), gamma.new_empty(*z.shape[:-1], 1)
+
+    @torch.library.register_fake("bnaa::row_backward")
+    def row_backward(dy: Tensor, kept: Tensor, scale: Tensor, inverse: Tensor, gamma: Tensor) -> tuple[Tensor, ...]:
+        dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
+        return dz, torch.empty_like(gamma), torch.empty_like(gamma)
+
     @torch.library.register_fake("bnaa::restore")
     def restore(kept: Tensor, slope: Tensor, level: Tensor, act: int) -> Tensor:
         return _innermost(kept).to(slope.dtype)

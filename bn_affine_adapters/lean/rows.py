@@ -102,6 +102,31 @@ class RowNorm(Function):
         )  # fmt: skip
 
 
+class RoundedLayerNorm(Function):
+    """LayerNorm over the last axis by the C++ kernels: one pass over memory each way."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, keep: int) -> Tensor:
+        """Return the output. Args: as `RowNorm`."""
+        dtype = wide(z.dtype)
+        scale = z.new_ones(z.shape[-1], dtype=dtype) if gamma is None else gamma.to(dtype)
+        shift = z.new_zeros(z.shape[-1], dtype=dtype) if beta is None else beta.to(dtype)
+        y, *kept = torch.ops.bnaa.row_forward(z, scale, shift, eps, keep)
+        ctx.save_for_backward(*kept, gamma)
+        ctx.dtypes = [None if t is None else t.dtype for t in (z, gamma, beta)]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of z, gamma and beta."""
+        *kept, inverse, gamma = ctx.saved_tensors
+        scale = inverse.new_ones(dy.shape[-1]) if gamma is None else gamma.to(inverse.dtype)
+        found = torch.ops.bnaa.row_backward(dy, *kept, inverse, scale)
+        wanted = zip(found, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+        return (*(gradient.to(dtype) if need else None for gradient, dtype, need in wanted), None, None)
+
+
 class KeptAct(Function):
     """An activation of whose input a bit is kept where that is enough, else 8 bits."""
 

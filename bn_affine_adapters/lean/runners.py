@@ -14,7 +14,7 @@ from ..sync import group_of
 from . import kernels as k
 from .batch_norm import Norm, NormAct, NormActConv, PooledNorm, lines
 from .plans import Plan, act_of, frozen, hooked, plan_of, pooling
-from .rows import KeptAct, RoundedAttention, RowNorm
+from .rows import KeptAct, RoundedAttention, RoundedLayerNorm, RowNorm
 from .spatial import FrozenConv, Geometry, GlobalPool, MaxPool, convolve
 
 
@@ -137,8 +137,11 @@ def _row_norm(level: str, plan: Plan, act: int, x: Tensor) -> Tensor | None:
         x = x.float()  # as autocast does with PyTorch's own
     if kind == "layer2d":
         x = x.permute(0, 2, 3, 1)
-    groups = own.num_groups if kind == "group" else 0
-    y = RowNorm.apply(x, own.weight, own.bias, groups, own.eps, act, keep)
+    if kind != "group" and act == k.IDENTITY and k.compiled(x):
+        y = RoundedLayerNorm.apply(x, own.weight, own.bias, own.eps, keep)
+    else:
+        groups = own.num_groups if kind == "group" else 0
+        y = RowNorm.apply(x, own.weight, own.bias, groups, own.eps, act, keep)
     return y.permute(0, 3, 1, 2) if kind == "layer2d" else y
 
 
