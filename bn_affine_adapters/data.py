@@ -34,7 +34,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TensorData:
-    """A decoded split: images uint8 (N, C, size, size), labels int64 (N,), and the class names in label order."""
+    """A split: images uint8 (N, C, size, size), or float features; labels int64 (N,); class names in label order."""
 
     images: Tensor
     labels: Tensor
@@ -186,9 +186,8 @@ def eval_batches(
     """Iterate over process ``rank``'s share of the images in order, not augmented.
 
     A global batch is the next ``global_count`` <= ``batch_size`` images. Each process gets ceil(global_count / world),
-    in rank order; where they run out, the last one repeats, so all processes have equal shares and as many batches.
-    ``accelerator.gather(predictions)[: batch.global_count]`` is thus the predictions for just these images, in order;
-    over all batches, for all ``len(data)``. (In training mode norms would count the repeats.)
+    in rank order; where they run out, the last one repeats (and norms in training mode would count it), so that
+    ``accelerator.gather(predictions)[: batch.global_count]`` is the predictions for just these images, in order.
     """
     scale = _scaler(data, mean, std, rank, world)
     for first in range(0, len(data), batch_size):
@@ -277,8 +276,7 @@ def _labels(dataset: Any, column: str, count: int | None = None) -> Tensor:
 
 def _crop_and_flip(images: Tensor, flips: Tensor, offsets: Tensor, padding: int) -> Tensor:
     """Return crops of the padded images, some mirrored, by one gather over flat planes."""
-    n, channels, height, width = images.shape
-    planes = torch.nn.functional.pad(images, (padding,) * 4).flatten(2)
+    (n, channels, height, width), planes = images.shape, torch.nn.functional.pad(images, (padding,) * 4).flatten(2)
     down, across = (torch.arange(length, device=images.device) for length in (height, width))
     columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - across, across)
     index = (offsets[:, :1] + down)[:, :, None] * (width + 2 * padding) + columns[:, None, :]
@@ -287,6 +285,8 @@ def _crop_and_flip(images: Tensor, flips: Tensor, offsets: Tensor, padding: int)
 
 def _scaler(data: TensorData, mean: Sequence[float], std: Sequence[float], rank: int, world: int) -> Callable:
     """Return the map from uint8 images to normalised float32 ones, after a check that all arguments fit."""
+    if data.images.is_floating_point():  # features
+        return lambda images: images
     if not (len(mean) == len(std) == data.images.shape[1] and 0 <= rank < world):
         seen = f"{data.images.shape[1]} channels, {len(mean)} means, {len(std)} stds, rank {rank} of {world}"
         raise ConfigError("Batches cannot be made.", seen=seen, do="give a mean and a std per channel, rank < world")

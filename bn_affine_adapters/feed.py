@@ -3,7 +3,7 @@
 The one place that knows whether the images lie in memory on the device or stream from workers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch import nn
+from torch import Tensor, nn
 
 from .data import Batch, Split, TensorData, batches, decode, eval_batches, load_splits, steps_per_epoch, stream
 from .errors import BNAdapterError, DataError
@@ -158,6 +158,27 @@ class Feed:
         other = copy(self)
         other.options = replace(self.options, data_seed=data_seed)
         return other
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Feed":
+        """Return a feed of what a function makes of the images in memory, computed now, in the same order."""
+        other = copy(self)
+        other.format = torch.contiguous_format
+        other._train_tensors, other._test_tensors = map(
+            lambda data: self._computed(data, function), (self._train_tensors, self._test_tensors)
+        )
+        return other
+
+    def _computed(self, data: TensorData, function: Callable[[Tensor], Tensor]) -> TensorData:
+        found: list[Tensor] = []
+        for batch in eval_batches(data, batch_size=EVAL_BATCH, **self.common):
+            # A copy: it may look into a tensor that is many times as large.
+            found.append(self.accelerator.gather(function(batch.images))[: batch.global_count].clone())
+        return replace(data, images=torch.cat(found))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images, or features, that lie in memory."""
+        return self._train_tensors.images.nbytes + self._test_tensors.images.nbytes
 
     def evaluation(self) -> Iterator[Batch]:
         """Yield this process's share of the test split, in order; `global_count` of all shares are real."""

@@ -1,6 +1,7 @@
 """One function a figure: each takes an Axes and plain data, and returns the Axes. Needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -223,6 +224,29 @@ def weight_decay_control(ax: "Axes", values: Mapping[str, Mapping[str, Spread]],
     """
     _bars(ax, values)
     ax.set_ylabel(label)
+    return ax
+
+
+def memory_against_time(ax: "Axes", points: Mapping[str, Mapping[str, tuple[float, float]]]) -> "Axes":
+    """Draw what a training step keeps in memory against its time, a colour a way of training, a marker a network.
+
+    Args:
+        ax: to draw on.
+        points: (time, saved bytes) by network and way, as ratios to full training.
+
+    Source: none.
+    """
+    ways = list(dict.fromkeys(way for found in points.values() for way in found))
+    for marker, (network, found) in zip(cycle("osD^vPX*"), points.items(), strict=False):
+        for way, (time, saved) in found.items():
+            ax.plot([time], [saved], marker, color=_color(ways.index(way)), markersize=6)
+        ax.plot([], [], marker, color="black", markerfacecolor="none", label=network)
+    for index, way in enumerate(ways):
+        ax.plot([], [], "s", color=_color(index), label=way)
+    ax.set_xlabel("time of a step / full training")
+    ax.set_ylabel("saved bytes / full training")
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize=6)
     return ax
 
 

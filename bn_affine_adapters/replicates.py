@@ -24,6 +24,8 @@ SETTINGS: dict[str, Any] = {
     "train_split": "train",
     "held_out": 0,
     "accumulation": 1,
+    "precision": "no",
+    "lean": None,
 }
 # What a schedule is, besides its epochs and drops; named where it is not the full recipe's, or else the default.
 SCHEDULE = ("lr", "lr_decay", "warmup_epochs", "batch_size", "sgd_momentum", "flip", "crop_padding", "image_size")

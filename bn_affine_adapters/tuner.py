@@ -76,8 +76,9 @@ class BNOnlyTuner(BaseTuner):
         (describe if fresh else verify)(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.train(training)
-        if config.lean is not None:
-            self.lean = lean_(model, config.lean, (config.data_config or {}).get("input_size"))
+        level = config.lean or (self.lean.level if self.lean else None)
+        if level is not None:  # also once more: a further adapter has put layers of its own into the network
+            self.lean = lean_(model, level, (config.data_config or {}).get("input_size"))
 
     def _prepare_adapter_config(self, peft_config: BNOnlyConfig, model_config: dict[str, Any]) -> BNOnlyConfig:
         return peft_config

@@ -31,6 +31,7 @@ from bn_affine_adapters import BNAdapterError, BNOnlyConfig, BNOnlyPeftModel
 from bn_affine_adapters.building import build_model, configuration, count
 from bn_affine_adapters.errors import ConfigError, OutputFolderError
 from bn_affine_adapters.exporting import export_network
+from bn_affine_adapters.features import head_only
 from bn_affine_adapters.feed import Feed, accuracy, side_by_side
 from bn_affine_adapters.recipe import Recipe, command, help_text, members, recorded, run_key
 from bn_affine_adapters.recipe import read_recipe as read
@@ -214,17 +215,23 @@ def run(recipe: Recipe) -> dict[str, Any]:
         accelerator.init_trackers("bn_affine_adapters", config={k: str(v) for k, v in recorded(recipe).items()})
     stacked = Stacked(networks) if len(networks) > 1 else None
     plain = stacked or networks[0].to(memory_format=feed.format)
-    network = sync_norms_(plain, accelerator.device) if accelerator.num_processes > 1 and recipe.sync_norm else plain
+    feed.load()  # outside the time of the training
+    start = time.perf_counter()
+    network, replicates[0].feed, way = head_only(plain, feed) if recipe.lean else (plain, feed, "")
+    if way:
+        accelerator.print(way, file=sys.stderr)
+    seconds = time.perf_counter() - start
+    if accelerator.num_processes > 1 and recipe.sync_norm:
+        network = sync_norms_(network, accelerator.device)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
     model, optimizer = accelerator.prepare(network, optimizer)
     if recipe.compile:
         model = torch.compile(model, mode=recipe.compile, dynamic=False)  # a last, smaller batch has its own graph
-    feed.load()  # outside the time of the training
-    checkpoint, seconds = output / "checkpoint.pt", 0.0
+    checkpoint = output / "checkpoint.pt"
     if recipe.resume and checkpoint.exists():
         history = load_checkpoint(checkpoint, recipe, plain, optimizer, accelerator.scaler)
-        seconds = history["seconds"]
+        seconds += history["seconds"]
         for replicate, before in zip(replicates, history["replicates"], strict=True):
             replicate.epochs, replicate.first_losses = before["epochs"], before["first_losses"]
         if stacked:

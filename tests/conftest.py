@@ -43,6 +43,7 @@ from huggingface_hub.utils import _xet
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model
+from bn_affine_adapters.lean import native
 
 # The networks of the tests are so small that threads wait for each other for longer than they compute.
 torch.set_num_threads(1)
@@ -205,3 +206,12 @@ def alice():
 def bob():
     """The token of a user who may write to bob/."""
     return HUB.token("bob")
+
+
+@pytest.fixture(params=["C++", "PyTorch"])
+def backend(request, monkeypatch):
+    """Where the arithmetic of lean training runs."""
+    if request.param == "C++" and not native.load():
+        pytest.skip("needs the C++ kernels, which this machine cannot build: the log says why")
+    monkeypatch.setattr(native, "loaded", request.param == "C++")
+    return request.param

@@ -179,22 +179,22 @@ def test_in_evaluation_and_without_gradients_the_plain_forward_runs():
 
 
 class Count(TorchDispatchMode):
-    """Count the convolutions, forward or backward."""
+    """Count convolutions and matrix products, which 1 x 1 convolutions may be."""
 
     def __init__(self):
         super().__init__()
-        self.convolutions = 0
+        self.products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.convolutions += "convolution" in function.__name__
+        self.products += any(word in function.__name__ for word in ("convolution", "mm."))
         return function(*args, **(kwargs or {}))
 
 
-def convolutions_in_backward(model, images):
+def products_in_backward(model, images):
     loss = model(images).square().sum()
     with Count() as count:
         loss.backward()
-    return count.convolutions
+    return count.products
 
 
 def test_backward_ends_at_the_first_layer_that_trains():
@@ -205,10 +205,10 @@ def test_backward_ends_at_the_first_layer_that_trains():
         names = [name for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
         owned = names[next(i for i, name in enumerate(names) if name.startswith(first)) :]
         model = get_bn_only_model(network, BNOnlyConfig(seed=0, norm_layers=owned, lean="exact")).train()
-        counts[first] = convolutions_in_backward(model, images), len(owned)
-    # 15 convolutions: the first has no gradient of its input, nor has any before a layer that trains; of the two
-    # stages that begin at another width, the first convolution and the shortcut's both start from frozen features.
-    assert counts == {"bn1": (14, 15), "blocks.2": (8, 10), "blocks.4": (3, 5)}
+        counts[first] = products_in_backward(model, images), len(owned)
+    # The head, and of 15 convolutions all but the first: nobody asks for the gradient of its input. Where the stages
+    # before do not train, neither do they, nor the two convolutions, the shortcut's is one, that a stage begins with.
+    assert counts == {"bn1": (1 + 14, 15), "blocks.2": (1 + 8, 10), "blocks.4": (1 + 3, 5)}
 
 
 def test_images_that_ask_for_a_gradient_get_the_plain_networks():

@@ -211,7 +211,7 @@ class NormActConv(Function):
         norm, norm2 = ctx.norms
         needs = ctx.needs_input_grad
         slope, level = Lines(*maps)[4:6]
-        h = kernels(kept, norm.act).restore(kept, slope, level, norm.act).to(ctx.dtype)
+        h = kernels(dy, norm.act).restore(kept, slope, level, norm.act).to(ctx.dtype)
         size = h.shape[2:]
         z2 = convolve(h, weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype), ctx.geometry)
         del h

@@ -51,7 +51,10 @@ def settings(module: nn.Module) -> dict[str, Any]:
 def _obstacle(root: nn.Module, written: dict[str, dict[str, Any]]) -> str | None:
     """Return why the forward as it was written out is not that of the modules any more, if so."""
     for name, settings in written.items():
-        module = root.get_submodule(name)
+        try:
+            module = root.get_submodule(name)
+        except AttributeError:  # as FSDP does it
+            return f"{name} is wrapped"
         if name and hooked(module):
             return f"{name} has hooks"
         for key, value in settings.items():

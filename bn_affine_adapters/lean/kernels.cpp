@@ -1,10 +1,10 @@
 // Norm + activation of a tensor whose channels lie innermost, in one pass over memory each way.
 //
-// A tensor is read as rows of channels: channels_last. Every kernel works on rows in chunks of a fixed size, whose partial
-// sums are added in order: what comes out does not depend on the number of threads.
+// A tensor is read as rows of channels: channels_last. Every kernel works on rows in chunks of a fixed size, whose
+// partial sums are added in order: what comes out does not depend on the number of threads.
 // What forward keeps for backward, `kept`, is the norm's input itself, its normalised value in bfloat16, or 8 bits per
-// value; x = (kept - zero) * step is the normalised input, and u = kept * slope + level the activation's input. Bit k of
-// byte (g, c) of a mask says whether the activation lets the gradient of row 8 g + k, number c pass.
+// value; x = (kept - zero) * step is the normalised input, and u = kept * slope + level the activation's input. Bit k
+// of byte (g, c) of a mask says whether the activation lets the gradient of row 8 g + k, number c pass.
 
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
@@ -28,7 +28,7 @@ enum Keep : int64_t { INPUT = 0, BFLOAT16 = 1, BYTE = 2, NOTHING = 3 };
 
 constexpr int64_t CHUNK = 128;  // rows, a multiple of 8
 constexpr int64_t BLOCK = 32;   // rows whose sums are held in the type of the tensor, before they go to double
-constexpr int64_t WIDTH = 128;  // numbers in a row, at the least: where channels are fewer, several rows are read as one
+constexpr int64_t WIDTH = 128;  // the least numbers in a row: where channels are fewer, several rows are read as one
 
 #if defined(__clang__)
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -78,8 +78,8 @@ inline float exp_(float x) {
 }
 
 template <int64_t ACT, typename W> inline W activate(W u) {
-  if constexpr (ACT == RELU) return u > 0 ? u : W(0);
-  if constexpr (ACT == RELU6) return u > 0 ? (u < 6 ? u : W(6)) : W(0);
+  if constexpr (ACT == RELU) return u <= 0 ? W(0) : u;  // what is not a number stays so, as in PyTorch
+  if constexpr (ACT == RELU6) return u <= 0 ? W(0) : (u >= 6 ? W(6) : u);
   if constexpr (ACT == SILU) return u / (1 + exp_(-u));
   if constexpr (ACT == HARDSWISH) return u * (u > -3 ? (u < 3 ? (u + 3) / 6 : W(1)) : W(0));
   return u;
@@ -120,7 +120,14 @@ struct Shape {
     chunks = (rows + CHUNK - 1) / CHUNK;
   }
   // A number per channel as one per number in a row.
-  Tensor tiled(const Tensor& t) const { return together > 1 ? t.repeat({together}) : t.contiguous(); }
+  template <typename W> std::vector<W> tiled(const Tensor& t) const {
+    const Tensor whole = t.contiguous();
+    const W* from = whole.const_data_ptr<W>();
+    std::vector<W> found;
+    found.reserve(width);
+    for (int64_t i = 0; i < together; ++i) found.insert(found.end(), from, from + channels);
+    return found;
+  }
 };
 
 template <typename F> void over_chunks(const Shape& s, const F& body) {
@@ -148,7 +155,9 @@ template <typename F> void with_act(int64_t act, const F& body) {
   }
 }
 
-template <typename F> void with_flag(bool flag, const F& body) { flag ? body(std::true_type()) : body(std::false_type()); }
+template <typename F> void with_flag(bool flag, const F& body) {
+  flag ? body(std::true_type()) : body(std::false_type());
+}
 
 template <typename F> void with_type(const Tensor& t, const F& body) {
   switch (t.scalar_type()) {
@@ -161,7 +170,8 @@ template <typename F> void with_type(const Tensor& t, const F& body) {
 
 // Adds four rows, less a shift, and their squares: a sum that starts near the mean loses no digits.
 template <typename T, typename W>
-inline void add_rows(const T* __restrict x, int64_t width, const W* __restrict shift, W* __restrict sum, W* __restrict square) {
+inline void add_rows(const T* __restrict x, int64_t width, const W* __restrict shift, W* __restrict sum,
+                     W* __restrict square) {
   INDEPENDENT
   for (int64_t c = 0; c < width; ++c) {
     const W p = W(x[c]) - shift[c], q = W(x[width + c]) - shift[c];
@@ -171,7 +181,8 @@ inline void add_rows(const T* __restrict x, int64_t width, const W* __restrict s
   }
 }
 template <typename T, typename W>
-inline void add_row(const T* __restrict x, int64_t width, const W* __restrict shift, W* __restrict sum, W* __restrict square) {
+inline void add_row(const T* __restrict x, int64_t width, const W* __restrict shift, W* __restrict sum,
+                    W* __restrict square) {
   INDEPENDENT
   for (int64_t c = 0; c < width; ++c) {
     const W p = W(x[c]) - shift[c];
@@ -209,8 +220,10 @@ Tensor stats(const Tensor& z, bool range) {
         std::fill(sum.begin(), sum.end(), W(0));
         std::fill(square.begin(), square.end(), W(0));
         const int64_t end = std::min(to, begin + BLOCK);
-        for (int64_t row = begin; row < end; row += row + 4 <= end ? 4 : 1)
-          (row + 4 <= end ? add_rows<T, W> : add_row<T, W>)(x + row * width, width, shift.data(), sum.data(), square.data());
+        for (int64_t row = begin; row < end; row += row + 4 <= end ? 4 : 1) {
+          const auto add = row + 4 <= end ? add_rows<T, W> : add_row<T, W>;
+          add(x + row * width, width, shift.data(), sum.data(), square.data());
+        }
         if (range)
           for (int64_t row = begin; row < end; ++row) widen(x + row * width, width, low.data(), high.data());
         for (int64_t c = 0; c < width; ++c) total[c] += sum[c], total[width + c] += square[c];
@@ -279,17 +292,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& z, const optional<Tenso
   optional<Tensor> other;
   if (residual) other = innermost(residual->to(input.scalar_type()));
   Tensor y = at::empty_like(input);
-  const auto kind = [&](int64_t which, at::ScalarType type) {
-    return keep == which ? at::empty_like(input, input.options().dtype(type)) : at::empty({0}, input.options().dtype(type));
-  };
-  Tensor half = kind(BFLOAT16, at::kBFloat16), code = kind(BYTE, at::kByte);
+  const auto halves_type = input.options().dtype(at::kBFloat16), codes_type = input.options().dtype(at::kByte);
+  Tensor half = keep == BFLOAT16 ? at::empty_like(input, halves_type) : at::empty({0}, halves_type);
+  Tensor code = keep == BYTE ? at::empty_like(input, codes_type) : at::empty({0}, codes_type);
   Tensor mask = at::zeros({with_mask ? (s.rows + 7) / 8 : 0, width}, input.options().dtype(at::kByte));
-  const Tensor slopes = s.tiled(slope), levels = s.tiled(level), zeros = s.tiled(zero), steps = s.tiled(step);
   with_type(input, [&](auto type) {
     using T = decltype(type);
     using W = wide<T>;
     const T *x = data<T>(input), *r = data<T>(other);
-    const W *p = data<W>(slopes), *q = data<W>(levels), *o = data<W>(zeros), *t = data<W>(steps);
+    const auto slopes = s.tiled<W>(slope), levels = s.tiled<W>(level);
+    const auto zeros = s.tiled<W>(zero), steps = s.tiled<W>(step);
+    const W *p = slopes.data(), *q = levels.data(), *o = zeros.data(), *t = steps.data();
     T* out = y.data_ptr<T>();
     auto* halves = half.data_ptr<at::BFloat16>();
     auto *codes = code.data_ptr<uint8_t>(), *bits = mask.data_ptr<uint8_t>();
@@ -298,8 +311,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& z, const optional<Tenso
         with_flag(with_mask, [&](auto masks) {
           over_chunks(s, [&](int64_t, int64_t from, int64_t to) {
             for (int64_t row = from, at = from * width; row < to; ++row, at += width) {
+              uint8_t* byte = masks ? bits + row / 8 * width : nullptr;
               forward_row<decltype(which)::value, decltype(adds)::value, decltype(masks)::value>(
-                  x + at, adds ? r + at : nullptr, width, p, q, out + at, masks ? bits + row / 8 * width : nullptr, row % 8);
+                  x + at, adds ? r + at : nullptr, width, p, q, out + at, byte, row % 8);
               if (keep == BFLOAT16) keep_row(x + at, width, o, t, halves + at);
               if (keep == BYTE) keep_row(x + at, width, o, t, codes + at);
             }
@@ -350,14 +364,14 @@ inline void sum_row(const K* __restrict x, const T* __restrict dy, int64_t width
 }
 
 // Sums over the rows of du and of du * (kept - zero), (2, C); and du itself if asked for, which a residual needs.
-std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const optional<Tensor>& mask, const Tensor& slope,
-                                const Tensor& level, const Tensor& zero, int64_t act, bool want_du) {
+std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const optional<Tensor>& mask,
+                                const Tensor& slope, const Tensor& level, const Tensor& zero, int64_t act,
+                                bool want_du) {
   const Tensor dy = innermost(dy_), kept = innermost(kept_);
   const Shape s(dy);
   const int64_t width = s.width;
   Tensor du = want_du ? at::empty_like(dy) : at::empty({0}, dy.options());
   Tensor out = at::zeros({2, s.channels}, slope.options());
-  const Tensor slopes = s.tiled(slope), levels = s.tiled(level), zeros = s.tiled(zero);
   std::vector<double> partial(s.chunks * 2 * width);
   with_kinds(kept, dy, mask, act, [&](auto kind, auto type, auto which, auto masked) {
     using K = decltype(kind);
@@ -367,7 +381,8 @@ std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const op
     const T* g = data<T>(dy);
     T* written = du.data_ptr<T>();
     const uint8_t* bits = data<uint8_t>(mask);
-    const W *p = data<W>(slopes), *q = data<W>(levels), *o = data<W>(zeros);
+    const auto slopes = s.tiled<W>(slope), levels = s.tiled<W>(level), zeros = s.tiled<W>(zero);
+    const W *p = slopes.data(), *q = levels.data(), *o = zeros.data();
     with_flag(want_du, [&](auto writes) {
       over_chunks(s, [&](int64_t index, int64_t from, int64_t to) {
         std::vector<W> room(2 * width);
@@ -413,8 +428,6 @@ Tensor input_gradient(const Tensor& dy_, const Tensor& kept_, const optional<Ten
   const Shape s(dy);
   const int64_t width = s.width;
   Tensor dz = at::empty_like(dy);
-  const Tensor slopes = s.tiled(slope), levels = s.tiled(level), zeros = s.tiled(zero);
-  const Tensor bys = s.tiled(by), alongs = s.tiled(along), constants = s.tiled(constant);
   with_kinds(kept, dy, mask, act, [&](auto kind, auto type, auto which, auto masked) {
     using K = decltype(kind);
     using T = decltype(type);
@@ -423,8 +436,10 @@ Tensor input_gradient(const Tensor& dy_, const Tensor& kept_, const optional<Ten
     const T* g = data<T>(dy);
     T* out = dz.data_ptr<T>();
     const uint8_t* bits = data<uint8_t>(mask);
-    const W *p = data<W>(slopes), *q = data<W>(levels), *o = data<W>(zeros);
-    const W *b = data<W>(bys), *a = data<W>(alongs), *d = data<W>(constants);
+    const auto slopes = s.tiled<W>(slope), levels = s.tiled<W>(level), zeros = s.tiled<W>(zero);
+    const W *p = slopes.data(), *q = levels.data(), *o = zeros.data();
+    const auto bys = s.tiled<W>(by), alongs = s.tiled<W>(along), constants = s.tiled<W>(constant);
+    const W *b = bys.data(), *a = alongs.data(), *d = constants.data();
     over_chunks(s, [&](int64_t, int64_t from, int64_t to) {
       for (int64_t row = from, at = from * width; row < to; ++row, at += width)
         input_row<decltype(which)::value, decltype(masked)::value>(
@@ -446,13 +461,13 @@ Tensor restore(const Tensor& kept_, const Tensor& slope, const Tensor& level, in
   const Tensor kept = innermost(kept_);
   const Shape s(kept);
   Tensor y = at::empty_like(kept, kept.options().dtype(slope.scalar_type()));
-  const Tensor slopes = s.tiled(slope), levels = s.tiled(level);
   with_kinds(kept, y, optional<Tensor>(), act, [&](auto kind, auto type, auto which, auto) {
     using K = decltype(kind);
     using W = wide<decltype(type)>;
     const K* x = data<K>(kept);
     W* out = y.data_ptr<W>();
-    const W *p = data<W>(slopes), *q = data<W>(levels);
+    const auto slopes = s.tiled<W>(slope), levels = s.tiled<W>(level);
+    const W *p = slopes.data(), *q = levels.data();
     over_chunks(s, [&](int64_t, int64_t from, int64_t to) {
       for (int64_t at = from * s.width; at < to * s.width; at += s.width)
         restore_row<decltype(which)::value>(x + at, s.width, p, q, out + at);

@@ -4,6 +4,8 @@ import hashlib
 import logging
 import os
 import platform
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +37,15 @@ def _load() -> bool:
     if os.environ.get("BN_AFFINE_ADAPTERS_NATIVE") == "0":
         log.info("BN_AFFINE_ADAPTERS_NATIVE=0: lean training runs in PyTorch's own kernels")
         return False
+    # The processor is in the name: a home folder may be shared by machines of several kinds.
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, torch.__version__, _processor())).encode())
+    name = f"bn_affine_adapters_{key.hexdigest()[:16]}"
+    library = _cache() / f"{name}.so"
     try:
-        from torch.utils import cpp_extension
-
-        # The processor is in the name: a home folder may be shared by machines of several kinds.
-        key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, torch.__version__, _processor())).encode())
-        cpp_extension.load(
-            f"bn_affine_adapters_{key.hexdigest()[:16]}", [str(SOURCE)], extra_cflags=FLAGS, is_python_module=False
-        )
+        if library.exists():
+            torch.ops.load_library(library)
+        else:
+            _build(name, library)
         _describe()
     except Exception as error:  # no compiler, no ninja, no room, an unknown flag: whatever it is, there is another way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -53,6 +56,35 @@ def _load() -> bool:
         )
         return False
     return True
+
+
+def _cache() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
+
+
+def _build(name: str, library: Path) -> None:
+    """Compile in a folder of this process alone and put the result in its place whole.
+
+    PyTorch's own cache waits without end for the lock of a process that was killed while it compiled.
+    """
+    # Its import warns where there is no GPU, which is no news here.
+    torch_log = logging.getLogger("torch.utils.cpp_extension")
+    level, path = torch_log.level, os.environ.get("PATH", "")
+    torch_log.setLevel(logging.ERROR)
+    from torch.utils import cpp_extension
+
+    torch_log.setLevel(level)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    log.info("lean training: compiling C++ kernels, once")
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        # Where pip put ninja, in a virtual environment that is not activated.
+        os.environ["PATH"] = os.pathsep.join([path, str(Path(sys.executable).parent)])
+        try:
+            cpp_extension.load(name, [str(SOURCE)], extra_cflags=FLAGS, build_directory=scratch, is_python_module=False)
+        finally:
+            os.environ["PATH"] = path
+        os.replace(Path(scratch, library.name), library)
 
 
 def _processor() -> str:

@@ -11,15 +11,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .kernels import BFLOAT16, BYTE, IDENTITY, MASKED, act_gradient, activate, pack, passes, unpack, wide
+from .kernels import BFLOAT16, BYTE, IDENTITY, INPUT, MASKED, act_gradient, activate, pack, passes, unpack, wide
 
 
 def rounded(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Return x as it is kept and what `restored` needs besides: of 8 bits, the least value and the step of each row."""
     if keep == BFLOAT16:
         return x.to(torch.bfloat16), x.new_empty(0)
-    if keep != BYTE:
-        return x, x.new_empty(0)
     low = x.amin(-1, keepdim=True).to(wide(x.dtype))
     step = ((x.amax(-1, keepdim=True) - low) / 255).clamp_min(1e-18)
     return ((x - low) / step + 0.5).clamp(0, 255).to(torch.uint8), torch.cat([low, step], -1)
@@ -61,7 +59,7 @@ class RowNorm(Function):
         dtype = wide(z.dtype)
         column = (-1, 1) if groups else (*z.shape[:-1], 1)
         mean, inverse = mean.to(dtype).view(column), inverse.to(dtype).view(column)
-        kept, scale = rounded((lines.to(dtype) - mean) * inverse, keep)
+        kept, scale = (lines, mean) if keep == INPUT else rounded((lines.to(dtype) - mean) * inverse, keep)
         ctx.save_for_backward(kept, scale, inverse, gamma, beta)
         return activate(y, act)
 
@@ -71,7 +69,7 @@ class RowNorm(Function):
         """Return the gradients of z, gamma and beta."""
         kept, scale, inverse, gamma, beta = ctx.saved_tensors
         dtype = inverse.dtype
-        x = restored(kept, scale, ctx.keep, dtype)
+        x = (kept.to(dtype) - scale) * inverse if ctx.keep == INPUT else restored(kept, scale, ctx.keep, dtype)
         du, wide_gamma = dy.to(dtype), None if gamma is None else gamma.to(dtype)
         shape = (1, -1, *(1,) * (len(ctx.shape) - 2)) if ctx.groups else (-1,)
         if ctx.act != IDENTITY:

@@ -46,7 +46,7 @@ def norm(level: str, module: nn.Module, act: Any, x: Tensor, residual: Tensor | 
     if residual is not None and (outer is None or outer not in (k.IDENTITY, *k.MASKED)):
         return _run_act(act, norm(level, module, None, x, residual))
     plan = plan_of(module)
-    if residual is not None and (plan is None or plan.act or plan.kind != "batch" or residual.shape != x.shape):
+    if residual is not None and (plan is None or plan.act or plan.kind != "batch" or not _alike(residual, x)):
         return _run_act(act, norm(level, module, None, x) + residual)
     if plan is None or outer is None or (plan.act and outer):
         return _run_act(act, module(x))
@@ -59,6 +59,11 @@ def norm(level: str, module: nn.Module, act: Any, x: Tensor, residual: Tensor | 
         x = module(x)
         return _run_act(act, x if residual is None else x + residual)
     return found
+
+
+def _alike(residual: Tensor, x: Tensor) -> bool:
+    """Tell whether adding them needs neither broadcasting nor another type, which the kernels do not know."""
+    return residual.shape == x.shape and residual.dtype == x.dtype
 
 
 def _trains(*tensors: Tensor | None) -> bool:
@@ -88,6 +93,7 @@ def keep_of(level: str, own: Any, act: int, x: Tensor) -> int:
 @torch.no_grad()
 def _statistics(own: Any, act: int, x: Tensor, keep: int) -> tuple[Norm, Tensor]:
     """Return how a BatchNorm layer is computed, and its `lines`; update its running statistics in training mode."""
+    own._check_input_dim(x)
     count: Any = x.numel() // x.shape[1]
     if not _of_batch(own):
         found = torch.stack([own.running_mean, own.running_var]).to(k.wide(x.dtype))
@@ -96,16 +102,16 @@ def _statistics(own: Any, act: int, x: Tensor, keep: int) -> tuple[Norm, Tensor]
         return Norm(act, keep, False, count), lines(found, own.eps, own.weight, own.bias, keep)
     group = group_of(own)
     if group is None and count <= 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     found = k.kernels(x, act).stats(x, keep == k.BYTE)
     if group is not None:
         found, count = _over_processes(found, count, group)
     if own.training and own.track_running_stats and own.running_mean is not None:
-        rate: Any = own.momentum
+        rate: Any = own.momentum or 0.0
         if own.num_batches_tracked is not None:
             own.num_batches_tracked.add_(1)
-        if rate is None:
-            rate = own.num_batches_tracked.reciprocal().to(own.running_mean.dtype)
+            if own.momentum is None:
+                rate = own.num_batches_tracked.reciprocal().to(own.running_mean.dtype)
         own.running_mean.lerp_(found[0].to(own.running_mean.dtype), rate)
         own.running_var.lerp_((found[1] * (count / (count - 1))).to(own.running_var.dtype), rate)
     return Norm(act, keep, True, count, group), lines(found, own.eps, own.weight, own.bias, keep)
@@ -127,6 +133,8 @@ def _row_norm(level: str, plan: Plan, act: int, x: Tensor) -> Tensor | None:
     if not _trains(x, own.weight, own.bias) or (level == "exact" and act == k.IDENTITY):
         return None  # what PyTorch keeps of such a layer is its input, which is the least there is
     keep = {"exact": k.INPUT, "rounded": k.BFLOAT16, "smallest": k.BYTE}[level]
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.float()  # as autocast does with PyTorch's own
     if kind == "layer2d":
         x = x.permute(0, 2, 3, 1)
     groups = own.num_groups if kind == "group" else 0
@@ -169,11 +177,14 @@ def _pair(
         h, kept, mask = k.kernels(x, act).forward(x, None, *first, act, k.BYTE, act in k.MASKED)
         z = convolve(h, own.weight, own.bias, geometry)
         del h
-        how2, maps2 = _statistics(two, act2, z, k.INPUT)
-    return NormActConv.apply(
-        x, one.weight, one.bias, two.weight, two.bias, residual, kept, mask if act in k.MASKED else None, maps, how,
+        apart = residual is not None and not _alike(residual, z)
+        how2, maps2 = _statistics(two, k.IDENTITY if apart else act2, z, k.INPUT)
+    fused, bits = None if apart else residual, mask if act in k.MASKED else None
+    y = NormActConv.apply(
+        x, one.weight, one.bias, two.weight, two.bias, fused, kept, bits, maps, how,
         own.weight, own.bias, geometry, z, maps2, how2,
     )  # fmt: skip
+    return k.activate(y + residual, act2) if apart else y
 
 
 def pooled(level: str, module: nn.Module, act: Any, pool: nn.Module, x: Tensor) -> Tensor:

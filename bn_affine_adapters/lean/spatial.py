@@ -32,13 +32,25 @@ def conv_gradient(dy: Tensor, weight: Tensor, size: torch.Size, geometry: Geomet
     if only for its shape, and so has kept it.
     """
     stride, padding, dilation, groups = geometry
-    kernel = weight.shape[2:]
+    weight, kernel = weight.to(dy.dtype), weight.shape[2:]
+    if dy.device.type == "cpu" and dy.dim() == 4 and kernel.numel() == groups == 1 and not any(padding):
+        return _pixelwise(dy, weight.flatten(1), size, stride)
     rest = tuple(
         full - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
         for full, out, s, p, d, k in zip(size, dy.shape[2:], stride, padding, dilation, kernel, strict=True)
     )
-    weight = weight.to(dy.dtype)
     return torch.convolution(dy, weight, None, stride, padding, dilation, True, rest, groups)
+
+
+def _pixelwise(dy: Tensor, weight: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """Return the gradient of a 1 x 1 convolution's input as one product of matrices: on a CPU the fastest way."""
+    batch, _, rows, columns = dy.shape
+    dx = (dy.permute(0, 2, 3, 1).flatten(0, 2) @ weight).view(batch, rows, columns, -1)
+    if stride != (1, 1):
+        whole = dx.new_zeros(batch, *size, dx.shape[-1])
+        whole[:, :: stride[0], :: stride[1]] = dx
+        dx = whole
+    return dx.permute(0, 3, 1, 2)
 
 
 class FrozenConv(Function):

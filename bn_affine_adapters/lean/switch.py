@@ -38,6 +38,14 @@ def lean_(network: nn.Module, level: str, input_size: tuple[int, ...] | None = N
     Raises:
         ConfigError: there is no such level.
         NetworkError: no weight of the network is frozen.
+
+    >>> import timm
+    >>> network = timm.create_model("cifar_resnet14").requires_grad_(False)
+    >>> for layer in network.modules():
+    ...     if isinstance(layer, nn.BatchNorm2d):
+    ...         _ = layer.requires_grad_(True)
+    >>> print(lean_(network, "exact"))
+    lean exact: 15 norm layers, 15 convolutions, 1 others; 0.53 of the bytes that plain freezing saves for backward
     """
     check_choice("lean", level, LEVELS)
     plain_(network)
@@ -114,14 +122,14 @@ def saved_bytes(network: nn.Module, run: Callable[[], Any]) -> tuple[Any, int]:
     A storage is counted once, whole, however many tensors look into it.
     """
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
-    found: dict[int, tuple[int, Tensor]] = {}
+    found: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor: so that its address is not used again
-        return tensor
+            found[storage.data_ptr()] = storage  # kept, so that its address is not used again
+        return tensor.detach()  # else an output that is saved holds its own graph, and so itself, for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
-    return result, sum(size for size, _ in found.values())
+    return result, sum(storage.nbytes() for storage in found.values())
