@@ -70,6 +70,8 @@ def infer(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) ->
             # timm's mean and std are for three channels: another number gets their average.
             data["input_size"] = (channels, *data["input_size"][1:])
             data |= {key: (sum(data[key]) / len(data[key]),) * channels for key in ("mean", "std")}
+        if (side := config.model_args.get("img_size")) is not None:
+            data["input_size"] = (channels, *((side, side) if isinstance(side, int) else side))
         config.data_config = {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(data.items())}
 
 

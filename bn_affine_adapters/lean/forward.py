@@ -53,7 +53,7 @@ def _obstacle(root: nn.Module, written: dict[str, dict[str, Any]]) -> str | None
     for name, settings in written.items():
         try:
             module = root.get_submodule(name)
-        except AttributeError:  # as FSDP leaves it
+        except AttributeError:  # as FSDP does it
             return f"{name} is wrapped"
         if name and hooked(module):
             return f"{name} has hooks"
