@@ -21,6 +21,7 @@ from bn_affine_adapters.lean.kernels import (
     Portable,
     kernels,
 )
+from bn_affine_adapters.lean.rows import RoundedLayerNorm, RowNorm
 
 ACTS = (IDENTITY, RELU, RELU6, SILU, HARDSWISH)
 KEEPS = (INPUT, BFLOAT16, BYTE, NOTHING)
@@ -282,3 +283,43 @@ def test_compilers_are_told_the_shapes_that_the_operators_return(cpp):
             torch.library.opcheck(operator.default, args, test_utils=("test_schema", "test_faketensor"))
             cases += 1
     assert cases == 4 * (3 * 4 * 5 - 2)  # bfloat16 itself is not restored, where it is kept or nothing is
+
+
+def layer_norm(function, dtype, shape, affine, computed=None):
+    """Return a LayerNorm's output and the gradients of its input, gamma and beta, of numbers of one type in another."""
+    z, dy = (drawn(shape, dtype, seed=seed, scale=3, shift=1).to(computed or dtype) for seed in (0, 5))
+    gamma, beta = (c.to(computed or dtype) for c in columns((1, shape[-1]), dtype, 1)) if affine else (None, None)
+    given = [tensor.requires_grad_() for tensor in (z, gamma, beta) if tensor is not None]
+    y = function(z, gamma, beta)
+    return [y.detach(), *torch.autograd.grad(y, given, dy)]
+
+
+@pytest.mark.parametrize("keep", [BFLOAT16, BYTE], ids=["bfloat16", "byte"])
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_layer_norm_agrees_with_pytorchs_in_float64(dtype, keep):
+    cases = list(itertools.product([(5, 7), (3, 4, 16), (2, 9, 130), (301, 3), (2, 3, 5, 33), (4, 1)], [True, False]))
+    # What is kept may be rounded to the other side where the normalised input differs in its last digit.
+    allowed = max(CLOSE[dtype], 2e-4 if keep == BFLOAT16 else 2e-3)
+    for shape, affine in cases:
+        found = layer_norm(lambda *args: RoundedLayerNorm.apply(*args, 1e-5, keep), dtype, shape, affine)
+        wanted = layer_norm(
+            lambda *args: RowNorm.apply(*args, 0, 1e-5, IDENTITY, keep), dtype, shape, affine, torch.float64
+        )
+        assert distance(found[0], wanted[0]) < max(CLOSE[dtype], 1e-12), (shape, affine)
+        for ours, theirs in zip(found[1:], wanted[1:], strict=True):
+            assert distance(ours, theirs) < allowed, (shape, affine)
+    assert len(cases) == 12
+
+
+@pytest.mark.parametrize("keep", [BFLOAT16, BYTE], ids=["bfloat16", "byte"])
+def test_layer_norm_in_one_thread_and_two_gives_the_same_bits(keep):
+    before, shape = torch.get_num_threads(), (700, 33)
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            run = lambda *args: RoundedLayerNorm.apply(*args, 1e-5, keep)  # noqa: E731
+            found.append(layer_norm(run, torch.float32, shape, True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
