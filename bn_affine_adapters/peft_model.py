@@ -90,11 +90,12 @@ class BNOnlyPeftModel(PeftModel):
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def set_lean(self, level: str | None) -> Report | None:
+    def set_lean(self, level: str | None, input_size: tuple[int, ...] | None = None) -> Report | None:
         """Turn lean training on or off, see `bn_affine_adapters.lean.lean_`; return what it spares.
 
         Args:
             level: "exact", "rounded", "smallest", or None for the plain network.
+            input_size: of an image on which it is tried, (C, H, W); by default what the adapter says of its data.
 
         Raises:
             ConfigError: there is no such level.
@@ -103,7 +104,7 @@ class BNOnlyPeftModel(PeftModel):
         self.base_model.lean = None
         if level is not None:
             data = self.peft_config[self.active_adapter].data_config or {}
-            self.base_model.lean = lean_(self.get_base_model(), level, data.get("input_size"))
+            self.base_model.lean = lean_(self.get_base_model(), level, input_size or data.get("input_size"))
         return self.base_model.lean
 
     def create_or_update_model_card(self, output_dir: str) -> None:

@@ -385,6 +385,52 @@ def test_a_network_on_the_meta_device_is_prepared_without_a_trial():
     assert not is_lean(network)
 
 
+def test_a_rate_that_a_block_reads_from_a_layer_it_does_not_call_holds(caplog):
+    """timm's attention hands `attn_drop.p` to PyTorch's function."""
+    create = from_timm("vit_tiny_patch16_224", img_size=32, depth=2)
+    model, twin = adapted(create, lean="smallest"), adapted(create)
+    for network in (model, twin):
+        for module in network.modules():
+            if hasattr(module, "attn_drop"):
+                module.attn_drop.p = 0.9
+    assert step(model, 32).loss == step(twin, 32).loss
+    assert "attn_drop has changed: the network runs plain" in caplog.text
+
+
+def test_checkpointing_that_is_on_already_stays_on(caplog):
+    model = adapted(from_timm("test_resnet"))
+    model.get_base_model().set_grad_checkpointing(True)
+    before = step(model, 64).saved
+    assert model.set_lean("exact").places == 0
+    assert step(model, 64).saved == before
+    assert "its blocks are checkpointed" in caplog.text
+
+
+def test_images_given_by_name_are_the_same_images(caplog):
+    model = adapted(from_timm("cifar_resnet14"), lean="smallest")
+    images = torch.randn(4, 3, 32, 32)
+    named, placed = (saved_bytes(model, run)[1] for run in (lambda: model(x=images), lambda: model(images)))
+    assert named == placed
+    assert not caplog.text
+
+
+def test_a_call_that_the_graph_does_not_know_runs_plain_and_says_so(caplog):
+    model = adapted(from_timm("vit_tiny_patch16_224", img_size=32, depth=2), lean="smallest")
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    model(torch.randn(2, 3, 32, 32), attn_mask=mask).sum().backward()
+    assert "called with attn_mask=: the network runs plain" in caplog.text
+
+
+def test_statistics_that_are_no_numbers_stay_so():
+    model, twin = (adapted(from_timm("cifar_resnet14"), lean=level) for level in ("exact", None))
+    images = torch.randn(4, 3, 32, 32)
+    images[0, 0, 0, 0] = torch.inf
+    for network in (model, twin):
+        network(images)
+    assert [b.isnan().any() for b in model.buffers()] == [b.isnan().any() for b in twin.buffers()]
+    assert any(b.isnan().any() for b in twin.buffers())
+
+
 def test_a_part_under_checkpointing_trains_as_plain_does():
     def run(level):
         model = adapted(Untraceable, torch.float64)

@@ -1,5 +1,6 @@
 """The lean forward of a module as Python code, and whether it still is what the module computes."""
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +13,14 @@ from .plans import hooked
 log = logging.getLogger(__name__)
 
 
-def lean_forward(graph: fx.Graph, required: int, written: dict[str, dict[str, Any]]) -> Callable[..., Any]:
+def lean_forward(
+    graph: fx.Graph, parameters: list[inspect.Parameter], written: dict[str, dict[str, Any]]
+) -> Callable[..., Any]:
     """Return the lean forward of a graph, as a function of the module.
 
     Args:
-        graph: what it computes.
-        required: how many arguments it takes.
+        graph: what it computes, with the defaults of those arguments that have one.
+        parameters: of the module's own forward.
         written: the settings of the modules whose forward was written out, by name.
     """
     graph.lint()
@@ -28,24 +31,40 @@ def lean_forward(graph: fx.Graph, required: int, written: dict[str, dict[str, An
     said: list[str] = []
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        usable = self.training and torch.is_grad_enabled() and len(args) == required and not kwargs
-        if usable and not torch._C._are_functorch_transforms_active():  # the runners' functions know no transforms
-            reason = _obstacle(self, written)
+        # The runners' functions know no transforms of torch.func.
+        if self.training and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            given, reason = _arguments(parameters, args, kwargs)
+            reason = reason or _obstacle(self, written)
             if reason is None:
-                return run(self, *args)
+                return run(self, *given)
             if reason not in said:
                 said.append(reason)
-                log.info("%s: the network runs plain", reason)
+                log.warning("lean: %s: the network runs plain", reason)
         return type(self).forward(self, *args, **kwargs)
 
     forward.lean = True  # type: ignore[attr-defined]
     return forward
 
 
+def _arguments(
+    parameters: list[inspect.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], str | None]:
+    """Return the arguments without a default, in their order, and why the graph does not know the call, if so."""
+    given = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
+    required = [p.name for p in parameters if p.default is p.empty]
+    known = {p.name: p.default for p in parameters}
+    for name, value in given.items():
+        if name not in required and value is not known.get(name, inspect.Parameter.empty):
+            return [], f"called with {name}="
+    missing = [name for name in required if name not in given]
+    return [given[name] for name in required if name in given], f"called without {missing[0]}" if missing else None
+
+
 def settings(module: nn.Module) -> dict[str, Any]:
     """Return the plain values that a module's forward may have read when it was written out, as in training mode."""
     kinds = bool | int | float | str | None
-    return {key: value for key, value in vars(module).items() if isinstance(value, kinds)} | {"training": True}
+    found = {key: value for key, value in vars(module).items() if isinstance(value, kinds) and key != "num_classes"}
+    return found | {"training": True}
 
 
 def _obstacle(root: nn.Module, written: dict[str, dict[str, Any]]) -> str | None:
@@ -66,5 +85,6 @@ def _obstacle(root: nn.Module, written: dict[str, dict[str, Any]]) -> str | None
 def undo(network: nn.Module) -> None:
     """Take the lean forwards off a network."""
     for module in network.modules():
-        if hasattr(getattr(module.__dict__.get("forward"), "__func__", None), "lean"):
+        own = getattr(module.__dict__.get("forward"), "__func__", None)
+        if hasattr(own, "lean") or own is type(module).forward:  # the latter is what unpickling makes of the former
             del module.forward

@@ -249,7 +249,7 @@ Tensor stats(const Tensor& z, bool range) {
           if (range) low = std::min(low, part[2 * width]), high = std::max(high, part[3 * width]);
         }
       result[c] = mean;
-      result[s.channels + c] = std::max(0.0, square / n);
+      result[s.channels + c] = square < 0 ? 0 : square / n;  // what is not a number stays so
       if (range) result[2 * s.channels + c] = low, result[3 * s.channels + c] = high;
     }
   });

@@ -60,7 +60,9 @@ class Report:
     def __str__(self) -> str:
         """Say it in a line."""
         share = "" if self.share is None else f"; {self.share:.2f} of the bytes that plain freezing saves for backward"
-        return f"lean {self.level}: {self.norms} norm layers, {self.convs} convolutions, {self.others} others{share}"
+        rest = f"; {len(self.untraced)} modules could not be traced as a whole" if self.untraced else ""
+        counts = f"{self.norms} norm layers, {self.convs} convolutions, {self.others} others"
+        return f"lean {self.level}: {counts}{share}{rest}"
 
 
 def hooked(module: nn.Module) -> bool:

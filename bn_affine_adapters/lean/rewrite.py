@@ -62,7 +62,6 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self.entered: list[str] = []
         self.closed: list[str] = []  # not to be traced through, but perhaps by themselves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -70,8 +69,6 @@ class _Tracer(fx.Tracer):
         closed = is_notrace_module(type(m))
         if closed and not own and [*m.children()]:
             self.closed.append(module_qualified_name)
-        elif not (own or closed):
-            self.entered.append(module_qualified_name)
         return own or closed
 
 
@@ -103,7 +100,8 @@ def _rewrite(module: nn.Module, copy: nn.Module, name: str, report: Report) -> N
     for child in tracer.closed:
         _rewrite(module.get_submodule(child), copy.get_submodule(child), f"{name}.{child}".lstrip("."), report)
     before = report.places
-    tracer.entered += _drop_identities(graph, copy)
+    _drop_identities(graph, copy)
+    inlined = _inlined(graph, copy)
     _replace(graph, copy, report)
     if report.places > before:
         if not name:
@@ -111,9 +109,8 @@ def _rewrite(module: nn.Module, copy: nn.Module, name: str, report: Report) -> N
             with graph.inserting_after(images):
                 inner = graph.call_function(runners.innermost, (images,))
             images.replace_all_uses_with(inner, delete_user_cb=lambda user: user is not inner)
-        required = len(parameters) - len(defaults)
-        written = {child: settings(module.get_submodule(child)) for child in ("", *tracer.entered)}
-        module.forward = MethodType(lean_forward(graph, required, written), module)
+        written = {child: settings(module.get_submodule(child)) for child in inlined}
+        module.forward = MethodType(lean_forward(graph, parameters, written), module)
 
 
 def _replace(graph: fx.Graph, root: nn.Module, report: Report) -> None:
@@ -174,15 +171,20 @@ def _sole_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _drop_identities(graph: fx.Graph, root: nn.Module) -> list[str]:
-    """Take modules that do nothing out of a graph, so that layers meet; return their names."""
-    dropped = []
+def _drop_identities(graph: fx.Graph, root: nn.Module) -> None:
+    """Take modules that do nothing out of a graph, so that layers meet."""
     for node in list(graph.nodes):
         if type(_module(node, root)) is nn.Identity and _one_input(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-            dropped.append(str(node.target))
-    return dropped
+
+
+def _inlined(graph: fx.Graph, root: nn.Module) -> list[str]:
+    """Return the modules that the graph does not call: what they are and what is set on them is written into it."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    called |= {name for name, module in root.named_modules() if isinstance(module, BNOnlyLayer) or is_norm(module)}
+    parts = {name: name.split(".") for name, _ in root.named_modules()}
+    return [name for name, p in parts.items() if not any(".".join(p[: i + 1]) in called for i in range(len(p)))]
 
 
 def _chain(node: fx.Node, root: nn.Module, taken: set[fx.Node]) -> Chain | None:

@@ -17,6 +17,8 @@ from .plans import Plan, act_of, frozen, hooked, plan_of, pooling
 from .rows import KeptAct, RoundedAttention, RoundedLayerNorm, RowNorm
 from .spatial import FrozenConv, Geometry, GlobalPool, MaxPool, convolve
 
+SHORTEST = 4  # the row that is kept in 8 bits a value
+
 
 def _run_act(act: Any, x: Tensor) -> Tensor:
     if isinstance(act, int):
@@ -237,7 +239,9 @@ def max_pool(module: nn.Module, x: Tensor) -> Tensor:
 def activation(level: str, act: Any, x: Tensor) -> Tensor:
     """Run an activation that follows no norm layer: of ReLU's input a bit is kept, of others' at "smallest" 8."""
     code = act_of(act)
-    if code in (None, k.IDENTITY) or not x.requires_grad or (level != "smallest" and code not in k.MASKED):
+    # Of 8 bits a row has two numbers more: for short rows that is no saving.
+    worth = code in k.MASKED or (level == "smallest" and x.shape[-1] >= SHORTEST)
+    if code in (None, k.IDENTITY) or not x.requires_grad or not worth:
         return _run_act(act, x)
     return KeptAct.apply(x, code)
 

@@ -61,6 +61,9 @@ def lean_(network: nn.Module, level: str, input_size: tuple[int, ...] | None = N
         native.load()
         if any(weight.dtype == torch.float16 for weight in weights):
             log.warning("float16 on a CPU: lean training runs in PyTorch's own kernels, which are slower")
+    if any(getattr(module, "grad_checkpointing", False) for module in network.modules()):
+        log.warning("lean: the network stays plain, since its blocks are checkpointed: turn that off first")
+        return Report(level)
     report = rewrite(network, level)
     if report.places and device.type != "meta":
         report.share, wrong = _tried(network, input_size)
@@ -106,7 +109,7 @@ def _tried(network: nn.Module, input_size: tuple[int, ...] | None) -> tuple[floa
         try:
             plain, all_kept = saved_bytes(copy, run)
         except Exception as caught:
-            log.info("lean: its forward was not tried, since the network does not take images %s: %s", shape, caught)
+            log.warning("lean: not tried, since the network does not take images of input_size=%s: %s", shape, caught)
             return None, None
     if error:
         return None, error
