@@ -121,13 +121,13 @@ def test_the_file_is_flat_strict_json(tmp_path):
 
 @pytest.mark.parametrize("key", RUN_TIME)
 def test_a_run_time_choice_is_never_written(key, tmp_path):
-    BNOnlyConfig(seed=0, verify="off").save_pretrained(str(tmp_path))
+    BNOnlyConfig(seed=0, verify="off", lean="exact").save_pretrained(str(tmp_path))
     assert key not in json.loads((tmp_path / CONFIG_NAME).read_text(encoding="utf-8"))
     assert key in asdict(BNOnlyConfig())
 
 
-def test_the_run_time_choices_are_one():
-    assert RUN_TIME == ("verify",)
+def test_the_run_time_choices_are_two():
+    assert RUN_TIME == ("verify", "lean")
 
 
 READERS = {
@@ -218,12 +218,13 @@ BAD = {
     "layout_hash": [5, b"ab", ["ab"]],
     "versions": [None, [], "2.15", {"torch": object()}],
     "verify": ["none", None, True, "FULL"],
+    "lean": ["smaller", True, "", 1],
 }
 
 
 def test_bad_values_are_tried_for_every_field():
     assert set(BAD) == OURS
-    assert sum(map(len, BAD.values())) == 96
+    assert sum(map(len, BAD.values())) == 100
 
 
 @pytest.mark.parametrize(

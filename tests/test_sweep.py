@@ -371,6 +371,7 @@ COUNTS = {
     "digits_families": 20,
     "families": 36,
     "inits": 60,
+    "lean": 12,
     "paper": 480,
 }
 
