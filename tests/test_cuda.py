@@ -176,3 +176,36 @@ def test_a_captured_run_of_the_recipe_has_the_losses_of_an_eager_one(replicates,
     assert counters["inductor"]["cudagraph_skips"] == 0
     assert len(found["null"]) == 20
     assert found["reduce-overhead"] == pytest.approx(found["null"], rel=1e-3)
+
+
+def gradients(model, run):
+    model.zero_grad()
+    F.cross_entropy(run(images()), torch.arange(8, device=DEVICE) % 4).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize(("level", "bound"), [("exact", 1e-8), ("rounded", 0.02), ("smallest", 0.05)])
+def test_lean_training_has_the_gradients_of_plain_freezing(level, bound, captured):
+    expected = wrapped("cifar_resnet14", torch.float64).train()
+    model = wrapped("cifar_resnet14", torch.float64, lean=level).train()
+    run = torch.compile(model, mode="reduce-overhead", fullgraph=True) if captured else model
+    wanted = gradients(expected, lambda x: expected(x.double()))
+    found = gradients(model, lambda x: run(x.double()))
+    assert (found - wanted).norm() < bound * wanted.norm()
+
+
+def test_lean_training_takes_less_memory():
+    def kept(level):
+        model = wrapped("cifar_resnet14", lean=level).train()
+        before = torch.cuda.memory_allocated()
+        loss = model(images(256)).square().sum()
+        found = torch.cuda.memory_allocated() - before
+        loss.backward()
+        return found
+
+    plain = kept(None)
+    found = {level: kept(level) / plain for level in ("exact", "rounded", "smallest")}
+    assert found["exact"] < 0.6
+    assert found["rounded"] < 0.35
+    assert found["smallest"] < 0.15
