@@ -46,7 +46,11 @@ class Untraceable(nn.Module):
 
 
 def from_timm(name, **settings):
-    return lambda: timm.create_model(name, num_classes=5, **settings)
+    def create():
+        return timm.create_model(name, num_classes=5, **settings)
+
+    create.model_args = settings  # which the oldest timm does not keep
+    return create
 
 
 # What creates it, the size of its images, the norm layers and convolutions that are replaced, and the greatest share
@@ -75,7 +79,8 @@ Step = namedtuple("Step", "loss gradients statistics saved")
 
 def adapted(create, dtype=torch.float32, **settings):
     torch.manual_seed(0)
-    config = BNOnlyConfig(seed=0, data_config={"input_size": [3, 32, 32]}, **settings)  # on which lean is tried
+    data = {"input_size": [3, 32, 32]}  # on which lean is tried
+    config = BNOnlyConfig(seed=0, data_config=data, model_args=getattr(create, "model_args", {}), **settings)
     return get_bn_only_model(create(), config).to(dtype).train()
 
 
