@@ -45,20 +45,25 @@ class _Synchronised(_BatchNorm):
         centred = wide - mean.view(shape)
         # In two passes: the difference of E[x^2] and E[x]^2 would lose most of its digits.
         variance = _SumOverProcesses.apply(centred.square().sum(axes)) / n
-        self._update(mean.detach(), variance.detach() * n / (n - 1))
+        update_statistics_(self, mean.detach(), variance.detach() * n / (n - 1))
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
 
-    @torch.no_grad()
-    def _update(self, mean: Tensor, variance: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked.add_(1)
-        rate = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), rate)
+
+@torch.no_grad()
+def update_statistics_(norm: Any, mean: Tensor, variance: Tensor) -> None:
+    """Update a BatchNorm layer's running statistics as PyTorch does, from a batch's mean and unbiased variance, (C)."""
+    if not norm.track_running_stats or norm.running_mean is None:
+        return
+    rate: Any = norm.momentum or 0.0
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # a tensor: a number read from the device would break a compiled graph
+            rate = norm.num_batches_tracked.reciprocal().to(norm.running_mean.dtype)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), rate)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), rate)
 
 
 # The forwards that normalise over a batch as `nn.BatchNorm2d` does, whatever they do behind it.

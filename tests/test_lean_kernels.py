@@ -23,6 +23,8 @@ from bn_affine_adapters.lean.kernels import (
 )
 from bn_affine_adapters.lean.rows import RoundedLayerNorm, RowNorm
 
+pytestmark = pytest.mark.usefixtures("cpp")
+
 ACTS = (IDENTITY, RELU, RELU6, SILU, HARDSWISH)
 KEEPS = (INPUT, BFLOAT16, BYTE, NOTHING)
 # Odd channels, rows that no 8 divides, several rows read as one, more than one chunk of rows.
@@ -31,14 +33,6 @@ SHAPES = ((3, 1, 5, 7), (2, 3, 4, 4), (7, 5), (3, 5, 3, 3), (2, 130, 3, 5), (301
 CLOSE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 5e-3}
 WIDE = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
 NAMES = ("identity", "relu", "relu6", "silu", "hardswish")
-
-
-@pytest.fixture(autouse=True)
-def cpp():
-    """The operators in C++."""
-    if not native.load():
-        pytest.skip("needs the C++ kernels, which this machine cannot build: the log says why")
-    return torch.ops.bnaa
 
 
 def drawn(shape, dtype, *, seed=0, scale=1.0, shift=0.0):

@@ -8,7 +8,7 @@ from test_lean import drawn, rows
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bn_affine_adapters.lean import LEVELS, native, runners, saved_bytes
+from bn_affine_adapters.lean import LEVELS, runners, saved_bytes
 from bn_affine_adapters.lean import kernels as k
 
 
@@ -84,10 +84,8 @@ def test_a_tensor_hidden_in_an_attribute_is_found():
     assert len(hidden(Hides.apply(drawn(3, grad=True)) + 1)) == 1
 
 
-def test_what_was_kept_in_8_bits_is_restored_in_cpp(monkeypatch):
+def test_what_was_kept_in_8_bits_is_restored_in_cpp(cpp, monkeypatch):
     """Backward runs the kernels that forward ran: none in PyTorch's operators beside those in C++."""
-    if not native.load():
-        pytest.skip("needs the C++ kernels, which this machine cannot build: the log says why")
     called = []
 
     class Recorded(TorchDispatchMode):

@@ -249,9 +249,9 @@ def clean_compiler():
 
 
 @pytest.mark.parametrize(("name", "level", "kernels"), COMPILED)
-def test_it_compiles_as_one_graph_with_the_same_result(name, level, kernels, monkeypatch, clean_compiler):
-    if kernels == "C++" and not native.load():
-        pytest.skip("needs a C++ compiler")
+def test_it_compiles_as_one_graph_with_the_same_result(name, level, kernels, request, monkeypatch, clean_compiler):
+    if kernels == "C++":
+        request.getfixturevalue("cpp")
     monkeypatch.setattr(native, "loaded", kernels == "C++")
     dtype = torch.float32
     model = adapted(name, dtype, lean=level)

@@ -87,8 +87,8 @@ def _obstacle(root: nn.Module, written: dict[str, dict[str, Any]]) -> str | None
     return None
 
 
-def undo(network: nn.Module) -> None:
-    """Take the lean forwards off a network."""
+def plain_(network: nn.Module) -> None:
+    """Give a network its own forward back, and its parts theirs."""
     for module in network.modules():
         own = getattr(module.__dict__.get("forward"), "__func__", None)
         if hasattr(own, "lean") or own is type(module).forward:  # the latter is what unpickling makes of the former

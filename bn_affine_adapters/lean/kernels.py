@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import native
+from .native import BFLOAT16, BYTE, INPUT, NOTHING, wide  # noqa: F401  # for those who import the kernels
 
 # Activations.
 IDENTITY, RELU, RELU6, SILU, HARDSWISH, GELU, GELU_TANH = range(7)
 MASKED = (RELU, RELU6)  # what backward has to know of their input is one bit
-# What forward keeps for backward: the input itself, its normalised value in bfloat16 or in 8 bits, or nothing.
-INPUT, BFLOAT16, BYTE, NOTHING = range(4)
 
 
 def kernels(z: Tensor, act: int) -> Any:
@@ -72,11 +71,6 @@ def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
     """Return the bool tensor of a shape that `pack` packed."""
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.flatten()[: shape.numel()].view(shape).bool()
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that is computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _axes(z: Tensor) -> list[int]:

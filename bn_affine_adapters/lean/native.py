@@ -16,9 +16,16 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 # Contraction off: what is rounded once and what twice is written in the source.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# What forward keeps for backward: the input itself, its normalised value in bfloat16 or in 8 bits, or nothing.
+INPUT, BFLOAT16, BYTE, NOTHING = range(4)
 
 log = logging.getLogger(__name__)
 loaded: bool | None = None  # None: not asked for yet
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that is computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def load() -> bool:
@@ -101,7 +108,7 @@ def _describe() -> None:
 
     @torch.library.register_fake("bnaa::stats")
     def stats(z: Tensor, range: bool) -> Tensor:
-        return z.new_empty((4 if range else 2, z.shape[1]), dtype=_wide(z))
+        return z.new_empty((4 if range else 2, z.shape[1]), dtype=wide(z.dtype))
 
     @torch.library.register_fake("bnaa::forward")
     def forward(
@@ -116,8 +123,8 @@ def _describe() -> None:
         with_mask: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y = _innermost(z)
-        dtype = torch.uint8 if keep == 2 else torch.bfloat16
-        kept = torch.empty_like(y, dtype=dtype) if keep in (1, 2) else z.new_empty(0, dtype=dtype)
+        dtype = torch.uint8 if keep == BYTE else torch.bfloat16
+        kept = torch.empty_like(y, dtype=dtype) if keep in (BFLOAT16, BYTE) else z.new_empty(0, dtype=dtype)
         rows, width = z.numel() // z.shape[1], z.shape[1]
         while width < 128 and rows % 2 == 0:
             rows, width = rows // 2, width * 2
@@ -134,8 +141,8 @@ def _describe() -> None:
     @torch.library.register_fake("bnaa::row_forward")
     def row_forward(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, keep: int) -> tuple[Tensor, ...]:
         y = torch.empty_like(z, memory_format=torch.contiguous_format)
-        kept = torch.empty_like(y, dtype=torch.uint8 if keep == 2 else torch.bfloat16)
-        return y, kept, gamma.new_empty(*z.shape[:-1], 2 if keep == 2 else 0), gamma.new_empty(*z.shape[:-1], 1)
+        kept = torch.empty_like(y, dtype=torch.uint8 if keep == BYTE else torch.bfloat16)
+        return y, kept, gamma.new_empty(*z.shape[:-1], 2 if keep == BYTE else 0), gamma.new_empty(*z.shape[:-1], 1)
 
     @torch.library.register_fake("bnaa::row_backward")
     def row_backward(dy: Tensor, kept: Tensor, scale: Tensor, inverse: Tensor, gamma: Tensor) -> tuple[Tensor, ...]:
@@ -145,10 +152,6 @@ def _describe() -> None:
     @torch.library.register_fake("bnaa::restore")
     def restore(kept: Tensor, slope: Tensor, level: Tensor, act: int) -> Tensor:
         return _innermost(kept).to(slope.dtype)
-
-
-def _wide(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
 def _innermost(z: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..sync import group_of
+from ..sync import group_of, update_statistics_
 from . import kernels as k
 from .batch_norm import Norm, NormAct, NormActConv, PooledNorm, lines
 from .plans import Plan, act_of, frozen, hooked, plan_of, pooling
@@ -108,14 +108,8 @@ def _statistics(own: Any, act: int, x: Tensor, keep: int) -> tuple[Norm, Tensor]
     found = k.kernels(x, act).stats(x, keep == k.BYTE)
     if group is not None:
         found, count = _over_processes(found, count, group)
-    if own.training and own.track_running_stats and own.running_mean is not None:
-        rate: Any = own.momentum or 0.0
-        if own.num_batches_tracked is not None:
-            own.num_batches_tracked.add_(1)
-            if own.momentum is None:
-                rate = own.num_batches_tracked.reciprocal().to(own.running_mean.dtype)
-        own.running_mean.lerp_(found[0].to(own.running_mean.dtype), rate)
-        own.running_var.lerp_((found[1] * (count / (count - 1))).to(own.running_var.dtype), rate)
+    if own.training:
+        update_statistics_(own, found[0], found[1] * (count / (count - 1)))
     return Norm(act, keep, True, count, group), lines(found, own.eps, own.weight, own.bias, keep)
 
 
@@ -209,7 +203,8 @@ def pooled(level: str, module: nn.Module, act: Any, pool: nn.Module, x: Tensor) 
         or not _trains(plan.module.weight, plan.module.bias)
     ):
         return max_pool(pool, norm(level, module, act, x))
-    how, maps = _statistics(plan.module, plan.act or outer, x, keep_of(level, plan.module, k.SILU, x))
+    code = plan.act or outer
+    how, maps = _statistics(plan.module, code, x, keep_of(level, plan.module, code, x))
     return PooledNorm.apply(x, plan.module.weight, plan.module.bias, maps, how, pooling(pool_))
 
 

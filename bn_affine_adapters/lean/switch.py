@@ -12,7 +12,7 @@ from ..errors import NetworkError
 from ..norms import plain_modules
 from ..reinit import check_choice
 from . import native
-from .forward import undo
+from .forward import plain_
 from .plans import LEVELS, Report
 from .rewrite import rewrite
 
@@ -75,11 +75,6 @@ def lean_(network: nn.Module, level: str, input_size: tuple[int, ...] | None = N
     return report
 
 
-def plain_(network: nn.Module) -> None:
-    """Give a network its own forward back."""
-    undo(network)
-
-
 def _is_weighty(module: Any) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
 
@@ -105,7 +100,7 @@ def _tried(network: nn.Module, input_size: tuple[int, ...] | None) -> tuple[floa
             error = None
         except Exception as caught:  # of any kind, by the network's own code
             error = f"fails: {caught}"
-        undo(copy)
+        plain_(copy)
         try:
             plain, all_kept = saved_bytes(copy, run)
         except Exception as caught:
