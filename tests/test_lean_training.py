@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model, shortcut_convs
 from bn_affine_adapters.errors import ConfigError
-from bn_affine_adapters.lean import LEVELS, forward, native, saved_bytes
+from bn_affine_adapters.lean import LEVELS, native, saved_bytes
 from bn_affine_adapters.recipe import run_key
 from bn_affine_adapters.stacked import Stacked
 from bn_affine_adapters.sync import sync_norms_
@@ -388,15 +388,3 @@ def test_the_recipe_trains_lean_with_the_losses_of_plain_and_records_it(train, t
 def test_the_recipe_refuses_lean_where_it_spares_nothing(train, extra, refused):
     with refused(ConfigError, "lean=exact", extra):
         train.read_recipe([*TINY, "lean=exact", extra])
-
-
-def test_under_a_compiler_that_loses_gradients_the_network_runs_plain(monkeypatch, clean_compiler):
-    monkeypatch.setattr(forward, "COMPILES", False)
-    plain, model = adapted(dtype=torch.float32), adapted(dtype=torch.float32, lean="smallest")
-    images, labels = batch(dtype=torch.float32)
-    kept = [
-        saved_bytes(each, lambda run=run: F.cross_entropy(run(images), labels))[1]
-        for each, run in ((plain, plain), (model, torch.compile(model, backend="aot_eager", fullgraph=True)))
-    ]
-    assert kept[1] > 0.9 * kept[0]
-    assert saved_bytes(model, lambda: model(images))[1] < 0.2 * kept[0]

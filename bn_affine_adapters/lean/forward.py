@@ -11,9 +11,6 @@ from torch import fx, nn
 from .plans import hooked
 
 log = logging.getLogger(__name__)
-# PyTorch 2.11 compiles the functions that are in its own operators so that all gradients are zero; 2.15 does not, and
-# the releases between were not tried.
-COMPILES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 
 
 def lean_forward(
@@ -34,8 +31,6 @@ def lean_forward(
     said: list[str] = []
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and not COMPILES:
-            return type(self).forward(self, *args, **kwargs)
         # The runners' functions know no transforms of torch.func.
         if self.training and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             given, reason = _arguments(parameters, args, kwargs)

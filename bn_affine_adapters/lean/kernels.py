@@ -116,7 +116,9 @@ class Portable:
         elif keep == BYTE:
             kept = ((z - zero) * step + 0.5).clamp(0, 255).to(torch.uint8)
         mask = pack(passes(u, act)) if with_mask else z.new_empty(0, dtype=torch.uint8)
-        return activate(u, act).to(z.dtype), kept, mask
+        y = activate(u, act)
+        # Where a Function returns what `to` left as it was, the compiler of PyTorch 2.11 makes all its gradients zero.
+        return y if y.dtype == z.dtype else y.to(z.dtype), kept, mask
 
     @staticmethod
     def sums(
