@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from .config import BN_ONLY, BNOnlyConfig
 from .control import controlled
 from .errors import AdapterFileError, AdapterTensorError, ConfigError, TooLargeError
+from .layer import drawn
 from .norms import COPIES, named_layers
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
@@ -113,7 +114,7 @@ def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
         AdapterTensorError: something is missing, extra, or not as expected.
     """
     classes = config.model_args.get("num_classes")
-    expected = {}
+    expected, optional = {}, set()
     for name, module in named_layers(model, list(config.target_modules), "the adapter's").items():
         held = controlled(module, name, config) if name in (config.control_layers or ()) else module
         for key, tensor in held.state_dict().items():
@@ -121,7 +122,8 @@ def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
             if name in (config.head_layers or ()) and classes and isinstance(module, nn.Linear | nn.Conv2d):
                 shape = (classes, *shape[1:])  # each adapter's head has its own number of classes
             expected[f"{name}.{COPIES}.{key}"] = torch.empty(shape, dtype=tensor.dtype, device="meta")
-    check_tensors(read_header(folder), expected)
+        optional |= {f"{name}.{COPIES}.{key}" for key in drawn(held, name, config)}
+    check_tensors(read_header(folder), expected, optional)
 
 
 def bare(key: str) -> str:
@@ -129,13 +131,20 @@ def bare(key: str) -> str:
     return key.removeprefix(_PREFIX)
 
 
-def check_tensors(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+def check_tensors(
+    given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], optional: Collection[str] = ()
+) -> None:
     """Compare names, shapes, kinds and finiteness of an adapter's tensors with what the network expects.
+
+    Args:
+        given: the file's, by name in the network.
+        expected: the network's.
+        optional: those of ``expected`` that may be missing, since they follow from the seed.
 
     Raises:
         AdapterTensorError: something is missing, extra, or not as expected.
     """
-    problems = [f"missing {name}" for name in expected if name not in given]
+    problems = [f"missing {name}" for name in expected if name not in given and name not in optional]
     problems += [f"extra {name[:200]}" for name in given if name not in expected]
     for name in expected.keys() & given.keys():
         ours, theirs = expected[name], given[name]

@@ -13,6 +13,34 @@ from .config import BNOnlyConfig
 from .control import Control
 from .errors import AdapterError
 from .norms import COPIES, affine, is_norm
+from .reinit import Rule, draw_into_, rule_for
+
+
+def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:
+    """Return the names of those parameters that a configuration trains of an adapter's module.
+
+    Args:
+        module: the adapter's copy, or what it is a copy of.
+        name: canonical.
+        config: the adapter's.
+    """
+    head = config.head_layers or [] if config.train_head else []
+    if name in head or name in config.extra_trainable_modules or isinstance(module, Control):
+        return [key for key, _ in module.named_parameters()]
+    gamma, beta = affine(module)
+    return [key for key, on in ((gamma, config.train_gamma), (beta, config.train_beta)) if key and on]
+
+
+def drawn(module: nn.Module, name: str, config: BNOnlyConfig) -> dict[str, Rule]:
+    """Return the rules of a norm layer's gamma and beta where they do not train and follow from the seed.
+
+    An adapter's file need not hold them. Args: as `trained`.
+    """
+    if config.seed is None or config.norm_init in (None, "keep") or not is_norm(module):
+        return {}
+    fixed = [key for key in affine(module) if key and key not in trained(module, name, config)]
+    rules = {key: rule_for(module, key, config.weight_init, config.norm_init) for key in fixed}
+    return {key: rule for key, rule in rules.items() if rule is not None}
 
 
 class BNOnlyLayer(nn.Module, BaseTunerLayer):
@@ -69,14 +97,18 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
     def trainable(self, adapter_name: str) -> list[str]:
         """Return the parameters that an adapter's configuration trains, as named in `bn_only_layers`."""
         copy, config = self.bn_only_layers[adapter_name], self.configs[adapter_name]
-        head = config.head_layers or [] if config.train_head else []
-        whole = self.canonical_name in head or self.canonical_name in config.extra_trainable_modules
-        if whole or isinstance(copy, Control):
-            names = [name for name, _ in copy.named_parameters()]
-        else:
-            gamma, beta = affine(copy)
-            names = [name for name, on in ((gamma, config.train_gamma), (beta, config.train_beta)) if name and on]
-        return [f"{adapter_name}.{name}" for name in names]
+        return [f"{adapter_name}.{key}" for key in trained(copy, self.canonical_name, config)]
+
+    def drawn(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """Return what of an adapter's copy follows from its seed, as it was drawn, as named in `bn_only_layers`."""
+        copy, config = self.bn_only_layers[adapter_name], self.configs[adapter_name]
+        found = {}
+        for key, rule in drawn(copy, self.canonical_name, config).items():
+            assert config.seed is not None  # or nothing is drawn
+            tensor = torch.empty_like(copy.get_parameter(key), device="cpu", requires_grad=False)
+            draw_into_(tensor, rule, config.seed, f"{self.canonical_name}.{key}")
+            found[f"{adapter_name}.{key}"] = tensor
+        return found
 
     def train(self, mode: bool = True) -> "BNOnlyLayer":
         """Set the mode of the copies; the base layer and frozen running statistics stay in evaluation mode."""

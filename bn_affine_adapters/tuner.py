@@ -1,7 +1,7 @@
 """BNOnlyTuner: injects per-adapter copies of norm layers, head and extra modules into a network."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -171,7 +171,12 @@ class BNOnlyTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        return {key: value for key, value in state_dict.items() if f".{COPIES}.{adapter_name}." in key}
+        """Return the adapter's tensors, less those that follow from its seed."""
+        own = _own(state_dict, adapter_name)
+        follow = [
+            k for k, tensor in _drawn(model, adapter_name).items() if k in own and torch.equal(own[k].cpu(), tensor)
+        ]
+        return {key: tensor for key, tensor in own.items() if key not in follow}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -182,11 +187,12 @@ class BNOnlyTuner(BaseTuner):
         cls, model: nn.Module, config: BNOnlyConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Map a file's keys to the network's. Nothing but this adapter's own tensors is ever let through."""
-        own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), [])
+        own, drawn = _own(model.state_dict(), adapter_name), _drawn(model, adapter_name)
         keys = {bare(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
         given = {bare(key): tensor for key, tensor in state_dict.items()}
-        check_tensors(given, {name: own[key] for name, key in keys.items()})
-        return {keys[name]: tensor for name, tensor in given.items()}
+        optional = {name for name, key in keys.items() if key in drawn}
+        check_tensors(given, {name: own[key] for name, key in keys.items()}, optional)
+        return drawn | {keys[name]: tensor for name, tensor in given.items()}
 
 
 def unwrap_(model: nn.Module) -> nn.Module:
@@ -199,6 +205,21 @@ def unwrap_(model: nn.Module) -> nn.Module:
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.train(model.training)
+
+
+def _own(state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state_dict.items() if f".{COPIES}.{adapter_name}." in key}
+
+
+def _drawn(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """Return those tensors of an adapter that follow from its seed, under their names in the state dict."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BNOnlyLayer)]
+    return {
+        f"{name}.{COPIES}.{key}": tensor
+        for name, layer in layers
+        if adapter_name in layer.bn_only_layers
+        for key, tensor in layer.drawn(adapter_name).items()
+    }
 
 
 def _check_plain(model: nn.Module, names: list[str]) -> None:

@@ -218,7 +218,7 @@ def test_the_format_in_memory_stays():
 
 @pytest.mark.parametrize("control", ["two_weights", "input_affine"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_an_adapter_stores_the_trained_values_beside_the_norm_layers_and_gives_the_same_logits(
+def test_an_adapter_stores_the_trained_values_and_running_statistics_and_gives_the_same_logits(
     name, control, train_step, tmp_path
 ):
     model = train_step(controlled(name, control))
@@ -227,8 +227,7 @@ def test_an_adapter_stores_the_trained_values_beside_the_norm_layers_and_gives_t
     stored = load_file(tmp_path / "adapter_model.safetensors")
     own = {key: tensor for key, tensor in stored.items() if key.rpartition(".")[2] in kinds}
     assert sum(tensor.numel() for tensor in own.values()) == model.get_nb_trainable_parameters()[0]
-    norms = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-    assert {key.rpartition(".")[2] for key in stored} == kinds | norms
+    assert {key.rpartition(".")[2] for key in stored} == kinds | {"running_mean", "running_var", "num_batches_tracked"}
     assert max(tensor.dim() for tensor in stored.values()) <= 2
     again = load_bn_only_model(tmp_path)
     assert torch.equal(again(IMAGES), model(IMAGES))

@@ -365,7 +365,8 @@ def test_a_dry_run_tells_order_state_and_cost_and_changes_nothing(write, dry, wh
 
 
 COUNTS = {
-    "cifar10_12_epochs": 10,
+    "cifar10_12_epochs": 12,
+    "cifar10_5_epochs": 3,
     "controls": 60,
     "digits": 42,
     "digits_families": 20,
