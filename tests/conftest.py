@@ -36,9 +36,13 @@ os.environ |= {
     "no_proxy": "127.0.0.1,localhost",
 }
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, which declares its own functions then
+
 import huggingface_hub
 import timm
-import torch
 from huggingface_hub.utils import _xet
 from torch.nn import functional as F
 

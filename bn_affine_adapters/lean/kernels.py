@@ -1,6 +1,6 @@
-"""The arithmetic of norm + activation: PyTorch's own operators everywhere, C++ where `native` has it.
+"""The arithmetic of norm + activation: PyTorch's own operators everywhere, C++ and Triton where `native` has them.
 
-Both sides have the functions `stats`, `forward`, `sums`, `input_gradient` and `restore` with the same arguments, which
+All sides have the functions `stats`, `forward`, `sums`, `input_gradient` and `restore` with the same arguments, which
 `kernels.cpp` describes. Tensors have their channels in dimension 1.
 """
 
@@ -19,8 +19,12 @@ MASKED = (RELU, RELU6)  # what backward has to know of their input is one bit
 
 
 def kernels(z: Tensor, act: int) -> Any:
-    """Return the namespace of functions that computes a norm layer of z; C++ only after `native.load`."""
-    return torch.ops.bnaa if compiled(z) and z.dim() in (2, 4) and act <= HARDSWISH else Portable
+    """Return the namespace of functions that computes a norm layer of z; C++ and Triton only once they are loaded."""
+    if compiled(z) and z.dim() in (2, 4) and act <= HARDSWISH:
+        return torch.ops.bnaa
+    if native.triton_loaded and z.device.type == native.TRITON_DEVICE and z.is_floating_point():
+        return torch.ops.bnaa_triton
+    return Portable
 
 
 def compiled(z: Tensor) -> bool:

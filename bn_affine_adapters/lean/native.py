@@ -1,4 +1,4 @@
-"""The C++ kernels of a CPU, compiled when they are first asked for and kept in torch's cache of extensions."""
+"""The C++ kernels of a CPU, compiled when they are first asked for and kept in torch's cache, and a GPU's in Triton."""
 
 import hashlib
 import logging
@@ -21,6 +21,8 @@ INPUT, BFLOAT16, BYTE, NOTHING = range(4)
 
 log = logging.getLogger(__name__)
 loaded: bool | None = None  # None: not asked for yet
+triton_loaded: bool | None = None
+TRITON_DEVICE = "cuda"  # PyTorch's name for AMD's too
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -40,9 +42,29 @@ def load() -> bool:
     return loaded
 
 
-def _load() -> bool:
-    if os.environ.get("BN_AFFINE_ADAPTERS_NATIVE") == "0":
+def load_triton() -> bool:
+    """Load the kernels of a GPU, once; return whether they are there. Triton compiles each when it first runs."""
+    global triton_loaded
+    if triton_loaded is None:
+        triton_loaded = not _left_out()
+        try:
+            if triton_loaded:
+                from . import triton_ops  # noqa: F401  # registers the operators
+        except ImportError as error:
+            log.warning("lean training runs in PyTorch's own kernels, which torch.compile makes fast: %s", error)
+            triton_loaded = False
+    return triton_loaded
+
+
+def _left_out() -> bool:
+    left_out = os.environ.get("BN_AFFINE_ADAPTERS_NATIVE") == "0"
+    if left_out:
         log.info("BN_AFFINE_ADAPTERS_NATIVE=0: lean training runs in PyTorch's own kernels")
+    return left_out
+
+
+def _load() -> bool:
+    if _left_out():
         return False
     # The processor is in the name: a home folder may be shared by machines of several kinds.
     key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, torch.__version__, _processor())).encode())

@@ -57,6 +57,8 @@ def lean_(network: nn.Module, level: str, input_size: tuple[int, ...] | None = N
             do="get_bn_only_model(network, BNOnlyConfig(lean=...)), or leave lean out",
         )
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    if torch.cuda.is_available():
+        native.load_triton()  # where the network is on a CPU still too: it may go to the GPU later
     if device.type == "cpu":
         native.load()
         if any(weight.dtype == torch.float16 for weight in weights):

@@ -1,0 +1,236 @@
+"""Norm + activation on a GPU, in Triton: one pass over memory each way. `triton_ops` launches these.
+
+A tensor is read as a matrix, P rows of Q columns: in channels_last as rows of channels; else as planes, a row for each
+image and channel. What `kept`, its lines and a mask are is in `kernels.cpp`; here bit k of byte (g, i) of a mask is of
+row 8 g + k, column i.
+"""
+
+import triton
+import triton.language as tl
+
+from .native import BFLOAT16, BYTE
+
+# Activations, as `kernels` numbers them.
+RELU, RELU6, SILU, HARDSWISH, GELU, GELU_TANH = (tl.constexpr(act) for act in range(1, 7))
+KEEPS_HALF, KEEPS_BYTE = tl.constexpr(BFLOAT16), tl.constexpr(BYTE)
+ROOT_HALF = tl.constexpr(0.7071067811865476)  # sqrt(1 / 2)
+DENSITY = tl.constexpr(0.3989422804014327)  # of a normal number at zero, 1 / sqrt(2 pi)
+TANH_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi): tanh(x) is 2 sigmoid(2 x) - 1
+TANH_CUBE = tl.constexpr(0.044715)
+
+
+@triton.jit
+def _sigmoid(u):
+    return 1 / (1 + tl.exp(-u))
+
+
+@triton.jit
+def _activate(u, ACT: tl.constexpr):
+    if ACT == RELU:
+        u = tl.where(u <= 0, 0.0, u)  # what is not a number stays so
+    elif ACT == RELU6:
+        u = tl.where(u <= 0, 0.0, tl.where(u >= 6, 6.0, u))
+    elif ACT == SILU:
+        u = u * _sigmoid(u)
+    elif ACT == HARDSWISH:
+        u = u * tl.where(u > -3, tl.where(u < 3, (u + 3) / 6, 1.0), 0.0)
+    elif ACT == GELU:
+        u = u * 0.5 * (1 + tl.erf(u * ROOT_HALF))
+    elif ACT == GELU_TANH:
+        u = u * _sigmoid(u * (u * u * TANH_CUBE + 1) * TANH_SCALE)
+    return u
+
+
+@triton.jit
+def _passes(u, ACT: tl.constexpr):
+    if ACT == RELU6:
+        return (u > 0) & (u < 6)
+    else:
+        return u > 0
+
+
+@triton.jit
+def _through(dy, u, ACT: tl.constexpr):
+    """Return the gradient of an activation's input u."""
+    if ACT == RELU or ACT == RELU6:  # noqa: SIM109  # Triton has no tuples here
+        dy = tl.where(_passes(u, ACT), dy, 0.0)
+    elif ACT == SILU:
+        s = _sigmoid(u)
+        dy = dy * s * (1 + u * (1 - s))
+    elif ACT == HARDSWISH:
+        dy = dy * tl.where(u > -3, tl.where(u < 3, u / 3 + 0.5, 1.0), 0.0)
+    elif ACT == GELU:
+        dy = dy * (0.5 * (1 + tl.erf(u * ROOT_HALF)) + u * DENSITY * tl.exp(-0.5 * u * u))
+    elif ACT == GELU_TANH:
+        s = _sigmoid(u * (u * u * TANH_CUBE + 1) * TANH_SCALE)
+        dy = dy * s * (1 + u * (1 - s) * TANH_SCALE * (u * u * TANH_CUBE * 3 + 1))
+    return dy
+
+
+@triton.jit
+def _line(values, rows, cols, Q, C, LAST: tl.constexpr):
+    """Return a number per channel in a shape that fits a tile."""
+    if LAST:
+        return tl.load(values + cols, cols < Q, 0.0)[None, :]
+    else:
+        return tl.load(values + rows % C)[:, None]
+
+
+@triton.jit
+def _du(
+    dy, x, mask, slope, level, rows, cols, here, Q, C,
+    LAST: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient of the activation's input, by the mask or from what was kept, x."""
+    if MASKED:
+        byte = tl.load(mask + (rows // 8)[:, None] * Q + cols[None, :], here, 0).to(tl.int32)
+        dy = tl.where(((byte >> (rows % 8).to(tl.int32)[:, None]) & 1) != 0, dy, 0.0)
+    elif ACT != 0:
+        u = tl.fma(x, _line(slope, rows, cols, Q, C, LAST), _line(level, rows, cols, Q, C, LAST))
+        dy = _through(dy, u, ACT)
+    return dy
+
+
+@triton.jit
+def stats(
+    z, out, P, Q, C, parts,
+    LAST: tl.constexpr, RANGE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Mean, squares about it, least and greatest value of a part of each channel: `out` is (2 or 4, parts, C)."""
+    W: tl.constexpr = out.dtype.element_ty
+    part = tl.program_id(0).to(tl.int64)
+    first = part * (CHUNK if LAST else ROWS)
+    rows, cols = first + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    # A sum that starts near the mean loses no digits.
+    if LAST:
+        shift = tl.load(z + first * Q + cols, cols < Q, 0.0).to(W)
+        about, index, there = shift[None, :], part * C + cols, cols < Q
+        count = tl.minimum(P - first, CHUNK)
+    else:
+        shift = tl.load(z + rows * Q, rows < P, 0.0).to(W)
+        about, index, there = shift[:, None], rows, rows < P
+        count = Q
+    total, square = tl.zeros((ROWS, COLS), W), tl.zeros((ROWS, COLS), W)
+    low, high = tl.full((ROWS, COLS), float("inf"), W), tl.full((ROWS, COLS), float("-inf"), W)
+    for _ in range(CHUNK // ROWS if LAST else tl.cdiv(Q, COLS)):
+        here = (rows < P)[:, None] & (cols < Q)[None, :]
+        x = tl.load(z + rows[:, None] * Q + cols[None, :], here, 0.0).to(W)
+        d = tl.where(here, x - about, 0.0)
+        total += d
+        square += d * d
+        if RANGE:
+            low, high = tl.minimum(low, tl.where(here, x, low)), tl.maximum(high, tl.where(here, x, high))
+        if LAST:
+            rows += ROWS
+        else:
+            cols += COLS
+    AXIS: tl.constexpr = 0 if LAST else 1
+    added = tl.sum(total, AXIS)
+    mean = added / count
+    size = parts * C
+    tl.store(out + index, mean + shift, there)
+    tl.store(out + size + index, tl.sum(square, AXIS) - added * mean, there)
+    if RANGE:
+        tl.store(out + 2 * size + index, tl.min(low, AXIS), there)
+        tl.store(out + 3 * size + index, tl.max(high, AXIS), there)
+
+
+@triton.jit
+def forward(
+    z, residual, slope, level, zero, step, y, kept, mask, P, Q, C,
+    LAST: tl.constexpr, ACT: tl.constexpr, KEEP: tl.constexpr, ADDS: tl.constexpr, MASKS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """act(z * slope + level (+ residual)), what is kept of z, which is (z - zero) * step, and the mask."""
+    W: tl.constexpr = slope.dtype.element_ty
+    group = tl.program_id(0).to(tl.int64) * (ROWS // 8)
+    rows, cols = group * 8 + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    here = (rows < P)[:, None] & (cols < Q)[None, :]
+    at = rows[:, None] * Q + cols[None, :]
+    x = tl.load(z + at, here, 0.0).to(W)
+    u = tl.fma(x, _line(slope, rows, cols, Q, C, LAST), _line(level, rows, cols, Q, C, LAST))
+    if ADDS:
+        u += tl.load(residual + at, here, 0.0).to(W)
+    tl.store(y + at, _activate(u, ACT).to(y.dtype.element_ty), here)
+    if KEEP == KEEPS_HALF or KEEP == KEEPS_BYTE:  # noqa: SIM109
+        v = (x - _line(zero, rows, cols, Q, C, LAST)) * _line(step, rows, cols, Q, C, LAST)
+        if KEEP == KEEPS_BYTE:
+            v = tl.floor(tl.minimum(tl.maximum(v + 0.5, 0.0), 255.0))
+        tl.store(kept + at, v.to(tl.float32).to(kept.dtype.element_ty), here)
+    if MASKS:
+        bits = tl.reshape(_passes(u, ACT).to(tl.int32), (ROWS // 8, 8, COLS))
+        byte = tl.sum(bits << tl.arange(0, 8)[None, :, None], 1)
+        groups = group + tl.arange(0, ROWS // 8)
+        within = (groups * 8 < P)[:, None] & (cols < Q)[None, :]
+        tl.store(mask + groups[:, None] * Q + cols[None, :], byte.to(tl.uint8), within)
+
+
+@triton.jit
+def sums(
+    dy, kept, mask, slope, level, zero, du, out, P, Q, C, parts,
+    LAST: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, WRITES: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The sums of du and du (kept - zero) over a part of each channel: `out` is (2, parts, C)."""
+    W: tl.constexpr = out.dtype.element_ty
+    part = tl.program_id(0).to(tl.int64)
+    rows = part * (CHUNK if LAST else ROWS) + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    total, product = tl.zeros((ROWS, COLS), W), tl.zeros((ROWS, COLS), W)
+    for _ in range(CHUNK // ROWS if LAST else tl.cdiv(Q, COLS)):
+        here = (rows < P)[:, None] & (cols < Q)[None, :]
+        at = rows[:, None] * Q + cols[None, :]
+        x, d = tl.load(kept + at, here, 0).to(W), tl.load(dy + at, here, 0.0).to(W)
+        d = _du(d, x, mask, slope, level, rows, cols, here, Q, C, LAST, ACT, MASKED)
+        if WRITES:
+            tl.store(du + at, d.to(du.dtype.element_ty), here)
+        total += d
+        product += tl.where(here, d * (x - _line(zero, rows, cols, Q, C, LAST)), 0.0)
+        if LAST:
+            rows += ROWS
+        else:
+            cols += COLS
+    AXIS: tl.constexpr = 0 if LAST else 1
+    if LAST:
+        index, there = part * C + cols, cols < Q
+    else:
+        index, there = rows, rows < P
+    tl.store(out + index, tl.sum(total, AXIS), there)
+    tl.store(out + parts * C + index, tl.sum(product, AXIS), there)
+
+
+@triton.jit
+def input_gradient(
+    dy, kept, mask, slope, level, zero, by, along, constant, dz, P, Q, C,
+    LAST: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Return du * by + (kept - zero) * along + constant, with du from dy as in `sums`."""
+    W: tl.constexpr = slope.dtype.element_ty
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    here = (rows < P)[:, None] & (cols < Q)[None, :]
+    at = rows[:, None] * Q + cols[None, :]
+    x, d = tl.load(kept + at, here, 0).to(W), tl.load(dy + at, here, 0.0).to(W)
+    d = _du(d, x, mask, slope, level, rows, cols, here, Q, C, LAST, ACT, MASKED)
+    rest = tl.fma(
+        x - _line(zero, rows, cols, Q, C, LAST),
+        _line(along, rows, cols, Q, C, LAST),
+        _line(constant, rows, cols, Q, C, LAST),
+    )
+    d = tl.fma(d, _line(by, rows, cols, Q, C, LAST), rest)
+    tl.store(dz + at, d.to(dz.dtype.element_ty), here)
+
+
+@triton.jit
+def restore(
+    kept, slope, level, y, P, Q, C,
+    LAST: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """act(kept * slope + level)."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    here = (rows < P)[:, None] & (cols < Q)[None, :]
+    at = rows[:, None] * Q + cols[None, :]
+    x = tl.load(kept + at, here, 0).to(slope.dtype.element_ty)
+    u = tl.fma(x, _line(slope, rows, cols, Q, C, LAST), _line(level, rows, cols, Q, C, LAST))
+    tl.store(y + at, _activate(u, ACT), here)

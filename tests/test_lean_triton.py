@@ -1,0 +1,276 @@
+"""The kernels of a GPU compute what PyTorch's operators do, without a GPU in Triton's interpreter; and they compile."""
+
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
+from bn_affine_adapters.lean import lean_, native, saved_bytes
+from bn_affine_adapters.lean.batch_norm import Norm, NormAct, lines
+from bn_affine_adapters.lean.kernels import BFLOAT16, BYTE, INPUT, MASKED, NOTHING, RELU, RELU6, SILU, Portable, kernels
+from bn_affine_adapters.norms import norm_layers
+
+pytest.importorskip("triton", reason="Triton comes with PyTorch on Linux only")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there conftest lets Triton interpret
+ACTS = range(7)
+NAMES = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")
+# A unit in the last place: the interpreter cuts bfloat16 off.
+CLOSE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7, torch.float16: 1e-3}
+# Each with channels, rows or pixels that fill no tile; the last is not of images.
+SHAPES = ((2, 5, 3, 7), (1, 130, 3, 3), (67, 9))
+
+
+@pytest.fixture(scope="module")
+def ops():
+    assert native.load_triton()
+    return torch.ops.bnaa_triton
+
+
+@pytest.fixture
+def chosen(ops, monkeypatch):
+    """Let lean training take these kernels here, whatever the device."""
+    monkeypatch.setattr(native, "loaded", False)
+    monkeypatch.setattr(native, "triton_loaded", True)
+    monkeypatch.setattr(native, "TRITON_DEVICE", DEVICE)
+
+
+def drawn(shape, dtype, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+
+
+def columns(z, *seeds):
+    return [drawn(z.shape[1], native.wide(z.dtype), seed) for seed in seeds]
+
+
+def planes(t):
+    return t.contiguous()
+
+
+def rows(t):
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous()
+
+
+def strided(t):
+    return torch.stack([t, t + 1], -1)[..., 0]
+
+
+LAYOUTS = (planes, rows, strided)
+
+
+def distance(found, wanted):
+    assert found.shape == wanted.shape
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.parametrize("act", ACTS, ids=NAMES)
+def test_every_kernel_agrees_with_pytorchs_operators(ops, act):
+    cases = itertools.product(CLOSE, SHAPES)
+    ways = itertools.cycle(itertools.product((BYTE, BFLOAT16, INPUT, NOTHING), (planes, rows)))
+    for (dtype, shape), (keep, layout) in zip(cases, ways, strict=False):
+        z, dy, close = layout(drawn(shape, dtype, 1)), drawn(shape, dtype, 2), CLOSE[dtype]
+        slope, level, by, along = columns(z, 3, 4, 5, 6)
+        statistics = ops.stats(z, True)
+        assert distance(statistics, Portable.stats(z, True)) < CLOSE[statistics.dtype]
+        assert torch.equal(statistics[:2], ops.stats(z, False))
+        zero, step = statistics[0], 255 / (statistics[3] - statistics[2]) if keep == BYTE else slope.abs()
+        masked = act in MASKED
+        for residual in (None, dy) if masked else (None,):
+            args = (z, residual, slope, level, zero, step, act, keep, masked)
+            (y, kept, mask), (wanted, wanted_kept, wanted_mask) = ops.forward(*args), Portable.forward(*args)
+            assert distance(y, wanted) < close
+            assert (y.dtype, kept.dtype) == (dtype, torch.uint8 if keep == BYTE else torch.bfloat16)
+            assert kept.numel() == (z.numel() if keep in (BYTE, BFLOAT16) else 0)
+            if kept.numel():
+                unit = 1 if keep == BYTE else wanted_kept.double().abs() / 2**7
+                assert ((kept.double() - wanted_kept.double()).abs() <= unit).all()
+            seen = kept if kept.numel() else z
+            bits = (mask, wanted_mask) if masked else (None, None)
+            found, expected = (
+                [*side.sums(dy, seen, each, slope, level, zero, act, True),
+                 side.input_gradient(dy, seen, each, slope, level, zero, act, by, along, level)]
+                for side, each in zip((ops, Portable), bits, strict=True)
+            )  # fmt: skip
+            bounds = (10 * CLOSE[statistics.dtype], close, close)
+            assert all(distance(*pair) < bound for *pair, bound in zip(found, expected, bounds, strict=True))
+            assert not ops.sums(dy, seen, bits[0], slope, level, zero, act, False)[1].numel()
+            assert distance(ops.restore(seen, slope, level, act), Portable.restore(seen, slope, level, act)) < 2e-6
+
+
+@pytest.mark.parametrize("layout", [planes, rows])
+def test_statistics_of_many_parts_are_those_of_float64(ops, layout):
+    """Of channels far from zero too: more than one chunk of rows, the last one short, and planes of several tiles."""
+    z = layout(drawn((5, 3, 13, 17), torch.float32) + torch.tensor([0.0, 1e3, -1e4], device=DEVICE).view(1, 3, 1, 1))
+    found, wanted = ops.stats(z, True), Portable.stats(z.double(), True)
+    assert ((found[0] - wanted[0]).abs() < 1e-6 * wanted[0].abs() + 1e-6).all()
+    assert ((found[1] - wanted[1]).abs() < 1e-5 * wanted[1]).all()
+    assert torch.equal(found[2:].double(), wanted[2:])
+
+
+@pytest.mark.parametrize(("forward", "backward"), list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_a_mask_is_read_as_it_was_written_whatever_the_gradients_layout(ops, forward, backward):
+    z, dy = drawn((3, 5, 4, 3), torch.float64, 1), drawn((3, 5, 4, 3), torch.float64, 2)
+    slope, level = columns(z, 3, 4)
+    for act in (RELU, RELU6):
+        _, _, mask = ops.forward(forward(z), None, slope, level, level, level, act, NOTHING, True)
+        u = z * slope.view(1, -1, 1, 1) + level.view(1, -1, 1, 1)
+        wanted = dy * ((u > 0) & (u < 6) if act == RELU6 else u > 0)
+        found = ops.sums(backward(dy), backward(dy), mask, slope, level, level, act, True)[1]
+        assert torch.equal(found, wanted)
+        one, nothing = torch.ones_like(level), torch.zeros_like(level)
+        rest = (slope, level, nothing, act, one, nothing, nothing)
+        assert torch.equal(ops.input_gradient(backward(dy), forward(z), mask, *rest), wanted)
+
+
+def test_what_is_not_a_number_stays_so_and_what_is_masked_is_zero(ops):
+    one, zero = torch.ones(3, device=DEVICE), torch.zeros(2, 3, 2, 2, device=DEVICE)
+    nan, infinite = zero + float("nan"), zero + float("inf")
+    for act in ACTS:
+        assert ops.forward(nan, None, one, one, one, one, act, NOTHING, False)[0].isnan().all()
+    _, _, mask = ops.forward(-infinite, None, one, one, one, one, RELU, NOTHING, True)
+    assert not ops.sums(infinite, nan, mask, one, one, one, RELU, True)[1].any()
+
+
+def test_compilers_are_told_the_shapes_that_the_operators_return(ops):
+    for layout, shape in ((rows, SHAPES[0]), (planes, SHAPES[0]), (planes, SHAPES[2])):
+        z = layout(drawn(shape, torch.float32))
+        slope, level = columns(z, 3, 4)
+        _, kept, mask = ops.forward(z, None, slope, level, level, slope, RELU, BFLOAT16, True)
+        calls = {
+            ops.stats: (z, True),
+            ops.forward: (z, z, slope, level, level, slope, RELU, BYTE, True),
+            ops.sums: (strided(z), kept, mask, slope, level, level, RELU, True),
+            ops.input_gradient: (z, kept, mask, slope, level, level, RELU, slope, level, level),
+            ops.restore: (kept, slope, level, SILU),
+        }
+        for operator, args in calls.items():
+            torch.library.opcheck(operator.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("layout", [planes, rows])
+def test_one_graph_serves_images_of_every_number_and_size(chosen, layout):
+    gamma, beta = (torch.full((3,), value, device=DEVICE, requires_grad=True) for value in (0.7, 0.1))
+
+    def run(z):
+        maps = lines(kernels(z, RELU).stats(z.detach(), False), 1e-5, gamma, beta, BFLOAT16)
+        return NormAct.apply(z, gamma, beta, None, maps, Norm(RELU, BFLOAT16, True, z.numel() // 3))
+
+    compiled = torch.compile(run, backend="aot_eager", dynamic=True, fullgraph=True)
+    try:
+        for size in (3, 5):
+            found = []
+            for function in (run, compiled):
+                z = layout(drawn((size - 1, 3, size, size), torch.float32)).requires_grad_()
+                y = function(z)
+                found.append((y, *torch.autograd.grad(y.square().sum(), (z, gamma, beta))))
+            assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    finally:
+        torch.compiler.reset()
+
+
+CASES = (("exact", 1e-8, planes), ("rounded", 0.02, planes), ("smallest", 0.05, rows))
+
+
+@pytest.mark.parametrize(("level", "bound", "layout"), CASES)
+def test_a_network_has_the_gradients_of_plain_freezing(chosen, level, bound, layout):
+    images, labels = layout(drawn((3, 3, 16, 16), torch.float64)), torch.tensor([0, 1, 2], device=DEVICE)
+    found = []
+    for lean in (None, level):
+        network = timm.create_model("test_resnet", num_classes=3).to(DEVICE, torch.float64)
+        model = get_bn_only_model(network, BNOnlyConfig(seed=0, lean=lean)).train()
+        F.cross_entropy(model(images), labels).backward()
+        layers = norm_layers(model, active=True).values()
+        found.append([torch.cat([t.flatten() for each in layers for t in (each.weight.grad, each.bias.grad)]),
+                      torch.cat([torch.cat([each.running_mean, each.running_var]) for each in layers])])  # fmt: skip
+    assert model.base_model.lean.share < 0.7
+    for ours, plain, limit in zip(found[1], found[0], (bound, 1e-10), strict=True):
+        assert distance(ours, plain) < limit
+
+
+def test_compiled_it_keeps_as_little_as_it_does_without(chosen):
+    """The compiler saves what the operators return; where it sees through them it saves z as well."""
+
+    def block():
+        return [nn.Conv2d(4, 4, 3, padding=1, bias=False).requires_grad_(False), nn.BatchNorm2d(4), nn.ReLU()]
+
+    network, images = nn.Sequential(*block(), *block(), *block()).to(DEVICE), drawn((2, 4, 16, 16), torch.float32)
+    kept = {}
+    for level in (None, "rounded"):
+        if level:
+            lean_(network, level, (4, 16, 16))
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager_decomp_partition")
+        kept[level] = [saved_bytes(network, lambda run=run: run(images))[1] for run in (network, compiled)]
+        torch.compiler.reset()
+    assert kept["rounded"][1] < 1.05 * kept["rounded"][0] < 0.35 * kept[None][0]
+
+
+COMPILE = """
+import json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from bn_affine_adapters.lean import triton_kernels
+
+Z, F, B = "*bf16", "*fp32", "*u8"
+TYPES = dict.fromkeys(("z", "residual", "y", "dy", "du", "dz"), Z) | {"kept": B, "mask": B}
+SWITCHES = dict(RANGE=True, ACT=1, KEEP=2, ADDS=True, MASKS=True, MASKED=True, WRITES=True, CHUNK=512)
+found = {}
+for name in ("stats", "forward", "sums", "input_gradient", "restore"):
+    kernel = getattr(triton_kernels, name)
+    for last in (True, False):
+        # What is 1 Triton takes for a constant.
+        for sizes in ({}, {"parts": 1, "C": 1}) if "parts" in kernel.arg_names else ({},):
+            constants = {**SWITCHES, **sizes, "LAST": last, "ROWS": 16, "COLS": 128}
+            constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+            types = {n: "constexpr" if n in constants else "i32" if n in ("P", "Q", "C", "parts") else TYPES.get(n, F)
+                     for n in kernel.arg_names}
+            aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in constants}
+            source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+            found[f"{name} {last} {len(sizes)}"] = re.findall(r"(?:ld|st)[.]global[.]v4[.]b32", compiled.asm["ptx"])
+print(json.dumps(found))
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_here_and_move_16_bytes_at_a_time():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 14
+    for name, moves in found.items():
+        assert "ld.global.v4.b32" in moves, name
+        if not name.startswith(("stats", "sums")):
+            assert "st.global.v4.b32" in moves, name
+
+
+def test_they_are_chosen_for_a_gpu_alone_and_can_be_left_out(ops, monkeypatch, caplog):
+    z = torch.zeros(2, 3, 4, 4)
+    assert kernels(z.half(), RELU) is Portable
+    monkeypatch.setattr(native, "TRITON_DEVICE", "meta")
+    assert kernels(z.to("meta"), RELU) is ops
+    monkeypatch.setattr(native, "triton_loaded", None)
+    monkeypatch.setenv("BN_AFFINE_ADAPTERS_NATIVE", "0")
+    with caplog.at_level(logging.INFO):
+        assert native.load_triton() is False
+    assert "PyTorch's own kernels" in caplog.text
+    assert kernels(z.to("meta"), RELU) is Portable
+
+
+def test_without_triton_the_log_says_what_runs_instead(monkeypatch, caplog):
+    monkeypatch.setattr(native, "triton_loaded", None)
+    monkeypatch.setitem(sys.modules, "bn_affine_adapters.lean.triton_ops", None)
+    monkeypatch.delattr("bn_affine_adapters.lean.triton_ops", raising=False)
+    assert native.load_triton() is False
+    assert "PyTorch's own kernels, which torch.compile makes fast" in caplog.text
