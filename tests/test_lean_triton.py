@@ -222,7 +222,7 @@ from bn_affine_adapters.lean import triton_kernels
 
 Z, F, B = "*bf16", "*fp32", "*u8"
 TYPES = dict.fromkeys(("z", "residual", "y", "dy", "du", "dz"), Z) | {"kept": B, "mask": B}
-SWITCHES = dict(RANGE=True, ACT=1, KEEP=2, ADDS=True, MASKS=True, MASKED=True, WRITES=True, CHUNK=512)
+SWITCHES = dict(RANGE=True, ACT=1, KEEP=2, ADDS=True, MASKS=True, MASKED=True, WRITES=True, CHUNK=512, STEPS=32)
 found = {}
 for name in ("stats", "forward", "sums", "input_gradient", "restore"):
     kernel = getattr(triton_kernels, name)

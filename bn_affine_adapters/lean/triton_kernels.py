@@ -94,7 +94,8 @@ def _du(
 @triton.jit
 def stats(
     z, out, P, Q, C, parts,
-    LAST: tl.constexpr, RANGE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
+    LAST: tl.constexpr, RANGE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CHUNK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Mean, squares about it, least and greatest value of a part of each channel: `out` is (2 or 4, parts, C)."""
     W: tl.constexpr = out.dtype.element_ty
@@ -112,7 +113,7 @@ def stats(
         count = Q
     total, square = tl.zeros((ROWS, COLS), W), tl.zeros((ROWS, COLS), W)
     low, high = tl.full((ROWS, COLS), float("inf"), W), tl.full((ROWS, COLS), float("-inf"), W)
-    for _ in range(CHUNK // ROWS if LAST else tl.cdiv(Q, COLS)):
+    for _ in range(STEPS):
         here = (rows < P)[:, None] & (cols < Q)[None, :]
         x = tl.load(z + rows[:, None] * Q + cols[None, :], here, 0.0).to(W)
         d = tl.where(here, x - about, 0.0)
@@ -169,7 +170,8 @@ def forward(
 def sums(
     dy, kept, mask, slope, level, zero, du, out, P, Q, C, parts,
     LAST: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, WRITES: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+    CHUNK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The sums of du and du (kept - zero) over a part of each channel: `out` is (2, parts, C)."""
     W: tl.constexpr = out.dtype.element_ty
@@ -177,7 +179,7 @@ def sums(
     rows = part * (CHUNK if LAST else ROWS) + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     total, product = tl.zeros((ROWS, COLS), W), tl.zeros((ROWS, COLS), W)
-    for _ in range(CHUNK // ROWS if LAST else tl.cdiv(Q, COLS)):
+    for _ in range(STEPS):
         here = (rows < P)[:, None] & (cols < Q)[None, :]
         at = rows[:, None] * Q + cols[None, :]
         x, d = tl.load(kept + at, here, 0).to(W), tl.load(dy + at, here, 0.0).to(W)

@@ -171,8 +171,8 @@ def _launch(kernel: Any, m: Matrix, *tensors: Tensor, sums: bool = False, **cons
     grid = triton.cdiv(m.P, rows), triton.cdiv(m.Q, columns)
     sizes = [m.P, m.Q, m.C]
     if sums:
-        grid = (m.parts, grid[1]) if m.LAST else (grid[0], 1)
-        sizes, constants = [*sizes, m.parts], {**constants, "CHUNK": CHUNK}
+        steps, grid = (CHUNK // rows, (m.parts, grid[1])) if m.LAST else (grid[1], (grid[0], 1))
+        sizes, constants = [*sizes, m.parts], {**constants, "CHUNK": CHUNK, "STEPS": steps}
     if grid[0] and grid[1]:
         with torch.cuda.device_of(tensors[0]):
             kernel[grid](*tensors, *sizes, LAST=m.LAST, ROWS=rows, COLS=columns, **constants)
