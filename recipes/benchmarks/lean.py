@@ -215,8 +215,8 @@ def measure(job: Job, ways: Sequence[str]) -> dict[str, Any]:
         del of["seconds"][0]
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     versions = {module.__name__: module.__version__ for module in (torch, timm, peft)}
-    there = {"device": DEVICE, "machine": machine, "versions": versions, "native": bool(native.loaded)}
-    return {**asdict(job), **there, "ways": found}
+    there = {"device": DEVICE, "machine": machine, "versions": versions}
+    return {**asdict(job), **there, "native": bool(native.loaded or native.triton_loaded), "ways": found}
 
 
 def ratio(line: dict[str, Any], way: str, measure: str, to: str = "full") -> float | None:
