@@ -186,8 +186,8 @@ def alone(run: Run, analyse: bool, folder: str) -> Outcome:
             time.sleep(0.05)
 
 
-def open_results(path: Path) -> tuple[IO[bytes], set[str]]:
-    """Return the results file, to append to, and the keys of the finished runs in it; mend a torn last line.
+def open_results(path: Path, analyse: bool) -> tuple[IO[bytes], set[str]]:
+    """Return the results file, to append to, and what is `finished` in it; mend a torn last line.
 
     Raises:
         ConfigError: another sweep writes to it, or a line of it is not a result.
@@ -210,12 +210,14 @@ def open_results(path: Path) -> tuple[IO[bytes], set[str]]:
             file.truncate(len(whole + newline))
             done = "it is torn, and cut off"
         click.echo(f"{path}: the last line, {len(rest)} bytes, has no newline: {done}", err=True)
-    return file, finished(path)
+    return file, finished(path, analyse)
 
 
-def finished(path: Path) -> set[str]:
-    """Return the keys of the runs in a results file, which need not be there."""
-    return {run_key(line["recipe"]) for line in read_results(path)} if path.exists() else set()
+def finished(path: Path, analyse: bool) -> set[str]:
+    """Return the keys of the runs in a results file, if there is one; where they are to be analysed, of those that are."""
+    lines = read_results(path) if path.exists() else []
+    lacks = [analyse and "analysis" not in line and math.isfinite(line["loss"]) for line in lines]
+    return {run_key(line["recipe"]) for line, lack in zip(lines, lacks, strict=True) if not lack}
 
 
 def append(file: IO[bytes], line: dict[str, Any]) -> None:
@@ -304,10 +306,10 @@ def main(file: Path, changes: tuple[str, ...], output: Path | None, workers: int
         sweep = read_sweep(file)
         runs = plan(sweep, list(changes), output or Path("runs/sweeps", file.stem), threads=share)
         if options["dry_run"]:
-            told = dry_run(runs, finished(Path(sweep.results)))
+            told = dry_run(runs, finished(Path(sweep.results), sweep.analyse))
             click.echo(json.dumps(told) if options["as_json"] else table(told))
             return
-        results, done = open_results(Path(sweep.results))
+        results, done = open_results(Path(sweep.results), sweep.analyse)
         left = [run for run in runs if run.key not in done]
         click.echo(f"{len(runs)} runs, {len(runs) - len(left)} finished")
         ray = {"address": options["ray_address"], "cpus": options["cpus_per_run"], "gpus": options["gpus_per_run"]}

@@ -215,6 +215,19 @@ def test_a_finished_run_is_never_run_again_and_a_line_is_made_up_for(write, insi
     assert told(read_results(results)) == told(map(json.loads, text.splitlines()))
 
 
+def test_a_sweep_that_now_analyses_analyses_what_was_trained_before(write, inside):
+    path = write()
+    inside(path)
+    before = told(read_results(path.with_suffix(".jsonl")))
+    assert "4 runs, 0 finished" in inside(write(analyse=True))
+    assert "4 runs, 4 finished" in inside(path)
+    lines = read_results(path.with_suffix(".jsonl"))
+    assert all(line.pop("analysis") for line in lines)
+    assert told(lines) == before
+    log = next(path.with_suffix("").glob("*/log.txt")).read_text()
+    assert log.count("trains") == 1
+
+
 def test_a_torn_last_line_is_cut_off_and_said(write, inside):
     path, results = write(), write().with_suffix(".jsonl")
     inside(path)

@@ -60,7 +60,7 @@ def _dense(t: Tensor, like: bool | None = None) -> Tensor:
     return t.contiguous()
 
 
-def _pair(dy: Tensor, kept: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Matrix]:
+def _aligned(dy: Tensor, kept: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Matrix]:
     """Return a gradient and what was kept in one layout: that of the mask, if there is one."""
     kept = _dense(kept, None if mask is None else mask.dim() == 2)
     dy = _dense(dy, _rows_of_channels(kept))
@@ -123,7 +123,7 @@ def sums(
     want_du: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of du and of du (kept - zero), (2, C), and du itself if asked for."""
-    dy, kept, m = _pair(dy, kept, mask)
+    dy, kept, m = _aligned(dy, kept, mask)
     du = torch.empty_like(dy) if want_du else dy.new_empty(0)
     found = slope.new_empty((2, m.parts, m.C))
     run(
@@ -147,7 +147,7 @@ def input_gradient(
     constant: Tensor,
 ) -> Tensor:
     """Return du * by + (kept - zero) * along + constant."""
-    dy, kept, m = _pair(dy, kept, mask)
+    dy, kept, m = _aligned(dy, kept, mask)
     dz = torch.empty_like(dy)
     run(
         kernels.input_gradient, m, dy, kept, kept if mask is None else mask, slope, level, zero, by, along, constant,
