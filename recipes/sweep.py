@@ -214,7 +214,7 @@ def open_results(path: Path, analyse: bool) -> tuple[IO[bytes], set[str]]:
 
 
 def finished(path: Path, analyse: bool) -> set[str]:
-    """Return the keys of the runs in a results file, if there is one; where they are to be analysed, of those that are."""
+    """Return the keys of the runs in a results file, if it is there; with ``analyse``, of those that were analysed."""
     lines = read_results(path) if path.exists() else []
     lacks = [analyse and "analysis" not in line and math.isfinite(line["loss"]) for line in lines]
     return {run_key(line["recipe"]) for line, lack in zip(lines, lacks, strict=True) if not lack}
