@@ -114,7 +114,10 @@ def inspect(adapter: str, as_json: bool, **where: Any) -> None:
     click.echo()
     _table([["", "tensors", "values", "bytes"], *([part, *size.values()] for part, size in sizes.items())])
     click.echo()
-    _table([["gamma", *gamma], ["", *gamma.values()]])
+    if gamma:
+        _table([["gamma", *gamma], ["", *gamma.values()]])
+    else:
+        click.echo("gamma: none in the file; one that does not train is as the seed draws it")
     click.echo()
     _table([["file", "bytes"], *([name, size] for name, size in files.items())])
 

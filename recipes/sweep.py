@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -186,7 +186,7 @@ def alone(run: Run, analyse: bool, folder: str) -> Outcome:
             time.sleep(0.05)
 
 
-def open_results(path: Path, analyse: bool) -> tuple[IO[bytes], set[str]]:
+def open_results(path: Path) -> tuple[IO[bytes], dict[str, bool]]:
     """Return the results file, to append to, and what is `finished` in it; mend a torn last line.
 
     Raises:
@@ -210,14 +210,13 @@ def open_results(path: Path, analyse: bool) -> tuple[IO[bytes], set[str]]:
             file.truncate(len(whole + newline))
             done = "it is torn, and cut off"
         click.echo(f"{path}: the last line, {len(rest)} bytes, has no newline: {done}", err=True)
-    return file, finished(path, analyse)
+    return file, finished(path)
 
 
-def finished(path: Path, analyse: bool) -> set[str]:
-    """Return the keys of the runs in a results file, if it is there; with ``analyse``, of those that were analysed."""
+def finished(path: Path) -> dict[str, bool]:
+    """Return the keys of the runs in a results file, if it is there, and whether each was analysed or cannot be."""
     lines = read_results(path) if path.exists() else []
-    lacks = [analyse and "analysis" not in line and math.isfinite(line["loss"]) for line in lines]
-    return {run_key(line["recipe"]) for line, lack in zip(lines, lacks, strict=True) if not lack}
+    return {run_key(line["recipe"]): "analysis" in line or not math.isfinite(line.get("loss", 0)) for line in lines}
 
 
 def append(file: IO[bytes], line: dict[str, Any]) -> None:
@@ -232,7 +231,7 @@ def append(file: IO[bytes], line: dict[str, Any]) -> None:
         raise
 
 
-def dry_run(runs: list[Run], done: set[str]) -> dict[str, Any]:
+def dry_run(runs: list[Run], done: Mapping[str, bool]) -> dict[str, Any]:
     """Return all runs with their state, and the hours that are left of each by a step measured here."""
     from accelerate import Accelerator
 
@@ -306,12 +305,16 @@ def main(file: Path, changes: tuple[str, ...], output: Path | None, workers: int
         sweep = read_sweep(file)
         runs = plan(sweep, list(changes), output or Path("runs/sweeps", file.stem), threads=share)
         if options["dry_run"]:
-            told = dry_run(runs, finished(Path(sweep.results), sweep.analyse))
+            told = dry_run(runs, finished(Path(sweep.results)))
             click.echo(json.dumps(told) if options["as_json"] else table(told))
             return
-        results, done = open_results(Path(sweep.results), sweep.analyse)
-        left = [run for run in runs if run.key not in done]
-        click.echo(f"{len(runs)} runs, {len(runs) - len(left)} finished")
+        results, done = open_results(Path(sweep.results))
+        lack = {run.key for run in runs if sweep.analyse and not done.get(run.key, True)}
+        # What is not here any more would have to be trained again, and its line is good without.
+        left = [run for run in runs if run.key not in done or (run.key in lack and result_of(run) is not None)]
+        without = len(lack - {run.key for run in left})
+        note = f", {without} of them without analysis: their folders are not here" if without else ""
+        click.echo(f"{len(runs)} runs, {len(runs) - len(left)} finished{note}")
         ray = {"address": options["ray_address"], "cpus": options["cpus_per_run"], "gpus": options["gpus_per_run"]}
         outcomes = on_ray(left, sweep.analyse, workers, **ray) if on_a_cluster else here(left, sweep.analyse, workers)
         failed = collect(outcomes, results, len(left))

@@ -70,6 +70,12 @@ def test_inspect_shows_settings_parts_gamma_and_files(run, folder):
         assert word in table, word
 
 
+def test_inspect_says_where_a_gamma_is_that_is_not_in_the_file(run, tmp_path):
+    config = BNOnlyConfig(seed=0, train_gamma=False)
+    get_bn_only_model(timm.create_model("test_resnet"), config).save_pretrained(tmp_path)
+    assert "gamma: none in the file; one that does not train is as the seed draws it" in run("inspect", tmp_path)[1]
+
+
 def test_inspect_in_json_has_the_true_numbers(run, folder):
     code, text, _ = run("inspect", folder, "--json")
     found, tensors = json.loads(text), load_file(folder / WEIGHTS)

@@ -43,17 +43,27 @@ def load() -> bool:
 
 
 def load_triton() -> bool:
-    """Load the kernels of a GPU, once; return whether they are there. Triton compiles each when it first runs."""
+    """Load the kernels of a GPU, once, and try one; return whether they work. The log says why not.
+
+    Triton compiles each when it first runs, for which it needs a C compiler itself.
+    """
     global triton_loaded
     if triton_loaded is None:
-        triton_loaded = not _left_out()
-        try:
-            if triton_loaded:
-                from . import triton_ops  # noqa: F401  # registers the operators
-        except ImportError as error:
-            log.warning("lean training runs in PyTorch's own kernels, which torch.compile makes fast: %s", error)
-            triton_loaded = False
+        triton_loaded = not _left_out() and _load_triton()
     return triton_loaded
+
+
+def _load_triton() -> bool:
+    try:
+        from . import triton_ops
+
+        if torch.cuda.is_available():
+            triton_ops.stats(True, torch.zeros(2, 1, device="cuda"), False)
+    except Exception as error:  # no Triton, no compiler, a GPU it does not know: whatever it is, there is another way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log.warning("lean training runs in PyTorch's own kernels, which torch.compile makes fast: Triton: %s", reason)
+        return False
+    return True
 
 
 def _left_out() -> bool:

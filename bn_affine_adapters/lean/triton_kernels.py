@@ -92,6 +92,15 @@ def _du(
 
 
 @triton.jit
+def _count(part, P, Q, LAST: tl.constexpr, CHUNK: tl.constexpr):
+    """Return how many numbers of a channel are in a part."""
+    if LAST:
+        return tl.minimum(P - part * CHUNK, CHUNK)
+    else:
+        return part * 0 + Q
+
+
+@triton.jit(do_not_specialize=["parts"])
 def stats(
     z, out, P, Q, C, parts,
     LAST: tl.constexpr, RANGE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -106,11 +115,9 @@ def stats(
     if LAST:
         shift = tl.load(z + first * Q + cols, cols < Q, 0.0).to(W)
         about, index, there = shift[None, :], part * C + cols, cols < Q
-        count = tl.minimum(P - first, CHUNK)
     else:
         shift = tl.load(z + rows * Q, rows < P, 0.0).to(W)
         about, index, there = shift[:, None], rows, rows < P
-        count = Q
     total, square = tl.zeros((ROWS, COLS), W), tl.zeros((ROWS, COLS), W)
     low, high = tl.full((ROWS, COLS), float("inf"), W), tl.full((ROWS, COLS), float("-inf"), W)
     for _ in range(STEPS):
@@ -127,13 +134,55 @@ def stats(
             cols += COLS
     AXIS: tl.constexpr = 0 if LAST else 1
     added = tl.sum(total, AXIS)
-    mean = added / count
+    mean = added / _count(part, P, Q, LAST, CHUNK)
     size = parts * C
     tl.store(out + index, mean + shift, there)
     tl.store(out + size + index, tl.sum(square, AXIS) - added * mean, there)
     if RANGE:
         tl.store(out + 2 * size + index, tl.min(low, AXIS), there)
         tl.store(out + 3 * size + index, tl.max(high, AXIS), there)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def merge(
+    found, out, P, Q, C, parts,
+    LAST: tl.constexpr, RANGE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CHUNK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """What `stats` found of parts as that of whole channels: `out` is (2 or 4, C).
+
+    Source: the rule of Chan, Golub and LeVeque for the variance of parts.
+    """
+    W: tl.constexpr = out.dtype.element_ty
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    size = parts * C
+    near = tl.load(found + cols, cols < C, 0.0)
+    total, square = tl.zeros((ROWS, COLS), W), tl.zeros((ROWS, COLS), W)
+    low, high = tl.full((ROWS, COLS), float("inf"), W), tl.full((ROWS, COLS), float("-inf"), W)
+    count = (P if LAST else P // C * Q) * tl.full((), 1.0, W)
+    for step in range(STEPS):
+        rows = step * ROWS + tl.arange(0, ROWS)
+        here = (rows < parts)[:, None] & (cols < C)[None, :]
+        at = found + rows[:, None] * C + cols[None, :]
+        n = _count(rows, P, Q, LAST, CHUNK).to(W)[:, None]
+        total += tl.where(here, n * (tl.load(at, here, 0.0) - near[None, :]), 0.0)
+        if RANGE:
+            low = tl.minimum(low, tl.load(at + 2 * size, here, float("inf")))
+            high = tl.maximum(high, tl.load(at + 3 * size, here, float("-inf")))
+    mean = near + tl.sum(total, 0) / count
+    for step in range(STEPS):
+        rows = step * ROWS + tl.arange(0, ROWS)
+        here = (rows < parts)[:, None] & (cols < C)[None, :]
+        at = found + rows[:, None] * C + cols[None, :]
+        n = _count(rows, P, Q, LAST, CHUNK).to(W)[:, None]
+        off = tl.load(at, here, 0.0) - mean[None, :]
+        square += tl.where(here, tl.load(at + size, here, 0.0) + n * off * off, 0.0)
+    variance = tl.sum(square, 0) / count
+    tl.store(out + cols, mean, cols < C)
+    tl.store(out + C + cols, tl.where(variance < 0, 0.0, variance), cols < C)  # what is not a number stays so
+    if RANGE:
+        tl.store(out + 2 * C + cols, tl.min(low, 0), cols < C)
+        tl.store(out + 3 * C + cols, tl.max(high, 0), cols < C)
 
 
 @triton.jit
@@ -166,7 +215,7 @@ def forward(
         tl.store(mask + groups[:, None] * Q + cols[None, :], byte.to(tl.uint8), within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def sums(
     dy, kept, mask, slope, level, zero, du, out, P, Q, C, parts,
     LAST: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, WRITES: tl.constexpr,

@@ -3,6 +3,7 @@
 They take tensors in any layout, and compute in that of the input: channels_last, or planes.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,8 +18,6 @@ from .native import BFLOAT16, BYTE, wide
 
 NAMESPACE = "bnaa_triton"
 TILE = 2048  # numbers that a program holds at once
-CHUNK = 512  # rows that one program sums, of a tensor in channels_last
-Run = Callable[..., None]  # launches a kernel, or does not, where only shapes are asked for
 
 
 class Matrix(NamedTuple):
@@ -41,12 +40,12 @@ class Matrix(NamedTuple):
         """Read a tensor, (N, C, ...), that `_dense` returned."""
         if _rows_of_channels(t):
             return cls(t.numel() // t.shape[1], t.shape[1], t.shape[1], True)
-        return cls(t.shape[0] * t.shape[1], t.shape[2:].numel(), t.shape[1], False)
+        return cls(t.shape[0] * t.shape[1], math.prod(t.shape[2:]), t.shape[1], False)
 
     @property
-    def parts(self) -> int:
-        """The partial sums of a channel."""
-        return -(-self.P // CHUNK) if self.LAST else self.P // self.C
+    def chunk(self) -> int:
+        """The rows of channels that one program sums: fewer where there would be too few programs."""
+        return 512 if self.P >= 2**15 else 64
 
 
 def _rows_of_channels(t: Tensor) -> bool:
@@ -67,25 +66,51 @@ def _aligned(dy: Tensor, kept: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
     return dy, kept, Matrix.of(kept)
 
 
-def stats(run: Run, z: Tensor, range: bool) -> Tensor:
+def _launch(kernel: Any, m: Matrix, *tensors: Tensor, **constants: Any) -> None:
+    """Launch a program for each tile."""
+    columns = min(128 if m.LAST else 256, triton.next_power_of_2(m.Q))
+    rows = min(512, TILE // columns)  # a multiple of 8, as masks need it
+    grid = triton.cdiv(m.P, rows), triton.cdiv(m.Q, columns)
+    if m.P and m.Q:
+        with torch.cuda.device_of(tensors[0]):
+            kernel[grid](*tensors, m.P, m.Q, m.C, LAST=m.LAST, ROWS=rows, COLS=columns, **constants)
+
+
+def _sum(kernel: Any, kinds: int, m: Matrix, *tensors: Tensor, **constants: Any) -> Tensor:
+    """Launch a program for each part of some channels; return the partial sums, (kinds, parts, C)."""
+    columns = min(128 if m.LAST else TILE, triton.next_power_of_2(m.Q))
+    rows = min(m.chunk, TILE // columns)
+    across, along = triton.cdiv(m.Q, columns), triton.cdiv(m.P, rows)
+    parts = triton.cdiv(m.P, m.chunk) if m.LAST else m.P // m.C
+    grid, steps = ((parts, across), m.chunk // rows) if m.LAST else ((along, 1), across)
+    found = tensors[0].new_empty((kinds, parts, m.C), dtype=wide(tensors[0].dtype))
+    constants |= {"LAST": m.LAST, "ROWS": rows, "COLS": columns, "CHUNK": m.chunk, "STEPS": steps}
+    with torch.cuda.device_of(tensors[0]):
+        kernel[grid](*tensors, found, m.P, m.Q, m.C, parts, **constants)
+    return found
+
+
+# The operators. Without ``real`` they say what they return and compute nothing, for torch.compile.
+
+
+def stats(real: bool, z: Tensor, range: bool) -> Tensor:
     """Return mean and biased variance of each channel, and its least and greatest value: (2 or 4, C)."""
-    z = _dense(z)
-    m = Matrix.of(z)
-    found = z.new_empty((4 if range else 2, m.parts, m.C), dtype=wide(z.dtype))
-    run(kernels.stats, m, z, found, sums=True, RANGE=range)
-    # The rule of Chan, Golub and LeVeque for the variance of parts.
-    count = found.new_full((m.parts, 1), CHUNK if m.LAST else m.Q)
-    if m.LAST:
-        count[-1] = m.P - (m.parts - 1) * CHUNK
-    share = count / (z.numel() // m.C)
-    near = found[0, 0]
-    mean = near + ((found[0] - near) * share).sum(0)
-    variance = (found[1] / (z.numel() // m.C) + (found[0] - mean).square() * share).sum(0)
-    return torch.stack([mean, variance.clamp_min(0), *((found[2].amin(0), found[3].amax(0)) if range else ())])
+    kinds, channels = 4 if range else 2, z.shape[1]
+    out = z.new_empty((kinds, channels), dtype=wide(z.dtype))
+    if real:
+        m = Matrix.of(z := _dense(z))
+        found = _sum(kernels.stats, kinds, m, z, RANGE=range)
+        parts, columns = found.shape[1], min(32, triton.next_power_of_2(channels))
+        rows = min(TILE // columns, triton.next_power_of_2(parts))
+        steps = triton.next_power_of_2(triton.cdiv(parts, rows))
+        constants = {"LAST": m.LAST, "RANGE": range, "ROWS": rows, "COLS": columns, "CHUNK": m.chunk, "STEPS": steps}
+        with torch.cuda.device_of(z):
+            kernels.merge[(triton.cdiv(channels, columns),)](found, out, m.P, m.Q, m.C, parts, **constants)
+    return out
 
 
 def forward(
-    run: Run,
+    real: bool,
     z: Tensor,
     residual: Tensor | None,
     slope: Tensor,
@@ -97,22 +122,22 @@ def forward(
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return act(z * slope + level (+ residual)), what is kept of z, which is (z - zero) * step, and the mask."""
-    z = _dense(z)
-    m = Matrix.of(z)
-    residual = z if residual is None else _dense(residual, m.LAST)
+    m = Matrix.of(z := _dense(z))
     dtype = torch.uint8 if keep == BYTE else torch.bfloat16
     y = torch.empty_like(z)
     kept = torch.empty_like(z, dtype=dtype) if keep in (BFLOAT16, BYTE) else z.new_empty(0, dtype=dtype)
     mask = z.new_empty((-(-m.P // 8) if with_mask else 0, m.Q), dtype=torch.uint8)
-    run(
-        kernels.forward, m, z, residual, slope, level, zero, step, y, kept, mask,
-        ACT=act, KEEP=keep, ADDS=residual is not z, MASKS=with_mask,
-    )  # fmt: skip
+    if real:
+        other = z if residual is None else _dense(residual, m.LAST)
+        _launch(
+            kernels.forward, m, z, other, slope, level, zero, step, y, kept, mask,
+            ACT=act, KEEP=keep, ADDS=residual is not None, MASKS=with_mask,
+        )  # fmt: skip
     return y, kept, mask if m.LAST else mask[None]
 
 
 def sums(
-    run: Run,
+    real: bool,
     dy: Tensor,
     kept: Tensor,
     mask: Tensor | None,
@@ -125,16 +150,17 @@ def sums(
     """Return the sums of du and of du (kept - zero), (2, C), and du itself if asked for."""
     dy, kept, m = _aligned(dy, kept, mask)
     du = torch.empty_like(dy) if want_du else dy.new_empty(0)
-    found = slope.new_empty((2, m.parts, m.C))
-    run(
-        kernels.sums, m, dy, kept, kept if mask is None else mask, slope, level, zero, du, found,
-        sums=True, ACT=act, MASKED=mask is not None, WRITES=want_du,
+    if not real:
+        return slope.new_empty((2, m.C)), du
+    found = _sum(
+        kernels.sums, 2, m, dy, kept, kept if mask is None else mask, slope, level, zero, du,
+        ACT=act, MASKED=mask is not None, WRITES=want_du,
     )  # fmt: skip
     return found.sum(1), du
 
 
 def input_gradient(
-    run: Run,
+    real: bool,
     dy: Tensor,
     kept: Tensor,
     mask: Tensor | None,
@@ -149,37 +175,22 @@ def input_gradient(
     """Return du * by + (kept - zero) * along + constant."""
     dy, kept, m = _aligned(dy, kept, mask)
     dz = torch.empty_like(dy)
-    run(
-        kernels.input_gradient, m, dy, kept, kept if mask is None else mask, slope, level, zero, by, along, constant,
-        dz, ACT=act, MASKED=mask is not None,
-    )  # fmt: skip
+    if real:
+        lines = (slope, level, zero, by, along, constant)
+        _launch(
+            kernels.input_gradient, m, dy, kept, kept if mask is None else mask, *lines, dz,
+            ACT=act, MASKED=mask is not None,
+        )  # fmt: skip
     return dz
 
 
-def restore(run: Run, kept: Tensor, slope: Tensor, level: Tensor, act: int) -> Tensor:
+def restore(real: bool, kept: Tensor, slope: Tensor, level: Tensor, act: int) -> Tensor:
     """Return the activation's output from what was kept."""
-    kept = _dense(kept)
-    m = Matrix.of(kept)
+    m = Matrix.of(kept := _dense(kept))
     y = torch.empty_like(kept, dtype=slope.dtype)
-    run(kernels.restore, m, kept, slope, level, y, ACT=act)
+    if real:
+        _launch(kernels.restore, m, kept, slope, level, y, ACT=act)
     return y
-
-
-def _launch(kernel: Any, m: Matrix, *tensors: Tensor, sums: bool = False, **constants: Any) -> None:
-    columns = min(128, triton.next_power_of_2(m.Q))
-    rows = min(CHUNK, TILE // columns)  # a multiple of 8 that divides CHUNK
-    grid = triton.cdiv(m.P, rows), triton.cdiv(m.Q, columns)
-    sizes = [m.P, m.Q, m.C]
-    if sums:
-        steps, grid = (CHUNK // rows, (m.parts, grid[1])) if m.LAST else (grid[1], (grid[0], 1))
-        sizes, constants = [*sizes, m.parts], {**constants, "CHUNK": CHUNK, "STEPS": steps}
-    if grid[0] and grid[1]:
-        with torch.cuda.device_of(tensors[0]):
-            kernel[grid](*tensors, *sizes, LAST=m.LAST, ROWS=rows, COLS=columns, **constants)
-
-
-def _pretend(*args: Any, **constants: Any) -> None:
-    """Launch nothing, where torch.compile asks for shapes."""
 
 
 _library = Library(NAMESPACE, "DEF")
@@ -197,5 +208,5 @@ for _function, _arguments in _OPERATORS.items():
     _name = _function.__name__
     _library.define(f"{_name}({_arguments}")
     for _device in ("CUDA", "CPU"):  # the latter in Triton's interpreter alone
-        _library.impl(_name, partial(_function, _launch), _device)
-    register_fake(f"{NAMESPACE}::{_name}", partial(_function, _pretend), lib=_library)
+        _library.impl(_name, partial(_function, True), _device)
+    register_fake(f"{NAMESPACE}::{_name}", partial(_function, False), lib=_library)
