@@ -86,11 +86,12 @@ def _compared(variants: Sequence[str], group: Sequence[Run], network: str, measu
     """Return each variant with its mean, deviation and n, and how far it is from the first one."""
     values = {variant: measured(group, network, variant, MEASURES[measure]) for variant in variants}
     first, parts = values[variants[0]], []
+    digits = 4 if measure == "loss" else 2
     for variant, own in values.items():
         if (found := spread(own.values())) and first:
             pairs = [value - first[replicate] for replicate, value in own.items() if replicate in first]
-            apart = f", {sum(pairs) / len(pairs):+.2f}" if variant != variants[0] and pairs else ""
-            parts.append(f"{variant} {spread_text(found)} (n = {found[2]}{apart})")
+            apart = f", {sum(pairs) / len(pairs):+.{digits}f}" if variant != variants[0] and pairs else ""
+            parts.append(f"{variant} {spread_text(found, digits)} (n = {found[2]}{apart})")
     return parts
 
 

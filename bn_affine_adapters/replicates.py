@@ -141,6 +141,7 @@ def clamp_change(threshold: str) -> Pick:
 MEASURES: dict[str, Pick] = {
     "accuracy": lambda line: line["top1"],
     "top5": lambda line: line.get("top5"),
+    "loss": lambda line: line.get("loss"),
     "gamma mean": analysed("gamma", "mean"),
     "gamma std": analysed("gamma", "std"),
     "negative": analysed("gamma", "negative"),
