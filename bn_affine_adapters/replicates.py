@@ -172,6 +172,14 @@ def spread(values: Iterable[float]) -> Spread | None:
     return (statistics.mean(several), deviation, len(several)) if several else None
 
 
+def paired(runs: Sequence[Run], network: str, variants: Sequence[str], pick: Pick) -> dict[str, Spread]:
+    """Return {variant: spread} over the replicates that all variants have; nothing where there is none."""
+    values = {variant: measured(runs, network, variant, pick) for variant in variants}
+    same = set.intersection(*(set(own) for own in values.values()))
+    found = {variant: spread(own[replicate] for replicate in sorted(same)) for variant, own in values.items()}
+    return {variant: value for variant, value in found.items() if value}
+
+
 def spread_text(values: Spread, digits: int = 2) -> str:
     """Return mean ± standard deviation, or the only value."""
     mean, deviation, n = values

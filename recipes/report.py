@@ -33,6 +33,7 @@ from bn_affine_adapters.replicates import (
     by_schedule,
     clamp_change,
     measured,
+    paired,
     picked,
     read_runs,
     spread,
@@ -43,9 +44,8 @@ from bn_affine_adapters.results import read_results
 HERE = Path(__file__).parent
 PAPER: dict[str, Any] = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))
 NETWORKS: dict[str, Any] = PAPER["networks"]
-CIFAR = "cifar10"
 THRESHOLDS, CLAMPS = ("0.001", "0.01", "0.05", "0.1"), ("0.01", "0.05")
-PANELS = 3  # networks in one figure
+CIFAR, PANELS = "cifar10", 3  # networks in one figure
 Panel = Callable[[Any], Any]  # draws on an Axes
 
 
@@ -197,9 +197,9 @@ def largest(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def figure1(runs: Sequence[Run]) -> Iterator[Panel]:
-    """Gain of training gamma and beta."""
-    rows = cells_of(runs, ("all", "no-affine"), MEASURES["accuracy"])
-    pairs = {label(name): row for name, row in rows.items() if len(row) == 2}
+    """Gain of training gamma and beta, from the same seeds."""
+    rows = {label(name): paired(runs, name, ("all", "no-affine"), MEASURES["accuracy"]) for name in known(runs)}
+    pairs = {name: row for name, row in rows.items() if row}
     yield from [partial(plots.affine_gain, accuracies=pairs, paper=PAPER["marks"]["gain"])] if pairs else []
 
 

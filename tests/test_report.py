@@ -179,6 +179,15 @@ def test_runs_of_one_seed_are_averaged_and_counted_once(tmp_path):
     assert "| 45.50 ± 6.36 | 2 | 3 | 5760 ± 0 | Invented GPU, 1 x GPU | 0000000 |" in row
 
 
+def test_the_gain_is_between_runs_of_the_same_seeds(tmp_path):
+    lines = [line(90.0, "all"), line(80.0, "all", seed=1), line(89.0, "no-affine"), line(70.0, "no-affine", seed=2)]
+    runs, pick = runs_of(write(tmp_path, lines)), report.MEASURES["accuracy"]
+    found = report.paired(runs, "cifar_resnet14", ("all", "no-affine"), pick)
+    assert found == {"all": (90.0, 0.0, 1), "no-affine": (89.0, 0.0, 1)}
+    assert report.paired(runs, "cifar_resnet14", ("all", "bn"), pick) == {}
+    assert len(list(report.figure1(runs))) == 1
+
+
 def test_hours_are_told_where_they_were_measured_and_nowhere_else(tmp_path):
     table = report.missing_table(runs_of(write(tmp_path, [line(40.0)])))
     (bn, *_) = [row for row in table.splitlines() if row.startswith("| bn | ResNet-14")]
