@@ -180,7 +180,7 @@ def test_one_graph_serves_images_of_every_number_and_size(chosen, layout):
         torch.compiler.reset()
 
 
-CASES = (("rounded", 0.02, planes), ("smallest", 0.05, rows))
+CASES = (("exact", 1e-8, planes), ("smallest", 0.05, rows))
 
 
 @pytest.mark.parametrize(("level", "bound", "layout"), CASES)
