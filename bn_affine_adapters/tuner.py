@@ -173,9 +173,10 @@ class BNOnlyTuner(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Return the adapter's tensors, less those that follow from its seed."""
         own = _own(state_dict, adapter_name)
-        follow = [
-            k for k, tensor in _drawn(model, adapter_name).items() if k in own and torch.equal(own[k].cpu(), tensor)
-        ]
+        drawn = _drawn(model, adapter_name)
+        # The given tensors may have another type than the network's.
+        pairs = {key: (own[key].cpu(), drawn[key].to(own[key].dtype)) for key in own.keys() & drawn.keys()}
+        follow = {key for key, pair in pairs.items() if torch.equal(*pair)}
         return {key: tensor for key, tensor in own.items() if key not in follow}
 
     @classmethod

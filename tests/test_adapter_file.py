@@ -76,6 +76,13 @@ def test_in_half_precision_too(tmp_path):
     assert torch.equal(again.get_base_model().bn1.weight, model.get_base_model().bn1.weight)
 
 
+def test_a_state_dict_in_another_type_is_saved_too(tmp_path):
+    model = adapted(train_gamma=False)
+    state = {key: t.bfloat16() if t.is_floating_point() else t for key, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert held(tmp_path) == STATISTICS | {"bias"}
+
+
 @pytest.mark.parametrize(("settings", "missing"), [({}, "weight"), ({"train_gamma": False}, "bias")])
 def test_what_trains_may_not_be_missing(settings, missing, tmp_path, refused):
     adapted(**settings).save_pretrained(tmp_path)
