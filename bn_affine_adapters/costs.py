@@ -19,13 +19,13 @@ def operations(step: Callable[[], Any]) -> int:
         60
     """
     with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward}
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: conv_backward_operations}
     ) as counter:
         step()
     return counter.get_total_flops()
 
 
-def _conv_backward(dy: Any, x: Any, weight: Any, *rest: Any, out_shape: Any = None) -> int:
+def conv_backward_operations(dy: Any, x: Any, weight: Any, *rest: Any, out_shape: Any = None) -> int:
     """Return the operations of a convolution's backward from shapes: for each gradient those of forward.
 
     PyTorch's own count of the weight's gradient takes a convolution in groups for a dense one.

@@ -62,7 +62,7 @@ def distance(found, wanted):
 # Exact: gradients of float64 against differences of the function itself.
 
 
-def norm_act(act, of_batch):
+def norm_act(act, of_batch, twice=False):
     """Return NormAct as a function of z, gamma, beta and residual, with statistics of the batch or fixed ones."""
 
     def run(z, gamma, beta, residual=None):
@@ -71,7 +71,8 @@ def norm_act(act, of_batch):
             if not of_batch:
                 statistics = torch.stack([torch.linspace(-1, 1, z.shape[1]), torch.ones(z.shape[1])]).to(z)
             maps = lines(statistics, 1e-5, gamma, beta, k.INPUT)
-        return NormAct.apply(z, gamma, beta, residual, maps, Norm(act, k.INPUT, of_batch, z.numel() // z.shape[1]))
+        how = Norm(act, k.INPUT, of_batch, z.numel() // z.shape[1], twice=twice)
+        return NormAct.apply(z, gamma, beta, residual, maps, how)
 
     return run
 
@@ -95,6 +96,8 @@ def test_batch_norm_has_the_gradient_of_its_function(backend, act, of_batch):
         cpp = backend == "C++" and len(shape) != 3 and act <= k.HARDSWISH
         assert k.kernels(z, act) is (torch.ops.bnaa if cpp else k.Portable)
         assert gradcheck(norm_act(act, of_batch), (z, gamma, beta, residual), **PRECISE)
+        if shape == (2, 3, 2, 2):
+            assert gradcheck(norm_act(act, of_batch, twice=True), (z, gamma, beta, residual), **PRECISE)
         u = norm_act(k.IDENTITY, of_batch)(z, gamma, beta, residual)
         sides |= {sum(value > corner for corner in corners) for value in u.flatten().tolist()}
         cases += 1

@@ -128,6 +128,14 @@ def test_gradients_agree_whatever_was_kept(cpp, act, dtype):
             assert distance(dz, wanted_dz) < CLOSE[dtype]
             assert (sums.dtype, du.dtype, dz.dtype) == (wide, dtype, dtype)
             assert not cpp.sums(dy, kept, mask, slope, level, zero, act, False)[1].numel()
+            args = (kept, mask, slope, level, zero, act, True)
+            for more in (dy.flip(0), strided(dy)) if dtype == wide else ():
+                both = zip(cpp.sums(dy, *args, more), cpp.sums(dy + more, *args), strict=True)
+                assert all(torch.equal(*pair) for pair in both)
+            wanted_sums, wanted_du = Portable.sums(dy, kept, wanted_mask, *args[2:], dy.flip(0))
+            sums, du = cpp.sums(dy, *args, dy.flip(0))
+            assert distance(sums, wanted_sums) < 10 * CLOSE[wide]
+            assert distance(du, wanted_du) < CLOSE[dtype]
             cases += 1
         if keep != INPUT or dtype == wide:
             h = cpp.restore(kept, slope, level, act)
@@ -268,7 +276,7 @@ def test_compilers_are_told_the_shapes_that_the_operators_return(cpp):
         calls = {
             cpp.stats: (z, keep == BYTE),
             cpp.forward: (z, dy, *line, slope, RELU, keep, True),
-            cpp.sums: (dy, kept, mask, *line, RELU, keep == BYTE),
+            cpp.sums: (dy, kept, mask, *line, RELU, keep == BYTE, *([dy] if keep == BYTE else [])),
             cpp.input_gradient: (dy, kept, mask, *line, RELU, *line),
         }
         if kept.dtype != torch.bfloat16 or keep == BFLOAT16:

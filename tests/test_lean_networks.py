@@ -216,6 +216,31 @@ def test_backward_ends_at_the_first_layer_that_trains():
     assert counts == {"bn1": (1 + 14, 15), "blocks.2": (1 + 8, 10), "blocks.4": (1 + 3, 5)}
 
 
+def sums_in_backward(network, images):
+    """Return how often backward adds two gradients of images in an operator of its own."""
+    added = []
+
+    class Adds(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor):
+                added.extend([args] if getattr(args[1], "dim", int)() == 4 else [])
+            return function(*args, **(kwargs or {}))
+
+    loss = network(images).square().sum()
+    with Adds():
+        loss.backward()
+    return len(added)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_gradients_of_a_residual_block_are_added_where_the_norm_layer_reads_them(level, request):
+    request.getfixturevalue("cpp")
+    model, images = adapted(from_timm("cifar_resnet14")), torch.randn(BATCH, 3, 32, 32)
+    assert sums_in_backward(model, images) == 6  # one a block
+    model.set_lean(level)
+    assert sums_in_backward(model, images) == 0
+
+
 def test_images_that_ask_for_a_gradient_get_the_plain_networks():
     model = adapted(from_timm("cifar_resnet14"), torch.float64)
     found = []

@@ -96,8 +96,9 @@ def test_every_kernel_agrees_with_pytorchs_operators(ops, act):
                 assert ((kept.double() - wanted_kept.double()).abs() <= unit).all()
             seen = kept if kept.numel() else z
             bits = (mask, wanted_mask) if masked else (None, None)
+            more = None if residual is None else strided(residual)
             found, expected = (
-                [*side.sums(dy, seen, each, slope, level, zero, act, True),
+                [*side.sums(dy, seen, each, slope, level, zero, act, True, more),
                  side.input_gradient(dy, seen, each, slope, level, zero, act, by, along, level)]
                 for side, each in zip((ops, Portable), bits, strict=True)
             )  # fmt: skip
@@ -149,7 +150,7 @@ def test_compilers_are_told_the_shapes_that_the_operators_return(ops):
         calls = {
             ops.stats: (z, True),
             ops.forward: (z, z, slope, level, level, slope, RELU, BYTE, True),
-            ops.sums: (strided(z), kept, mask, slope, level, level, RELU, True),
+            ops.sums: (strided(z), kept, mask, slope, level, level, RELU, True, z),
             ops.input_gradient: (z, kept, mask, slope, level, level, RELU, slope, level, level),
             ops.restore: (kept, slope, level, SILU),
         }
@@ -224,7 +225,7 @@ from triton.compiler import ASTSource
 from bn_affine_adapters.lean import triton_kernels
 
 Z, F, B = "*bf16", "*fp32", "*u8"
-TYPES = dict.fromkeys(("z", "residual", "y", "dy", "du", "dz"), Z) | {"kept": B, "mask": B}
+TYPES = dict.fromkeys(("z", "residual", "y", "dy", "more", "du", "dz"), Z) | {"kept": B, "mask": B}
 SWITCHES = dict(RANGE=True, ACT=1, KEEP=2, ADDS=True, MASKS=True, MASKED=True, WRITES=True, CHUNK=512, STEPS=32)
 found = {}
 CASES = [(name, {"LAST": last}) for name in ("stats", "merge", "forward", "sums", "input_gradient", "restore")

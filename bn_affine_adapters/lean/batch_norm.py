@@ -25,6 +25,7 @@ class Norm(NamedTuple):
         of_batch: whether its statistics are those of the batch, and so pass a gradient on.
         values: how many each mean is of, in all processes.
         group: the processes that share the statistics, if there are several.
+        twice: whether its output is returned twice, so that the gradients of two uses are added where they are read.
     """
 
     act: int
@@ -32,6 +33,7 @@ class Norm(NamedTuple):
     of_batch: bool
     values: int
     group: Any = None
+    twice: bool = False
 
 
 class Lines(NamedTuple):
@@ -98,8 +100,8 @@ class NormAct(Function):
         residual: Tensor | None,
         maps: Tensor,
         norm: Norm,
-    ) -> Tensor:
-        """Return the output, in the type of z.
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the output, in the type of z, or two of it if the norm says so.
 
         Args:
             ctx: autograd's.
@@ -116,15 +118,15 @@ class NormAct(Function):
         ctx.save_for_backward(z if norm.keep == INPUT else kept, mask, maps)
         ctx.norm, ctx.with_mask = norm, with_mask
         ctx.dtypes = [None if t is None else t.dtype for t in (z, gamma, beta, residual)]
-        return y
+        return (y, y.detach()) if norm.twice else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, more: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Return the gradients of z, gamma, beta and residual."""
         kept, mask, maps = ctx.saved_tensors
         mask = mask if ctx.with_mask else None
-        found = norm_gradients(dy, kept, mask, maps, ctx.norm, ctx.needs_input_grad[:4], ctx.dtypes)
+        found = norm_gradients(dy, kept, mask, maps, ctx.norm, ctx.needs_input_grad[:4], ctx.dtypes, more)
         return (*found, None, None)
 
 
@@ -136,19 +138,20 @@ def norm_gradients(
     norm: Norm,
     needs: tuple[bool, ...],
     dtypes: list[Any],
+    more: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of a norm layer's input, gamma, beta and residual, each where needed and in its type.
 
-    Source: Ioffe and Szegedy, "Batch Normalization", section 3.
+    ``more`` is added to the output's gradient. Source: Ioffe and Szegedy, "Batch Normalization", section 3.
     """
     slope, _, _, _, *kept_lines, step = Lines(*maps)
     ops, act, du = kernels(dy, norm.act), norm.act, dy
     kept = dy if norm.keep == NOTHING else kept
     dz: Tensor | None = None
     dgamma = dbeta = torch.zeros_like(slope)
-    want_du = needs[3] and act != IDENTITY
+    want_du = more is not None or (needs[3] and act != IDENTITY)
     if norm.of_batch or needs[1] or needs[2] or want_du:
-        (dbeta, product), written = ops.sums(dy, kept, mask, *kept_lines, act, want_du)
+        (dbeta, product), written = ops.sums(dy, kept, mask, *kept_lines, act, want_du, more)
         dgamma = product * step
         if want_du:
             du, mask, act = written, None, IDENTITY
@@ -189,7 +192,7 @@ class NormActConv(Function):
         z2: Tensor,
         maps2: Tensor,
         norm2: Norm,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the output, from the second norm layer's input z2, which is not kept.
 
         Args: as `NormAct`, twice; ``kept`` and ``mask`` are what is kept of the first norm layer, ``geometry`` is the
@@ -201,11 +204,11 @@ class NormActConv(Function):
         ctx.save_for_backward(kept, mask, maps, weight, bias, mask2 if with_mask else None, maps2)
         ctx.norms, ctx.geometry, ctx.dtype = (norm, norm2), geometry, z.dtype
         ctx.dtypes = [None if t is None else t.dtype for t in (z, gamma, beta, z2, gamma2, beta2, residual)]
-        return y
+        return (y, y.detach()) if norm2.twice else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, more: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Return the gradients of z, both gammas and betas, and the residual."""
         kept, mask, maps, weight, bias, mask2, maps2 = ctx.saved_tensors
         norm, norm2 = ctx.norms
@@ -216,7 +219,8 @@ class NormActConv(Function):
         z2 = convolve(h, weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype), ctx.geometry)
         del h
         needed = (any(needs[:3]), *needs[3:6])
-        dz2, *second = norm_gradients(dy, z2, mask2, maps2, norm2._replace(keep=INPUT), needed, ctx.dtypes[3:])
+        how = norm2._replace(keep=INPUT)
+        dz2, *second = norm_gradients(dy, z2, mask2, maps2, how, needed, ctx.dtypes[3:], more)
         del z2
         first: tuple[Tensor | None, ...] = (None, None, None)
         if dz2 is not None:

@@ -351,8 +351,8 @@ inline W through(W dy, W kept, W slope, W level, uint8_t byte, int k) {
   return dy * slope_at<ACT>(fma_(kept, slope, level));
 }
 
-template <int64_t ACT, bool MASKED, bool WRITES, typename K, typename T, typename W>
-inline void sum_row(const K* __restrict x, const T* __restrict dy, int64_t width, const W* __restrict slope,
+template <int64_t ACT, bool MASKED, bool WRITES, typename K, typename G, typename T, typename W>
+inline void sum_row(const K* __restrict x, const G* __restrict dy, int64_t width, const W* __restrict slope,
                     const W* __restrict level, const W* __restrict zero, const uint8_t* __restrict byte, int k,
                     T* __restrict du, W* __restrict sum, W* __restrict product) {
   INDEPENDENT
@@ -364,11 +364,18 @@ inline void sum_row(const K* __restrict x, const T* __restrict dy, int64_t width
   }
 }
 
-// Sums over the rows of du and of du * (kept - zero), (2, C); and du itself if asked for, which a residual needs.
+template <typename T, typename W>
+inline void add_gradients(const T* __restrict a, const T* __restrict b, int64_t width, W* __restrict to) {
+  INDEPENDENT
+  for (int64_t c = 0; c < width; ++c) to[c] = W(a[c]) + W(b[c]);
+}
+
+// Sums over the rows of du and of du * (kept - zero), (2, C); and du itself if asked for, which a residual needs. `more`
+// is added to dy: an output that is used twice has two gradients.
 std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const optional<Tensor>& mask,
                                 const Tensor& slope, const Tensor& level, const Tensor& zero, int64_t act,
-                                bool want_du) {
-  const Tensor dy = innermost(dy_), kept = innermost(kept_);
+                                bool want_du, const optional<Tensor>& more) {
+  const Tensor dy = innermost(dy_), kept = innermost(kept_), other = more ? innermost(*more) : Tensor();
   const Shape s(dy);
   const int64_t width = s.width;
   Tensor du = want_du ? at::empty_like(dy) : at::empty({0}, dy.options());
@@ -380,6 +387,7 @@ std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const op
     using W = wide<T>;
     const K* x = data<K>(kept);
     const T* g = data<T>(dy);
+    const T* h = more ? data<T>(other) : nullptr;
     T* written = du.data_ptr<T>();
     const uint8_t* bits = data<uint8_t>(mask);
     const auto slopes = s.tiled<W>(slope), levels = s.tiled<W>(level), zeros = s.tiled<W>(zero);
@@ -387,13 +395,23 @@ std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const op
     with_flag(want_du, [&](auto writes) {
       over_rows(s.rows, [&](int64_t index, int64_t from, int64_t to) {
         std::vector<W> room(2 * width);
+        std::vector<W> both(more ? width : 0);
         double* total = &partial[index * 2 * width];
         for (int64_t begin = from; begin < to; begin += BLOCK) {
           std::fill(room.begin(), room.end(), W(0));
-          for (int64_t row = begin, at = begin * width; row < std::min(to, begin + BLOCK); ++row, at += width)
-            sum_row<decltype(which)::value, decltype(masked)::value, decltype(writes)::value>(
-                x + at, g + at, width, p, q, o, masked ? bits + row / 8 * width : nullptr, row % 8,
-                writes ? written + at : nullptr, room.data(), room.data() + width);
+          for (int64_t row = begin, at = begin * width; row < std::min(to, begin + BLOCK); ++row, at += width) {
+            const auto add_row = [&](const auto* gradient) {
+              sum_row<decltype(which)::value, decltype(masked)::value, decltype(writes)::value>(
+                  x + at, gradient, width, p, q, o, masked ? bits + row / 8 * width : nullptr, row % 8,
+                  writes ? written + at : nullptr, room.data(), room.data() + width);
+            };
+            if (!more) {
+              add_row(g + at);
+            } else {
+              add_gradients(g + at, h + at, width, both.data());
+              add_row(static_cast<const W*>(both.data()));
+            }
+          }
           for (int64_t c = 0; c < 2 * width; ++c) total[c] += room[c];
         }
       });
@@ -626,8 +644,8 @@ TORCH_LIBRARY(bnaa, m) {
   m.def("stats(Tensor z, bool range) -> Tensor");
   m.def("forward(Tensor z, Tensor? residual, Tensor slope, Tensor level, Tensor zero, Tensor step, int act, int keep, "
         "bool with_mask) -> (Tensor, Tensor, Tensor)");
-  m.def("sums(Tensor dy, Tensor kept, Tensor? mask, Tensor slope, Tensor level, Tensor zero, int act, bool want_du) -> "
-        "(Tensor, Tensor)");
+  m.def("sums(Tensor dy, Tensor kept, Tensor? mask, Tensor slope, Tensor level, Tensor zero, int act, bool want_du, "
+        "Tensor? more=None) -> (Tensor, Tensor)");
   m.def("input_gradient(Tensor dy, Tensor kept, Tensor? mask, Tensor slope, Tensor level, Tensor zero, int act, "
         "Tensor by, Tensor along, Tensor constant) -> Tensor");
   m.def("restore(Tensor kept, Tensor slope, Tensor level, int act) -> Tensor");

@@ -134,13 +134,15 @@ class Portable:
         zero: Tensor,
         act: int,
         want_du: bool,
+        more: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the sums of du and of du (kept - zero), (2, C), and du itself if asked for."""
-        axes = _axes(dy)
+        """Return the sums of du and of du (kept - zero), (2, C), and du itself if asked for; of dy + more if given."""
+        axes, dtype = _axes(dy), dy.dtype
+        dy = dy if more is None else dy.to(slope.dtype) + more
         du = _du(dy, kept, mask, slope, level, act)
         (centre,) = _columns(dy, zero)
         found = torch.stack([du.sum(axes), (du * (kept - centre)).sum(axes)])
-        return found, du.to(dy.dtype) if want_du else dy.new_empty(0)
+        return found, du.to(dtype) if want_du else dy.new_empty(0)
 
     @staticmethod
     def input_gradient(

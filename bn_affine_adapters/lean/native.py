@@ -163,8 +163,18 @@ def _describe() -> None:
         return y, kept, z.new_empty(((rows + 7) // 8 if with_mask else 0, width), dtype=torch.uint8)
 
     @torch.library.register_fake("bnaa::sums")
-    def sums(dy: Tensor, kept: Tensor, mask: Any, slope: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        return slope.new_empty((2, dy.shape[1])), _innermost(dy) if rest[-1] else dy.new_empty(0)
+    def sums(
+        dy: Tensor,
+        kept: Tensor,
+        mask: Any,
+        slope: Tensor,
+        level: Tensor,
+        zero: Tensor,
+        act: int,
+        want_du: bool,
+        more: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        return slope.new_empty((2, dy.shape[1])), _innermost(dy) if want_du else dy.new_empty(0)
 
     @torch.library.register_fake("bnaa::input_gradient")
     def input_gradient(dy: Tensor, *rest: Any) -> Tensor:

@@ -34,7 +34,17 @@ def conv(module: nn.Module, x: Tensor) -> Tensor:
     return FrozenConv.apply(padded, own.weight, own.bias, geometry)
 
 
-def norm(level: str, module: nn.Module, act: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def fork(y: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return an output for two uses; where it comes twice, backward gets two gradients.
+
+    Autograd would add them in a pass over memory of its own.
+    """
+    return y if isinstance(y, tuple) else (y, y)
+
+
+def norm(
+    level: str, module: nn.Module, act: Any, x: Tensor, residual: Tensor | None = None, twice: bool = False
+) -> Any:
     """Run a norm layer, add a residual if there is one, then the activation.
 
     Args:
@@ -43,6 +53,7 @@ def norm(level: str, module: nn.Module, act: Any, x: Tensor, residual: Tensor | 
         act: a module behind it, the code of an activation, or None.
         x: (N, C, ...).
         residual: in the shape of the layer's output.
+        twice: return two of the output where that spares something.
     """
     outer = act_of(act)
     if residual is not None and (outer is None or outer not in (k.IDENTITY, *k.MASKED)):
@@ -54,7 +65,7 @@ def norm(level: str, module: nn.Module, act: Any, x: Tensor, residual: Tensor | 
         return _run_act(act, module(x))
     code = plan.act or outer
     if plan.kind == "batch":
-        found = _batch_norm(level, plan.module, code, x, residual)
+        found = _batch_norm(level, plan.module, code, x, residual, twice)
     else:
         found = _row_norm(level, plan, code, x)
     if found is None:
@@ -72,11 +83,11 @@ def _trains(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _batch_norm(level: str, own: Any, act: int, x: Tensor, residual: Tensor | None) -> Tensor | None:
+def _batch_norm(level: str, own: Any, act: int, x: Tensor, residual: Tensor | None, twice: bool) -> Any:
     if not _trains(x, own.weight, own.bias, residual):
         return None
     how, maps = _statistics(own, act, x, keep_of(level, own, act, x))
-    return NormAct.apply(x, own.weight, own.bias, residual, maps, how)
+    return NormAct.apply(x, own.weight, own.bias, residual, maps, how._replace(twice=twice))
 
 
 def _of_batch(own: Any) -> bool:
@@ -150,7 +161,8 @@ def pair(
     act2: Any,
     x: Tensor,
     residual: Tensor | None = None,
-) -> Tensor:
+    twice: bool = False,
+) -> Any:
     """Run norm, activation, convolution, norm (+ residual), activation; backward runs the convolution once more.
 
     Args: as `norm`, twice; ``between`` is the convolution.
@@ -159,17 +171,25 @@ def pair(
     own, geometry, padded = frozen(between, x)
     if one is not None and two is not None and outer is not None and outer2 is not None and own is not None:
         code, code2 = one.act or outer, two.act or outer2
-        twice = (one.act and outer) or (two.act and (outer2 or residual is not None))
+        doubled = (one.act and outer) or (two.act and (outer2 or residual is not None))
         plain = residual is None or code2 in (k.IDENTITY, *k.MASKED)
         trains = _trains(x, one.module.weight, one.module.bias)
-        if one.kind == two.kind == "batch" and trains and plain and not twice and padded is x:
-            return _pair(one.module, code, own, geometry, two.module, code2, x, residual)
-    return norm(level, second, act2, conv(between, norm(level, first, act, x)), residual)
+        if one.kind == two.kind == "batch" and trains and plain and not doubled and padded is x:
+            return _pair(one.module, code, own, geometry, two.module, code2, x, residual, twice)
+    return norm(level, second, act2, conv(between, norm(level, first, act, x)), residual, twice)
 
 
 def _pair(
-    one: Any, act: int, own: Any, geometry: Geometry, two: Any, act2: int, x: Tensor, residual: Tensor | None
-) -> Tensor:
+    one: Any,
+    act: int,
+    own: Any,
+    geometry: Geometry,
+    two: Any,
+    act2: int,
+    x: Tensor,
+    residual: Tensor | None,
+    twice: bool,
+) -> Any:
     with torch.no_grad():
         how, maps = _statistics(one, act, x, k.BYTE)
         first = maps[:4].unbind()
@@ -181,7 +201,7 @@ def _pair(
     fused, bits = None if apart else residual, mask if act in k.MASKED else None
     y = NormActConv.apply(
         x, one.weight, one.bias, two.weight, two.bias, fused, kept, bits, maps, how,
-        own.weight, own.bias, geometry, z, maps2, how2,
+        own.weight, own.bias, geometry, z, maps2, how2._replace(twice=twice and not apart),
     )  # fmt: skip
     return k.activate(y + residual, act2) if apart else y
 

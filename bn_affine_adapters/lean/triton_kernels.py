@@ -217,12 +217,12 @@ def forward(
 
 @triton.jit(do_not_specialize=["parts"])
 def sums(
-    dy, kept, mask, slope, level, zero, du, out, P, Q, C, parts,
-    LAST: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, WRITES: tl.constexpr,
+    dy, more, kept, mask, slope, level, zero, du, out, P, Q, C, parts,
+    LAST: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, WRITES: tl.constexpr, ADDS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
     CHUNK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of du and du (kept - zero) over a part of each channel: `out` is (2, parts, C)."""
+    """The sums of du and du (kept - zero) over a part of each channel, of dy + more: `out` is (2, parts, C)."""
     W: tl.constexpr = out.dtype.element_ty
     part = tl.program_id(0).to(tl.int64)
     rows = part * (CHUNK if LAST else ROWS) + tl.arange(0, ROWS)
@@ -232,6 +232,8 @@ def sums(
         here = (rows < P)[:, None] & (cols < Q)[None, :]
         at = rows[:, None] * Q + cols[None, :]
         x, d = tl.load(kept + at, here, 0).to(W), tl.load(dy + at, here, 0.0).to(W)
+        if ADDS:
+            d += tl.load(more + at, here, 0.0).to(W)
         d = _du(d, x, mask, slope, level, rows, cols, here, Q, C, LAST, ACT, MASKED)
         if WRITES:
             tl.store(du + at, d.to(du.dtype.element_ty), here)

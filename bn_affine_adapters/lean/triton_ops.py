@@ -146,15 +146,17 @@ def sums(
     zero: Tensor,
     act: int,
     want_du: bool,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sums of du and of du (kept - zero), (2, C), and du itself if asked for."""
+    """Return the sums of du and of du (kept - zero), (2, C), and du itself if asked for; of dy + more if given."""
     dy, kept, m = _aligned(dy, kept, mask)
     du = torch.empty_like(dy) if want_du else dy.new_empty(0)
     if not real:
         return slope.new_empty((2, m.C)), du
+    other = dy if more is None else _dense(more, m.LAST)
     found = _sum(
-        kernels.sums, 2, m, dy, kept, kept if mask is None else mask, slope, level, zero, du,
-        ACT=act, MASKED=mask is not None, WRITES=want_du,
+        kernels.sums, 2, m, dy, other, kept, kept if mask is None else mask, slope, level, zero, du,
+        ACT=act, MASKED=mask is not None, WRITES=want_du, ADDS=more is not None,
     )  # fmt: skip
     return found.sum(1), du
 
@@ -199,7 +201,8 @@ _OPERATORS: dict[Callable[..., Any], str] = {
     stats: "Tensor z, bool range) -> Tensor",
     forward: f"Tensor z, Tensor? residual, {_LINE}, Tensor step, int act, int keep, bool with_mask) -> "
     "(Tensor, Tensor, Tensor)",
-    sums: f"Tensor dy, Tensor kept, Tensor? mask, {_LINE}, int act, bool want_du) -> (Tensor, Tensor)",
+    sums: f"Tensor dy, Tensor kept, Tensor? mask, {_LINE}, int act, bool want_du, Tensor? more=None) -> "
+    "(Tensor, Tensor)",
     input_gradient: f"Tensor dy, Tensor kept, Tensor? mask, {_LINE}, int act, Tensor by, Tensor along, "
     "Tensor constant) -> Tensor",
     restore: "Tensor kept, Tensor slope, Tensor level, int act) -> Tensor",
