@@ -542,3 +542,18 @@ def test_a_residual_of_another_shape_or_type_is_added_as_pytorch_adds_it(backend
             assert (a.shape, a.dtype) == (residual.shape, dtype)
             assert distance(a, b) < 0.02
             assert (a_x - b_x).norm() < 0.05 * b_x.norm() + 1e-3
+
+
+@pytest.mark.parametrize("level", ["rounded", "smallest"])
+def test_under_autocast_rows_have_the_type_that_pytorchs_have(backend, level):
+    """On a CPU they stay in half precision, on a GPU they do not."""
+    for own, shape in ((nn.LayerNorm(32), (4, 5, 32)), (nn.GroupNorm(4, 32), (4, 32, 3, 3))):
+        x, dy = drawn(*shape, dtype=torch.bfloat16), drawn(*shape, seed=1, dtype=torch.bfloat16)
+        found = []
+        for run in (own, lambda x, own=own: runners.norm(level, own, None, x)):
+            x_ = x.detach().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = run(x_)
+            found.append((y, *torch.autograd.grad(y, (x_, own.weight, own.bias), dy)))
+        assert found[1][0].dtype == found[0][0].dtype == torch.bfloat16
+        assert all(distance(ours, plain) < 0.02 for plain, ours in zip(*found, strict=True))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from . import native
 from .native import BFLOAT16, BYTE, INPUT, NOTHING, wide  # noqa: F401  # for those who import the kernels
 
+LONGEST = 8192  # numbers in a row that a program of Triton holds
 # Activations.
 IDENTITY, RELU, RELU6, SILU, HARDSWISH, GELU, GELU_TANH = range(7)
 MASKED = (RELU, RELU6)  # what backward has to know of their input is one bit
@@ -22,14 +23,31 @@ def kernels(z: Tensor, act: int) -> Any:
     """Return the namespace of functions that computes a norm layer of z; C++ and Triton only once they are loaded."""
     if compiled(z) and z.dim() in (2, 4) and act <= HARDSWISH:
         return torch.ops.bnaa
-    if native.triton_loaded and z.device.type == native.TRITON_DEVICE and z.is_floating_point():
+    if triton(z) and z.is_floating_point():
         return torch.ops.bnaa_triton
     return Portable
+
+
+def row_kernels(z: Tensor) -> Any:
+    """Return the namespace of `row_forward` and `row_backward` for rows, (..., C); None where neither side has them."""
+    if compiled(z):
+        return torch.ops.bnaa
+    return torch.ops.bnaa_triton if triton_rows(z) else None
 
 
 def compiled(z: Tensor) -> bool:
     """Tell whether there are C++ kernels for a tensor."""
     return bool(native.loaded) and z.device.type == "cpu" and z.dtype in native.DTYPES
+
+
+def triton(z: Tensor) -> bool:
+    """Tell whether there are Triton's kernels for a tensor's device."""
+    return bool(native.triton_loaded) and z.device.type == native.TRITON_DEVICE
+
+
+def triton_rows(z: Tensor) -> bool:
+    """Tell whether Triton's kernels can hold a row of a tensor, (..., C)."""
+    return triton(z) and 0 < z.shape[-1] <= LONGEST
 
 
 def activate(u: Tensor, act: int) -> Tensor:

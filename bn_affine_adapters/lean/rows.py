@@ -11,13 +11,29 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .kernels import BFLOAT16, BYTE, IDENTITY, INPUT, MASKED, act_gradient, activate, pack, passes, unpack, wide
+from .kernels import (
+    BFLOAT16,
+    BYTE,
+    IDENTITY,
+    INPUT,
+    MASKED,
+    act_gradient,
+    activate,
+    pack,
+    passes,
+    row_kernels,
+    triton_rows,
+    unpack,
+    wide,
+)
 
 
 def rounded(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Return x as it is kept and what `restored` needs besides: of 8 bits, the least value and the step of each row."""
     if keep == BFLOAT16:
         return x.to(torch.bfloat16), x.new_empty(0)
+    if triton_rows(x):
+        return torch.ops.bnaa_triton.keep_rows(x, IDENTITY, False)[:2]
     low = x.amin(-1, keepdim=True).to(wide(x.dtype))
     step = ((x.amax(-1, keepdim=True) - low) / 255).clamp_min(1e-18)
     return ((x - low) / step + 0.5).clamp(0, 255).to(torch.uint8), torch.cat([low, step], -1)
@@ -25,6 +41,8 @@ def rounded(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 def restored(kept: Tensor, scale: Tensor, keep: int, dtype: torch.dtype) -> Tensor:
     """Return in a type what `rounded` kept."""
+    if keep == BYTE and triton_rows(kept):
+        return torch.ops.bnaa_triton.restore_rows(kept, scale, None, IDENTITY, dtype)
     return torch.addcmul(scale[..., :1], kept, scale[..., 1:]).to(dtype) if keep == BYTE else kept.to(dtype)
 
 
@@ -103,7 +121,7 @@ class RowNorm(Function):
 
 
 class RoundedLayerNorm(Function):
-    """LayerNorm over the last axis by the C++ kernels: one pass over memory each way."""
+    """LayerNorm over the last axis by `row_kernels`: one pass over memory each way."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, keep: int) -> Tensor:
@@ -111,7 +129,7 @@ class RoundedLayerNorm(Function):
         dtype = wide(z.dtype)
         scale = z.new_ones(z.shape[-1], dtype=dtype) if gamma is None else gamma.to(dtype)
         shift = z.new_zeros(z.shape[-1], dtype=dtype) if beta is None else beta.to(dtype)
-        y, *kept = torch.ops.bnaa.row_forward(z, scale, shift, eps, keep)
+        y, *kept = row_kernels(z).row_forward(z, scale, shift, eps, keep)
         ctx.save_for_backward(*kept, gamma)
         ctx.dtypes = [None if t is None else t.dtype for t in (z, gamma, beta)]
         return y
@@ -122,7 +140,7 @@ class RoundedLayerNorm(Function):
         """Return the gradients of z, gamma and beta."""
         *kept, inverse, gamma = ctx.saved_tensors
         scale = inverse.new_ones(dy.shape[-1]) if gamma is None else gamma.to(inverse.dtype)
-        found = torch.ops.bnaa.row_backward(dy, *kept, inverse, scale)
+        found = row_kernels(dy).row_backward(dy, *kept, inverse, scale)
         wanted = zip(found, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         return (*(gradient.to(dtype) if need else None for gradient, dtype, need in wanted), None, None)
 
@@ -133,10 +151,14 @@ class KeptAct(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, act: int) -> Tensor:
         """Return the activation of x, (..., C)."""
-        kept, scale = (pack(passes(x, act)), x.new_empty(0)) if act in MASKED else rounded(x, BYTE)
-        ctx.save_for_backward(kept, scale)
         ctx.act, ctx.dtype, ctx.shape = act, x.dtype, x.shape
-        return activate(x, act)
+        if act not in MASKED and triton_rows(x):
+            kept, scale, y = torch.ops.bnaa_triton.keep_rows(x, act, True)
+        else:
+            kept, scale = (pack(passes(x, act)), x.new_empty(0)) if act in MASKED else rounded(x, BYTE)
+            y = activate(x, act)
+        ctx.save_for_backward(kept, scale)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -145,6 +167,8 @@ class KeptAct(Function):
         kept, scale = ctx.saved_tensors
         if ctx.act in MASKED:
             return dy * unpack(kept, ctx.shape), None
+        if triton_rows(kept):
+            return torch.ops.bnaa_triton.restore_rows(kept, scale, dy, ctx.act, ctx.dtype), None
         return act_gradient(dy, restored(kept, scale, BYTE, ctx.dtype), ctx.act).to(ctx.dtype), None
 
 
@@ -165,6 +189,13 @@ class RoundedAttention(Function):
         """Return the gradients of q, k and v; the weights are computed again."""
         saved = ctx.saved_tensors
         q, k, v = (restored(saved[i], saved[i + 1], BYTE, dy.dtype) for i in (0, 2, 4))
+        if not torch.compiler.is_compiling():  # PyTorch's own never holds all the weights, but takes autograd
+            with torch.enable_grad():
+                y = F.scaled_dot_product_attention(
+                    q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), scale=ctx.scale
+                )
+            dq, dk, dv = torch.autograd.grad(y, (q, k, v), dy)
+            return dq.to(ctx.dtype), dk.to(ctx.dtype), dv.to(ctx.dtype), None
         weights = torch.softmax(q @ k.mT * ctx.scale, -1)
         dv = weights.mT @ dy
         dweights = dy @ v.mT

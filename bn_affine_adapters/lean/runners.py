@@ -17,6 +17,7 @@ from .plans import Plan, act_of, frozen, hooked, plan_of, pooling
 from .rows import KeptAct, RoundedAttention, RoundedLayerNorm, RowNorm
 from .spatial import FrozenConv, Geometry, GlobalPool, MaxPool, convolve
 
+AUTOCAST_LEAVES = ("cpu",)  # devices whose autocast lets LayerNorm and GroupNorm run in half precision
 SHORTEST = 4  # the row that is kept in 8 bits a value
 
 
@@ -140,11 +141,11 @@ def _row_norm(level: str, plan: Plan, act: int, x: Tensor) -> Tensor | None:
     if not _trains(x, own.weight, own.bias) or (level == "exact" and act == k.IDENTITY):
         return None  # what PyTorch keeps of such a layer is its input, which is the least there is
     keep = {"exact": k.INPUT, "rounded": k.BFLOAT16, "smallest": k.BYTE}[level]
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type not in AUTOCAST_LEAVES and torch.is_autocast_enabled(x.device.type):
         x = x.float()  # as autocast does with PyTorch's own
     if kind == "layer2d":
         x = x.permute(0, 2, 3, 1)
-    if kind != "group" and act == k.IDENTITY and k.compiled(x):
+    if kind != "group" and act == k.IDENTITY and k.row_kernels(x) is not None:
         y = RoundedLayerNorm.apply(x, own.weight, own.bias, own.eps, keep)
     else:
         groups = own.num_groups if kind == "group" else 0

@@ -196,20 +196,29 @@ def restore(real: bool, kept: Tensor, slope: Tensor, level: Tensor, act: int) ->
 
 
 _library = Library(NAMESPACE, "DEF")
+
+
+def define(function: Callable[..., Any], arguments: str) -> None:
+    """Register an operator and what it tells torch.compile; its arguments and results as PyTorch writes them."""
+    name = function.__name__
+    _library.define(f"{name}({arguments}")
+    for device in ("CUDA", "CPU"):  # the latter in Triton's interpreter alone
+        _library.impl(name, partial(function, True), device)
+    register_fake(f"{NAMESPACE}::{name}", partial(function, False), lib=_library)
+
+
 _LINE = "Tensor slope, Tensor level, Tensor zero"
-_OPERATORS: dict[Callable[..., Any], str] = {
-    stats: "Tensor z, bool range) -> Tensor",
-    forward: f"Tensor z, Tensor? residual, {_LINE}, Tensor step, int act, int keep, bool with_mask) -> "
-    "(Tensor, Tensor, Tensor)",
-    sums: f"Tensor dy, Tensor kept, Tensor? mask, {_LINE}, int act, bool want_du, Tensor? more=None) -> "
-    "(Tensor, Tensor)",
-    input_gradient: f"Tensor dy, Tensor kept, Tensor? mask, {_LINE}, int act, Tensor by, Tensor along, "
-    "Tensor constant) -> Tensor",
-    restore: "Tensor kept, Tensor slope, Tensor level, int act) -> Tensor",
-}
-for _function, _arguments in _OPERATORS.items():
-    _name = _function.__name__
-    _library.define(f"{_name}({_arguments}")
-    for _device in ("CUDA", "CPU"):  # the latter in Triton's interpreter alone
-        _library.impl(_name, partial(_function, True), _device)
-    register_fake(f"{NAMESPACE}::{_name}", partial(_function, False), lib=_library)
+define(stats, "Tensor z, bool range) -> Tensor")
+define(
+    forward,
+    f"Tensor z, Tensor? residual, {_LINE}, Tensor step, int act, int keep, bool with_mask) -> (Tensor, Tensor, Tensor)",
+)
+define(
+    sums,
+    f"Tensor dy, Tensor kept, Tensor? mask, {_LINE}, int act, bool want_du, Tensor? more=None) -> (Tensor, Tensor)",
+)
+define(
+    input_gradient,
+    f"Tensor dy, Tensor kept, Tensor? mask, {_LINE}, int act, Tensor by, Tensor along, Tensor constant) -> Tensor",
+)
+define(restore, "Tensor kept, Tensor slope, Tensor level, int act) -> Tensor")
