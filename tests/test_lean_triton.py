@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
 from bn_affine_adapters.lean import lean_, native, saved_bytes
-from bn_affine_adapters.lean.batch_norm import Norm, NormAct, lines
+from bn_affine_adapters.lean.batch_norm import Norm, NormAct, lines, slopes
 from bn_affine_adapters.lean.kernels import (
     BFLOAT16,
     BYTE,
@@ -214,6 +214,24 @@ def test_rows_that_fit_no_program_are_left_to_pytorch(chosen):
     assert not empty[2].any()
 
 
+def test_the_arithmetic_of_channels_agrees_with_pytorchs_operators(chosen, monkeypatch):
+    cases = list(itertools.product((torch.float32, torch.float64), (1, 3, 300), (BFLOAT16, BYTE, INPUT, NOTHING)))
+    for dtype, channels, keep in cases:
+        statistics = drawn((4, channels), dtype).abs().cumsum(0)  # a variance, and the least value below the greatest
+        statistics[:, 0] = 0  # a constant channel
+        gamma, beta, product, dbeta = (drawn(channels, dtype, seed) for seed in range(1, 5))
+        for given in ((gamma, beta), (gamma.bfloat16(), None), (None, None)):
+            for of_batch, values in ((True, 77), (True, 1), (False, 77)):
+                norm, found = Norm(RELU, keep, of_batch, values), []
+                for there in (True, False):
+                    monkeypatch.setattr(native, "triton_loaded", there)
+                    maps = lines(statistics[: 4 if keep == BYTE else 2], 1e-5, *given, keep)
+                    found.append([maps, *slopes(torch.stack([dbeta, product]), maps, norm)])
+                for ours, theirs in zip(*found, strict=True):
+                    assert ((ours - theirs).abs() <= 4 * torch.finfo(dtype).eps * theirs.abs()).all()
+    assert len(cases) == 24
+
+
 def test_what_is_not_a_number_stays_so_and_what_is_masked_is_zero(ops):
     one, zero = torch.ones(3, device=DEVICE), torch.zeros(2, 3, 2, 2, device=DEVICE)
     nan, infinite = zero + float("nan"), zero + float("inf")
@@ -237,6 +255,11 @@ def test_compilers_are_told_the_shapes_that_the_operators_return(ops):
         }
         for operator, args in calls.items():
             torch.library.opcheck(operator.default, args, test_utils=("test_schema", "test_faketensor"))
+    statistics = ops.stats(z, True)
+    args = (statistics, 1e-5, slope, None, BYTE)
+    torch.library.opcheck(ops.lines.default, args, test_utils=("test_faketensor",))
+    args = (statistics[:2], ops.lines(*args), 7, True)
+    torch.library.opcheck(ops.slopes.default, args, test_utils=("test_faketensor",))
     x, gamma = drawn((4, 7, 9), torch.float32), drawn(9, torch.float32)
     for keep in (BFLOAT16, BYTE):
         _, *kept = ops.row_forward(x, gamma, gamma, 1e-5, keep)
@@ -319,12 +342,12 @@ import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from bn_affine_adapters.lean import triton_kernels, triton_rows
+from bn_affine_adapters.lean import triton_columns, triton_kernels, triton_rows
 
 Z, F, B = "*bf16", "*fp32", "*u8"
 TYPES = dict.fromkeys(("z", "x", "residual", "y", "dy", "more", "du", "dz", "dx"), Z) | {"kept": B, "mask": B}
 SWITCHES = dict(RANGE=True, ACT=1, KEEP=2, ADDS=True, MASKS=True, MASKED=True, WRITES=True, CHUNK=512, STEPS=32,
-                EPS=1e-6, IN_BYTES=True, READS=True)
+                EPS=1e-6, IN_BYTES=True, READS=True, SCALES=True, SHIFTS=True, OF_BATCH=True)
 found = {}
 CASES = [(name, {"LAST": last}) for name in ("stats", "merge", "forward", "sums", "input_gradient", "restore")
          for last in (True, False)]
@@ -337,12 +360,14 @@ CASES = [(triton_kernels, *case) for case in CASES]
 CASES += [(triton_rows, name, {"IN_BYTES": in_bytes}) for name in ("layer_norm", "layer_norm_gradients")
           for in_bytes in (True, False)]
 CASES += [(triton_rows, name, {"ACT": act}) for name in ("keep", "restore") for act in range(7)]
+CASES += [(triton_columns, "_lines", {"KEEP": keep}) for keep in range(4)]
+CASES += [(triton_columns, "_slopes", {"OF_BATCH": of_batch}) for of_batch in (True, False)]
 for module, name, settings in CASES:
     kernel = getattr(module, name)
     TYPES["kept"] = B if settings.get("IN_BYTES", True) else Z
     constants = {**SWITCHES, **settings, "ROWS": 16, "COLS": 128}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    types = {n: "constexpr" if n in constants else "i32" if n in ("P", "Q", "C", "parts") else TYPES.get(n, F)
+    types = {n: "constexpr" if n in constants else "i32" if n in ("P", "Q", "C", "parts", "values") else TYPES.get(n, F)
              for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in constants}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
@@ -359,9 +384,9 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here_and_move_16_bytes_at_a_t
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 12 + 14 + 6 + 4 + 14
+    assert len(found) == 12 + 14 + 6 + 4 + 14 + 4 + 2
     for name, moves in found.items():
-        if "'C': 1" not in name and not name.startswith("merge"):
+        if "'C': 1" not in name and not name.startswith(("merge", "_lines", "_slopes")):
             assert "ld.global.v4.b32" in moves, name
             assert "st.global.v4.b32" in moves or name.startswith(("stats", "sums")), name
 

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .kernels import BFLOAT16, BYTE, IDENTITY, INPUT, MASKED, NOTHING, kernels
+from .kernels import BFLOAT16, BYTE, IDENTITY, INPUT, MASKED, NOTHING, kernels, triton
 from .spatial import Geometry, conv_gradient, convolve
 
 
@@ -71,6 +71,8 @@ def lines(statistics: Tensor, eps: float, gamma: Tensor | None, beta: Tensor | N
         beta: (C), or None for zeros.
         keep: what is kept.
     """
+    if triton(statistics):
+        return torch.ops.bnaa_triton.lines(statistics, eps, gamma, beta, keep)
     mean, inverse = statistics[0], torch.rsqrt(statistics[1] + eps)
     gamma = torch.ones_like(mean) if gamma is None else gamma.to(mean.dtype)
     beta = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
@@ -86,6 +88,27 @@ def lines(statistics: Tensor, eps: float, gamma: Tensor | None, beta: Tensor | N
     else:
         found = Lines(slope, level, mean, inverse, slope, level, mean, inverse)
     return torch.stack(found)
+
+
+def slopes(sums: Tensor, maps: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gamma's gradient, and what the input's gradient has along kept - zero and besides, each (C).
+
+    Args:
+        sums: of the activation's input's gradient and of that times kept - zero, (2, C).
+        maps: what `lines` returned.
+        norm: how it is computed.
+    """
+    if norm.group is None and triton(sums):
+        return torch.ops.bnaa_triton.slopes(sums, maps, norm.values, norm.of_batch).unbind()
+    slope, step = maps[0], maps[-1]
+    dgamma = sums[1] * step
+    if not norm.of_batch:
+        return dgamma, torch.zeros_like(slope), torch.zeros_like(slope)
+    total = torch.stack([dgamma, sums[0]])
+    if norm.group is not None:
+        dist.all_reduce(total, group=norm.group)
+    along, constant = (-slope / norm.values * total).unbind()
+    return dgamma, along * step, constant
 
 
 class NormAct(Function):
@@ -144,25 +167,20 @@ def norm_gradients(
 
     ``more`` is added to the output's gradient. Source: Ioffe and Szegedy, "Batch Normalization", section 3.
     """
-    slope, _, _, _, *kept_lines, step = Lines(*maps)
+    slope, _, _, _, *kept_lines, _ = Lines(*maps)
     ops, act, du = kernels(dy, norm.act), norm.act, dy
     kept = dy if norm.keep == NOTHING else kept
     dz: Tensor | None = None
-    dgamma = dbeta = torch.zeros_like(slope)
     want_du = more is not None or (needs[3] and act != IDENTITY)
     if norm.of_batch or needs[1] or needs[2] or want_du:
-        (dbeta, product), written = ops.sums(dy, kept, mask, *kept_lines, act, want_du, more)
-        dgamma = product * step
+        found, written = ops.sums(dy, kept, mask, *kept_lines, act, want_du, more)
+        dbeta, (dgamma, along, constant) = found[0], slopes(found, maps, norm)
         if want_du:
             du, mask, act = written, None, IDENTITY
+    else:
+        dgamma = dbeta = along = constant = torch.zeros_like(slope)
     if needs[0]:
-        along = constant = torch.zeros_like(slope)
-        if norm.of_batch:
-            total = torch.stack([dbeta, dgamma])
-            if norm.group is not None:
-                dist.all_reduce(total, group=norm.group)
-            constant, along = (-slope / norm.values * total).unbind()
-        dz = ops.input_gradient(du, kept, mask, *kept_lines, act, slope, along * step, constant)
+        dz = ops.input_gradient(du, kept, mask, *kept_lines, act, slope, along, constant)
     gradients = (dz, dgamma, dbeta, du)
     return tuple(g.to(d) if n and g is not None else None for g, d, n in zip(gradients, dtypes, needs, strict=True))
 

@@ -55,7 +55,7 @@ def load_triton() -> bool:
 
 def _load_triton() -> bool:
     try:
-        from . import triton_ops, triton_rows  # noqa: F401  # whose operators are registered with it
+        from . import triton_columns, triton_ops, triton_rows  # noqa: F401  # whose operators are registered with it
 
         if torch.cuda.is_available():
             triton_ops.stats(True, torch.zeros(2, 1, device="cuda"), False)
