@@ -309,7 +309,8 @@ def test_a_network_has_the_gradients_of_plain_freezing(chosen, name, level, boun
     found = []
     for lean in (None, level):
         network = timm.create_model(name, num_classes=3, **settings).to(DEVICE, torch.float64)
-        model = get_bn_only_model(network, BNOnlyConfig(seed=0, lean=lean, model_args=settings)).train()
+        config = BNOnlyConfig(seed=0, lean=lean, model_args=settings, data_config={"input_size": [3, size, size]})
+        model = get_bn_only_model(network, config).train()
         F.cross_entropy(model(images), labels).backward()
         layers = norm_layers(model, active=True).values()
         trained = [t.grad.flatten() for each in layers for t in (each.weight, each.bias)]
