@@ -5,6 +5,7 @@ Layers are run as a rewritten network runs them, through `runners`, with kernels
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.autograd.gradcheck import GradcheckError
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bn_affine_adapters.lean import LEVELS, native, runners, saved_bytes
 from bn_affine_adapters.lean import kernels as k
@@ -544,16 +546,51 @@ def test_a_residual_of_another_shape_or_type_is_added_as_pytorch_adds_it(backend
             assert (a_x - b_x).norm() < 0.05 * b_x.norm() + 1e-3
 
 
+def test_without_a_gradient_for_the_input_nothing_is_computed_for_one(cpp, monkeypatch):
+    """No sum of gradients is written, and processes that share statistics exchange none."""
+    asked, exchanged = [], []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            asked.extend([args[7]] if operator is torch.ops.bnaa.sums.default else [])
+            return operator(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: exchanged.append(args))
+    for grad in (False, True):
+        z, gamma, beta = drawn(2, 3, 4, 4, grad=grad), drawn(3, grad=True), drawn(3, grad=True)
+        maps = lines(torch.ones(2, 3, dtype=z.dtype), 1e-5, gamma, beta, k.INPUT)
+        both = NormAct.apply(z, gamma, beta, None, maps, Norm(k.RELU, k.INPUT, True, 32, group="some", twice=True))
+        with Recorded():
+            (both[0] + both[1]).sum().backward()
+        assert asked == [False, True][: grad + 1]
+        assert len(exchanged) == grad
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU, nn.GELU])
+def test_an_activation_keeps_the_layout_of_images_and_rounds_along_their_channels(layer):
+    for layout, short in ((rows, 2 * 7 * 5), (planes, 2 * 16 * 7)):
+        x = layout(drawn(2, 16, 7, 5, dtype=torch.float32)).requires_grad_(True)
+        y, saved = saved_bytes(nn.Identity(), partial(runners.activation, "smallest", layer(), x))
+        (dx,) = torch.autograd.grad(y, x, layout(torch.ones_like(y)))
+        wanted = layer()(x)
+        (wanted_dx,) = torch.autograd.grad(wanted, x, torch.ones_like(x))
+        assert distance(y, wanted) < 1e-6
+        assert distance(dx, wanted_dx) < 0.01
+        assert y.stride() == dx.stride() == x.stride()
+        assert saved == (x.numel() // 8 if layer is nn.ReLU else x.numel() + 8 * short)
+
+
 @pytest.mark.parametrize("level", ["rounded", "smallest"])
 def test_under_autocast_rows_have_the_type_that_pytorchs_have(backend, level):
     """On a CPU they stay in half precision, on a GPU they do not."""
-    for own, shape in ((nn.LayerNorm(32), (4, 5, 32)), (nn.GroupNorm(4, 32), (4, 32, 3, 3))):
+    norms = nn.LayerNorm(32), nn.GroupNorm(4, 32), nn.LayerNorm(32, elementwise_affine=False)
+    for own, shape in zip(norms, ((4, 5, 32), (4, 32, 3, 3), (4, 5, 32)), strict=True):
         x, dy = drawn(*shape, dtype=torch.bfloat16), drawn(*shape, seed=1, dtype=torch.bfloat16)
         found = []
         for run in (own, lambda x, own=own: runners.norm(level, own, None, x)):
             x_ = x.detach().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16):
                 y = run(x_)
-            found.append((y, *torch.autograd.grad(y, (x_, own.weight, own.bias), dy)))
+            found.append((y, *torch.autograd.grad(y, (x_, *own.parameters()), dy)))
         assert found[1][0].dtype == found[0][0].dtype == torch.bfloat16
         assert all(distance(ours, plain) < 0.02 for plain, ours in zip(*found, strict=True))

@@ -238,7 +238,7 @@ def test_the_gradients_of_a_residual_block_are_added_where_the_norm_layer_reads_
     model, images = adapted(from_timm("cifar_resnet14")), torch.randn(BATCH, 3, 32, 32)
     assert sums_in_backward(model, images) == 6  # one a block
     model.set_lean(level)
-    assert sums_in_backward(model, images) == 0
+    assert sums_in_backward(model, images) == (6 if level == "smallest" else 0)  # their sum is less memory than both
 
 
 def test_images_that_ask_for_a_gradient_get_the_plain_networks():

@@ -67,12 +67,12 @@ def test_the_peak_is_of_what_is_referred_to_at_once():
 
 
 @needs_triton
-@pytest.mark.parametrize("way", ["full", "plain", "exact", "rounded"])
+@pytest.mark.parametrize("way", roofline.WAYS)
 def test_peaks_are_those_that_were_measured_on_a_cpu(way):
     """In float32, of a line that `lean.py` wrote; the network itself has a hundredth of it."""
     line = next(x for x in measured if (x["network"], x["device"]) == ("cifar_resnet56", "cpu"))
     step = roofline.cost(line["network"], way, line["batch"], line["size"], "float32", *H200)
-    assert step.peak == pytest.approx(line["ways"][way]["peak"], rel=0.05)
+    assert step.peak == pytest.approx(line["ways"][way]["peak"], rel=0.2 if way == "smallest" else 0.05)
     assert step.operations == line["ways"][way]["operations"]
 
 
@@ -94,9 +94,11 @@ def test_the_script_prints_a_row_a_way_and_writes_the_page(monkeypatch, tmp_path
 
 @needs_triton
 def test_the_page_has_what_the_script_computes():
-    step = roofline.cost("cifar_resnet56", "exact", 128, 32, "bf16", *H200)
-    lines = roofline.PAGE.read_text().split("<!-- begin roofline -->")[1].splitlines()
-    (row,) = [line.split("|") for line in lines if line.startswith("| cifar_resnet56 | 128 x 32 px | exact |")]
-    found = [float(row[i]) for i in (5, 6, 7, 9)]
-    computed = [step.moved / 1e9, step.operations / 1e12, step.seconds * 1e3, step.peak / 1e6]
-    assert found == pytest.approx(computed, rel=0.02)  # of another version of PyTorch
+    for name, way in (("cifar_resnet56", "exact"), ("vit_small_patch16_224", "smallest")):
+        batch, size = roofline.ABOUT["networks"][name]["cuda"]
+        step = roofline.cost(name, way, batch, size, "bf16", *H200)
+        lines = roofline.PAGE.read_text().split("<!-- begin roofline -->")[1].splitlines()
+        (row,) = [line.split("|") for line in lines if line.startswith(f"| {name} | {batch} x {size} px | {way} |")]
+        found = [float(row[i]) for i in (5, 6, 7, 9)]
+        computed = [step.moved / 1e9, step.operations / 1e12, step.seconds * 1e3, step.peak / 1e6]
+        assert found == pytest.approx(computed, rel=0.02)  # of another version of PyTorch

@@ -171,10 +171,11 @@ def norm_gradients(
     ops, act, du = kernels(dy, norm.act), norm.act, dy
     kept = dy if norm.keep == NOTHING else kept
     dz: Tensor | None = None
-    want_du = more is not None or (needs[3] and act != IDENTITY)
+    want_du = (needs[3] and act != IDENTITY) or (more is not None and (needs[0] or needs[3]))
     if norm.of_batch or needs[1] or needs[2] or want_du:
         found, written = ops.sums(dy, kept, mask, *kept_lines, act, want_du, more)
-        dbeta, (dgamma, along, constant) = found[0], slopes(found, maps, norm)
+        passes = norm.of_batch and needs[0]  # else nothing of the statistics' own gradient is needed
+        dbeta, (dgamma, along, constant) = found[0], slopes(found, maps, norm._replace(of_batch=passes))
         if want_du:
             du, mask, act = written, None, IDENTITY
     else:
@@ -210,7 +211,7 @@ class NormActConv(Function):
         z2: Tensor,
         maps2: Tensor,
         norm2: Norm,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Return the output, from the second norm layer's input z2, which is not kept.
 
         Args: as `NormAct`, twice; ``kept`` and ``mask`` are what is kept of the first norm layer, ``geometry`` is the
@@ -222,11 +223,11 @@ class NormActConv(Function):
         ctx.save_for_backward(kept, mask, maps, weight, bias, mask2 if with_mask else None, maps2)
         ctx.norms, ctx.geometry, ctx.dtype = (norm, norm2), geometry, z.dtype
         ctx.dtypes = [None if t is None else t.dtype for t in (z, gamma, beta, z2, gamma2, beta2, residual)]
-        return (y, y.detach()) if norm2.twice else y
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, more: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of z, both gammas and betas, and the residual."""
         kept, mask, maps, weight, bias, mask2, maps2 = ctx.saved_tensors
         norm, norm2 = ctx.norms
@@ -238,7 +239,7 @@ class NormActConv(Function):
         del h
         needed = (any(needs[:3]), *needs[3:6])
         how = norm2._replace(keep=INPUT)
-        dz2, *second = norm_gradients(dy, z2, mask2, maps2, how, needed, ctx.dtypes[3:], more)
+        dz2, *second = norm_gradients(dy, z2, mask2, maps2, how, needed, ctx.dtypes[3:])
         del z2
         first: tuple[Tensor | None, ...] = (None, None, None)
         if dz2 is not None:

@@ -148,15 +148,19 @@ def _replace(graph: fx.Graph, root: nn.Module, report: Report) -> None:
             elif level == "smallest" and node.target is F.scaled_dot_product_attention:
                 _put(graph, [node], runners.attention, node.args, node.kwargs)
                 report.others += 1
-    _fork(graph)
+    if level != "smallest":
+        _fork(graph)
 
 
 def _fork(graph: fx.Graph) -> None:
-    """Let norm layers whose output runners use twice, as at the start of a residual block, return it twice."""
-    known = (runners.conv, runners.norm, runners.pair)
+    """Let norm layers whose output runners use twice, as at the start of a residual block, return it twice.
+
+    Two gradients are more memory than their sum: not at "smallest".
+    """
+    known = (runners.conv, runners.norm)
     for node in list(graph.nodes):
         users = list(node.users)
-        if node.target in (runners.norm, runners.pair) and len(users) == 2 and all(u.target in known for u in users):
+        if node.target is runners.norm and len(users) == 2 and all(u.target in known for u in users):
             node.update_kwarg("twice", True)
             with graph.inserting_after(node):
                 both = graph.call_function(runners.fork, (node,))

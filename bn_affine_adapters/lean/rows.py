@@ -66,20 +66,24 @@ class RowNorm(Function):
             keep: what is kept.
         """
         ctx.groups, ctx.act, ctx.keep, ctx.dtype, ctx.shape = groups, act, keep, z.dtype, z.shape
+        dtype, z = wide(z.dtype), z.contiguous() if groups else z
+        source, scales, shifts = z, gamma, beta
+        if gamma is None or gamma.dtype != dtype:  # where a CPU computes the statistics in the type of z
+            source = z.to(dtype)
+            scales, shifts = (None if t is None else t.to(dtype) for t in (gamma, beta))
         if groups:
             size = z.shape[0], z.shape[1], z.shape[2:].numel()
-            z = z.contiguous()
-            y, mean, inverse = torch.native_group_norm(z, gamma, beta, *size, groups, eps)
+            y, mean, inverse = torch.native_group_norm(source, scales, shifts, *size, groups, eps)
             lines = z.view(z.shape[0] * groups, -1)
         else:
-            y, mean, inverse = torch.native_layer_norm(z, z.shape[-1:], gamma, beta, eps)
+            y, mean, inverse = torch.native_layer_norm(source, z.shape[-1:], scales, shifts, eps)
             lines = z
-        dtype = wide(z.dtype)
         column = (-1, 1) if groups else (*z.shape[:-1], 1)
         mean, inverse = mean.to(dtype).view(column), inverse.to(dtype).view(column)
         kept, scale = (lines, mean) if keep == INPUT else rounded((lines.to(dtype) - mean) * inverse, keep)
         ctx.save_for_backward(kept, scale, inverse, gamma, beta)
-        return activate(y, act)
+        y = activate(y, act)
+        return y if y.dtype == z.dtype else y.to(z.dtype)
 
     @staticmethod
     @once_differentiable

@@ -162,8 +162,7 @@ def pair(
     act2: Any,
     x: Tensor,
     residual: Tensor | None = None,
-    twice: bool = False,
-) -> Any:
+) -> Tensor:
     """Run norm, activation, convolution, norm (+ residual), activation; backward runs the convolution once more.
 
     Args: as `norm`, twice; ``between`` is the convolution.
@@ -176,8 +175,8 @@ def pair(
         plain = residual is None or code2 in (k.IDENTITY, *k.MASKED)
         trains = _trains(x, one.module.weight, one.module.bias)
         if one.kind == two.kind == "batch" and trains and plain and not doubled and padded is x:
-            return _pair(one.module, code, own, geometry, two.module, code2, x, residual, twice)
-    return norm(level, second, act2, conv(between, norm(level, first, act, x)), residual, twice)
+            return _pair(one.module, code, own, geometry, two.module, code2, x, residual)
+    return norm(level, second, act2, conv(between, norm(level, first, act, x)), residual)
 
 
 def _pair(
@@ -189,8 +188,7 @@ def _pair(
     act2: int,
     x: Tensor,
     residual: Tensor | None,
-    twice: bool,
-) -> Any:
+) -> Tensor:
     with torch.no_grad():
         how, maps = _statistics(one, act, x, k.BYTE)
         first = maps[:4].unbind()
@@ -202,7 +200,7 @@ def _pair(
     fused, bits = None if apart else residual, mask if act in k.MASKED else None
     y = NormActConv.apply(
         x, one.weight, one.bias, two.weight, two.bias, fused, kept, bits, maps, how,
-        own.weight, own.bias, geometry, z, maps2, how2._replace(twice=twice and not apart),
+        own.weight, own.bias, geometry, z, maps2, how2,
     )  # fmt: skip
     return k.activate(y + residual, act2) if apart else y
 
@@ -256,10 +254,13 @@ def activation(level: str, act: Any, x: Tensor) -> Tensor:
     """Run an activation that follows no norm layer: of ReLU's input a bit is kept, of others' at "smallest" 8."""
     code = act_of(act)
     # Of 8 bits a row has two numbers more: for short rows that is no saving.
-    worth = code in k.MASKED or (level == "smallest" and x.shape[-1] >= SHORTEST)
+    innermost = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    rows = x.permute(0, 2, 3, 1) if innermost else x
+    worth = code in k.MASKED or (level == "smallest" and rows.shape[-1] >= SHORTEST)
     if code in (None, k.IDENTITY) or not x.requires_grad or not worth:
         return _run_act(act, x)
-    return KeptAct.apply(x, code)
+    y = KeptAct.apply(rows, code)
+    return y.permute(0, 3, 1, 2) if innermost else y
 
 
 def attention(

@@ -126,7 +126,9 @@ def _launch(kernel: Any, like: Tensor, *tensors: Tensor, steps: int = 1, **rest:
     """Launch a program for each so many tiles of rows, which are those of ``like``."""
     (count, height), width = _shape(like), like.shape[-1]
     if count:
-        rest |= {"P": count, "C": width, "ROWS": height, "COLS": triton.next_power_of_2(width)}
+        columns = triton.next_power_of_2(width)
+        rest |= {"P": count, "C": width, "ROWS": height, "COLS": columns}
+        rest["num_warps"] = min(16, max(4, columns // 512))  # else a long row does not fit into the registers
         with torch.cuda.device_of(like):
             kernel[(triton.cdiv(count, height * steps),)](*tensors, **rest)
 
