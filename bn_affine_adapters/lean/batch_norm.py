@@ -238,8 +238,7 @@ class NormActConv(Function):
         z2 = convolve(h, weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype), ctx.geometry)
         del h
         needed = (any(needs[:3]), *needs[3:6])
-        how = norm2._replace(keep=INPUT)
-        dz2, *second = norm_gradients(dy, z2, mask2, maps2, how, needed, ctx.dtypes[3:])
+        dz2, *second = norm_gradients(dy, z2, mask2, maps2, norm2._replace(keep=INPUT), needed, ctx.dtypes[3:])
         del z2
         first: tuple[Tensor | None, ...] = (None, None, None)
         if dz2 is not None:

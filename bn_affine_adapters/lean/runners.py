@@ -171,23 +171,16 @@ def pair(
     own, geometry, padded = frozen(between, x)
     if one is not None and two is not None and outer is not None and outer2 is not None and own is not None:
         code, code2 = one.act or outer, two.act or outer2
-        doubled = (one.act and outer) or (two.act and (outer2 or residual is not None))
+        twice = (one.act and outer) or (two.act and (outer2 or residual is not None))
         plain = residual is None or code2 in (k.IDENTITY, *k.MASKED)
         trains = _trains(x, one.module.weight, one.module.bias)
-        if one.kind == two.kind == "batch" and trains and plain and not doubled and padded is x:
+        if one.kind == two.kind == "batch" and trains and plain and not twice and padded is x:
             return _pair(one.module, code, own, geometry, two.module, code2, x, residual)
     return norm(level, second, act2, conv(between, norm(level, first, act, x)), residual)
 
 
 def _pair(
-    one: Any,
-    act: int,
-    own: Any,
-    geometry: Geometry,
-    two: Any,
-    act2: int,
-    x: Tensor,
-    residual: Tensor | None,
+    one: Any, act: int, own: Any, geometry: Geometry, two: Any, act2: int, x: Tensor, residual: Tensor | None
 ) -> Tensor:
     with torch.no_grad():
         how, maps = _statistics(one, act, x, k.BYTE)
@@ -254,13 +247,13 @@ def activation(level: str, act: Any, x: Tensor) -> Tensor:
     """Run an activation that follows no norm layer: of ReLU's input a bit is kept, of others' at "smallest" 8."""
     code = act_of(act)
     # Of 8 bits a row has two numbers more: for short rows that is no saving.
-    innermost = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    rows = x.permute(0, 2, 3, 1) if innermost else x
+    images = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    rows = x.permute(0, 2, 3, 1) if images else x  # along the channels, as they lie in memory
     worth = code in k.MASKED or (level == "smallest" and rows.shape[-1] >= SHORTEST)
     if code in (None, k.IDENTITY) or not x.requires_grad or not worth:
         return _run_act(act, x)
     y = KeptAct.apply(rows, code)
-    return y.permute(0, 3, 1, 2) if innermost else y
+    return y.permute(0, 3, 1, 2) if images else y
 
 
 def attention(

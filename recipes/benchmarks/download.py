@@ -94,7 +94,8 @@ client's own compression. Medians of {runs} runs.
 
 {table}
 
-The wire here is faster than any other: on a real one, each side takes its bytes over the rate besides.
+The wire here is faster than any other. On a real one, each side takes these seconds, and its bytes over the rate
+besides.
 """
 
 
