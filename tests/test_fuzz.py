@@ -11,11 +11,13 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import peft
@@ -48,6 +50,13 @@ DOORS = ("load", "load", "load", "load", "load", "load", "given", "peft", "peft"
 
 
 # -- what is loaded: real adapters, and what is done to them
+
+
+@cache
+def originals():
+    """The files of `adapters`, made once."""
+    with tempfile.TemporaryDirectory() as folder:
+        return adapters(Path(folder))
 
 
 def adapters(folder):
@@ -364,7 +373,7 @@ def complaint(outcome, seconds, grown):
 
 def fuzz(count, folder, loader=load, limit=SECONDS, phases=(Phase.generate, Phase.shrink)):
     """Load so many mutated adapters; raise AssertionError with the first that is not as it should be."""
-    originals, server, summary = adapters(folder), Server(loader, limit), Summary()
+    server, summary = Server(loader, limit), Summary()
     target = folder / "mutated"
     target.mkdir()
 
@@ -372,7 +381,7 @@ def fuzz(count, folder, loader=load, limit=SECONDS, phases=(Phase.generate, Phas
     @settings(max_examples=count, deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck))
     @given(case=CASES)
     def check(case):
-        files = mutate(originals, case)
+        files = mutate(originals(), case)
         for name, content in zip((CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), files, strict=True):
             (target / name).write_bytes(content)
         outcome, seconds, grown = server.ask(str(target), case[0], case[1])
@@ -381,7 +390,7 @@ def fuzz(count, folder, loader=load, limit=SECONDS, phases=(Phase.generate, Phas
         if summary.count % 1000 == 0:
             print(summary, flush=True)
         wrong = complaint(outcome, seconds, grown)
-        assert wrong is None, f"{wrong}\nthe adapter lies in {target}, made by mutate(adapters(folder), {case!r})"
+        assert wrong is None, f"{wrong}\nthe adapter lies in {target}, made by mutate(originals(), {case!r})"
 
     try:
         check()
@@ -474,4 +483,4 @@ def test_the_fuzzer_notices(loader, words, tmp_path):
     limit = 0.3 if loader is hanging else SECONDS
     with pytest.raises(AssertionError, match=words) as caught:
         fuzz(2, tmp_path, loader, limit, phases=[Phase.generate])
-    assert "made by mutate(adapters(folder), (" in str(caught.value)
+    assert "made by mutate(originals(), (" in str(caught.value)
