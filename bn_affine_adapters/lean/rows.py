@@ -193,7 +193,7 @@ class RoundedAttention(Function):
         """Return the gradients of q, k and v; the weights are computed again."""
         saved = ctx.saved_tensors
         q, k, v = (restored(saved[i], saved[i + 1], BYTE, dy.dtype) for i in (0, 2, 4))
-        if not torch.compiler.is_compiling():  # PyTorch's own never holds all the weights, but takes autograd
+        if not torch.compiler.is_compiling():  # PyTorch's fused ones never hold all the weights, but take autograd
             with torch.enable_grad():
                 y = F.scaled_dot_product_attention(
                     q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), scale=ctx.scale
