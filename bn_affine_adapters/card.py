@@ -16,9 +16,9 @@ from torch import Tensor
 from .config import CUSTOM, BNOnlyConfig
 from .contents import parts, read_tensors
 from .errors import TooLargeError, printable
+from .figure import gamma_histogram
 from .files import COMMIT, HUB_ID, read_config
 from .limits import MAX_PARAMETERS, build_within
-from .plots import gamma_histogram
 from .results import RESULTS_NAME, Score, merged, scores
 
 CARD_NAME, FIGURE_NAME = "README.md", "gamma.png"

@@ -3,14 +3,13 @@
 import json
 import math
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from peft import PeftConfig
 
 from .draws import SCHEME
-from .errors import ConfigError, FormatVersionError, UnknownKeyError
-from .reinit import NORM_INITS, WEIGHT_INITS, check_choice, check_seed
+from .errors import ConfigError, FormatVersionError, check_choice, check_keys
+from .reinit import NORM_INITS, WEIGHT_INITS, check_seed
 
 FORMAT_VERSION = 1
 CUSTOM = "custom"  # the architecture of a network that timm cannot build: loads only with model=
@@ -257,18 +256,6 @@ class BNOnlyConfig(PeftConfig):
             cls(format_version=version)
         check_keys(kwargs, known | PEFT_KEYS, "adapter_config.json")
         return {key: value for key, value in kwargs.items() if key in known}
-
-
-def check_keys(given: dict[str, Any], known: set[str], where: str) -> None:
-    """Raise UnknownKeyError for the first key that is not known, naming the nearest one that is."""
-    for key in given:
-        if key not in known:
-            near = get_close_matches(str(key)[:80], known, n=1, cutoff=0.5)
-            raise UnknownKeyError(
-                f"{where} has no key {str(key)[:80]!r}.",
-                seen=f"{str(key)[:80]!r}" + (f"; the nearest key is {near[0]!r}" if near else ""),
-                do=f"use {near[0]!r}" if near else f"choose from {', '.join(sorted(known))}",
-            )
 
 
 def _check_size(key: str, value: Any) -> None:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from .config import BNOnlyConfig
 from .errors import AdapterTensorError
-from .files import bare
 from .norms import COPIES
+from .tensors import bare
 
 NEAR_ZERO = 0.01  # |gamma| below which a feature counts as disabled, as in the paper
 _KINDS = {"gamma": ("weight", "alpha"), "beta": ("bias", "beta")}  # as norm layers name them: see `norms.affine`

@@ -28,6 +28,8 @@ BNAdapterError
 """
 
 import re
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from errno import ENOSPC
 from typing import Any
 
@@ -158,3 +160,23 @@ class NoSpaceError(BNAdapterError, OSError):
     """There is no space left on the device; what was there before is untouched."""
 
     errno = ENOSPC
+
+
+def check_choice(key: str, value: Any, choices: Collection[str | None]) -> None:
+    """Raise ConfigError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigError(
+            f"{key} has no such value.", seen=f"{key}={value!r}", do=f"choose from {', '.join(map(str, choices))}"
+        )
+
+
+def check_keys(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Raise UnknownKeyError for the first key that is not known, naming the nearest one that is."""
+    for key in given:
+        if key not in known:
+            near = get_close_matches(str(key)[:80], known, n=1, cutoff=0.5)
+            raise UnknownKeyError(
+                f"{where} has no key {str(key)[:80]!r}.",
+                seen=f"{str(key)[:80]!r}" + (f"; the nearest key is {near[0]!r}" if near else ""),
+                do=f"use {near[0]!r}" if near else f"choose from {', '.join(sorted(known))}",
+            )

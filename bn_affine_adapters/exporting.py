@@ -21,10 +21,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .config import CUSTOM, BNOnlyConfig
-from .errors import AdapterError, BNAdapterError, ConfigError, NoSpaceError, OutputFolderError, RebuildError
+from .errors import (
+    AdapterError,
+    BNAdapterError,
+    ConfigError,
+    NoSpaceError,
+    OutputFolderError,
+    RebuildError,
+    check_choice,
+)
 from .norms import named_layers
 from .peft_model import BNOnlyPeftModel
-from .reinit import check_choice, constants_only
+from .reinit import constants_only
 
 # What the export keeps of timm's configuration, the origin for given weights alone; the rest is of the base's data.
 _ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from .control import controlled
 from .errors import AdapterFileError, AdapterTensorError, ConfigError, TooLargeError
 from .layer import drawn
 from .norms import COPIES, named_layers
+from .tensors import PREFIX, bare, check_tensors
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_BYTES = 8_000_000  # of a configuration, and of the names and shapes at the head of a safetensors file
 MAX_LISTS = 100_000  # in a configuration's text, brackets in label names included
 MAX_TENSORS = 20_000  # in an adapter; cifar_resnet866, the deepest, has 4,335
-_PREFIX = "base_model.model."
 _DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64,
 }  # fmt: skip
@@ -97,7 +96,7 @@ def read_header(folder: Path) -> dict[str, torch.Tensor]:
         )
     if len(found) < len(names):
         raise AdapterTensorError(
-            f"The adapter holds tensors of one name, with {_PREFIX!r} and without.",
+            f"The adapter holds tensors of one name, with {PREFIX!r} and without.",
             seen=f"{len(names)} tensors, {len(found)} names",
             do="download or save the adapter again",
         )
@@ -124,46 +123,6 @@ def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
             expected[f"{name}.{COPIES}.{key}"] = torch.empty(shape, dtype=tensor.dtype, device="meta")
         optional |= {f"{name}.{COPIES}.{key}" for key in drawn(held, name, config)}
     check_tensors(read_header(folder), expected, optional)
-
-
-def bare(key: str) -> str:
-    """Return a tensor's name in the network, without PEFT's prefix."""
-    return key.removeprefix(_PREFIX)
-
-
-def check_tensors(
-    given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], optional: Collection[str] = ()
-) -> None:
-    """Compare names, shapes, kinds and finiteness of an adapter's tensors with what the network expects.
-
-    Args:
-        given: the file's, by name in the network.
-        expected: the network's.
-        optional: those of ``expected`` that may be missing, since they follow from the seed.
-
-    Raises:
-        AdapterTensorError: something is missing, extra, or not as expected.
-    """
-    problems = [f"missing {name}" for name in expected if name not in given and name not in optional]
-    problems += [f"extra {name[:200]}" for name in given if name not in expected]
-    for name in expected.keys() & given.keys():
-        ours, theirs = expected[name], given[name]
-        if ours.shape != theirs.shape:
-            problems.append(f"{name} has shape {tuple(theirs.shape)}, the network needs {tuple(ours.shape)}")
-        elif ours.is_floating_point() != theirs.is_floating_point():
-            problems.append(f"{name} has dtype {theirs.dtype}, the network needs {ours.dtype}")
-        elif not theirs.is_meta and not bool(theirs.to(ours.dtype).isfinite().all()):
-            problems.append(f"{name} has values that are not finite in {ours.dtype}")
-        elif (
-            not theirs.is_meta and name.endswith((".running_var", ".num_batches_tracked")) and bool((theirs < 0).any())
-        ):
-            problems.append(f"{name} has negative values")
-    if problems:
-        raise AdapterTensorError(
-            "The adapter's tensors do not fit the network.",
-            seen=f"{len(problems)} problems; {'; '.join(sorted(problems)[:3])}",
-            do="load it on the architecture it was made for, or download it again",
-        )
 
 
 def read_config(folder: Path) -> BNOnlyConfig:

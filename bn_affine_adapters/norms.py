@@ -140,6 +140,16 @@ def head_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def has_copies(module: nn.Module) -> bool:
+    """Tell whether a module is a layer that holds a copy of its base layer for each adapter."""
+    return COPIES in module._modules
+
+
+def running(module: Any) -> Any:
+    """Return the module that a layer with per-adapter copies runs now; any other module is returned as it is."""
+    return module.active_module() if has_copies(module) else module
+
+
 def unwrapped(module: nn.Module, active: bool = False) -> nn.Module:
     """Return what DDP, FSDP, torch.compile, PEFT or a layer with per-adapter copies wraps, or the module itself.
 
@@ -147,9 +157,8 @@ def unwrapped(module: nn.Module, active: bool = False) -> nn.Module:
     """
     while True:
         inner = module._modules
-        if COPIES in inner:
-            running: Any = module
-            module = running.active_module() if active else module.get_submodule("base_layer")
+        if has_copies(module):
+            module = running(module) if active else module.get_submodule("base_layer")
         elif len(inner) == 1 and (name := next(iter(inner))) in {*WRAPPERS, "module"} and not module._parameters:
             module = module.get_submodule(name)
         elif "base_model" in inner and hasattr(module, "peft_config"):

@@ -11,8 +11,7 @@ import torch
 from yaml import YAMLError
 
 from .building import forward_cost
-from .config import check_keys
-from .errors import BNAdapterError, ConfigError
+from .errors import BNAdapterError, ConfigError, check_keys
 from .recipe import Recipe, read_recipe, recorded, run_key
 
 OWN = {"model", "replicates", "output_dir", "overwrite", "resume", "checkpoint_every", "results"}  # set by the sweep

@@ -5,34 +5,12 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
-
-from .contents import NEAR_ZERO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Spread = tuple[float, float, int]  # mean, standard deviation, n
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222255", "#999933", "#882255")
-
-
-def gamma_histogram(ax: "Axes", gammas: Mapping[str, ArrayLike]) -> "Axes":
-    """Draw the distribution of gamma over all norm layers, and the share near zero (|gamma| < 0.01).
-
-    Args:
-        ax: to draw on.
-        gammas: values of any shape by layer.
-
-    Source: the paper's Figure 5.
-    """
-    values = np.concatenate([np.ravel(np.asarray(gamma)) for gamma in gammas.values()])
-    ax.hist(values, bins=60, color="#4477aa")
-    ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_xlabel(r"$\gamma$")
-    ax.set_ylabel("features")
-    share = 100 * np.mean(np.abs(values) < NEAR_ZERO)
-    ax.set_title(f"{values.size:,} gammas in {len(gammas)} layers, {share:.1f} % near zero", fontsize=10)
-    return ax
 
 
 def affine_gain(ax: "Axes", accuracies: Mapping[str, Mapping[str, Spread]], paper: tuple[float, float]) -> "Axes":

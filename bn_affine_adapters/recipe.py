@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .config import check_keys
-from .errors import ConfigError
+from .errors import ConfigError, check_choice, check_keys
 from .feed import DataOptions
-from .reinit import check_choice
 
 # What trains. The first seven are the paper's; those with shortcuts name them in extra_trainable_modules besides.
 # "filter-affine" is gamma and beta without normalisation: the running statistics stay 0 and 1.

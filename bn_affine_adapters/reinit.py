@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import draws
-from .errors import ConfigError, ReinitError
+from .errors import ConfigError, ReinitError, check_choice
 from .norms import STATISTICS, affine, is_norm, plain_tensors
 
 WEIGHT_INITS = ("kaiming_normal", "kaiming_uniform", "binary", "orthogonal")
@@ -241,14 +241,6 @@ def check_seed(seed: Any) -> None:
             "The seed is not usable.",
             seen=f"seed={seed!r}",
             do="give an integer with 0 <= seed < 2**64, or None to keep the weights given",
-        )
-
-
-def check_choice(key: str, value: Any, choices: tuple[str | None, ...]) -> None:
-    """Raise ConfigError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ConfigError(
-            f"{key} has no such value.", seen=f"{key}={value!r}", do=f"choose from {', '.join(map(str, choices))}"
         )
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from .backbone import versions
-from .config import BNOnlyConfig, check_keys
-from .errors import ConfigError
+from .config import BNOnlyConfig
+from .errors import ConfigError, check_keys
 
 Options = TypeVar("Options")
 

@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .control import Control
 from .errors import NetworkError
-from .layer import BNOnlyLayer
-from .norms import unwrapped
+from .norms import has_copies, running, unwrapped
 
 
 class Stacked(nn.Module):
@@ -102,7 +101,7 @@ def _at(home: Home) -> Tensor:
 
 def _running(module: nn.Module) -> nn.Module:
     """Return what a module runs: in the place of a wrapped layer, the active adapter's copy."""
-    return module.active_module() if isinstance(module, BNOnlyLayer) else unwrapped(module)
+    return running(module) if has_copies(module) else unwrapped(module)
 
 
 def _homes(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Home]]:

@@ -12,7 +12,6 @@ from torch import nn
 from .backbone import check_rebuild, create, describe, verify, verify_layout
 from .config import CUSTOM, BNOnlyConfig
 from .control import Control, controlled
-from .files import bare, check_tensors
 from .layer import BNOnlyLayer
 from .lean import Report, lean_, plain_
 from .limits import bounded
@@ -28,6 +27,7 @@ from .prepare import (
     infer,
 )
 from .reinit import draw_into_, draw_norm_, reinit_, rule_for
+from .tensors import bare, check_tensors
 
 
 class BNOnlyTuner(BaseTuner):

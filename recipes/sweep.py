@@ -32,9 +32,9 @@ from bn_affine_adapters import BNAdapterError
 from bn_affine_adapters.building import measured_step
 from bn_affine_adapters.errors import ConfigError, NetworkError
 from bn_affine_adapters.feed import DataOptions, Feed
+from bn_affine_adapters.lines import read_results
 from bn_affine_adapters.planning import Run, epochs_done, plan, read_sweep, result_of, shown
 from bn_affine_adapters.recipe import Recipe, run_key
-from bn_affine_adapters.results import read_results
 from bn_affine_adapters.runs import cores
 
 RECIPES = Path(__file__).resolve().parent

@@ -19,10 +19,9 @@ from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from bn_affine_adapters import BNAdapterError
-from bn_affine_adapters.config import check_keys
-from bn_affine_adapters.errors import ConfigError
+from bn_affine_adapters.errors import ConfigError, check_keys
+from bn_affine_adapters.lines import read_results
 from bn_affine_adapters.recipe import Recipe, read_recipe, recorded
-from bn_affine_adapters.results import read_results
 
 HERE = Path(__file__).parent
 KEYS = {"config", "set", "space", "trials", "results"}

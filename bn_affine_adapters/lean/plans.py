@@ -8,7 +8,7 @@ from timm import layers as timm_layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layer import BNOnlyLayer
+from ..norms import running
 from ..sync import BATCH_NORMS
 from . import kernels as k
 from .spatial import Geometry
@@ -85,7 +85,7 @@ def act_of(act: Any) -> int | None:
 
 def frozen(module: nn.Module, x: Tensor) -> tuple[Any, Any, Tensor]:
     """Return a frozen convolution, how it moves, and its input, padded if need be; (None, None, x) if it is another."""
-    own: Any = module.active_module() if isinstance(module, BNOnlyLayer) else module
+    own = running(module)
     if (
         type(own).forward not in CONVS
         or own.padding_mode != "zeros"
@@ -112,7 +112,7 @@ class Plan(NamedTuple):
 
 def plan_of(module: nn.Module) -> Plan | None:
     """Return how the norm layer that runs in a module is computed; None where only it knows."""
-    own: Any = module.active_module() if isinstance(module, BNOnlyLayer) else module
+    own = running(module)
     forward = type(own).forward
     if hooked(module) or hooked(own) or getattr(own, "_fast_norm", False):
         return None

@@ -19,8 +19,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ..layer import BNOnlyLayer
-from ..norms import is_norm, unwrapped
+from ..norms import has_copies, is_norm, unwrapped
 from . import runners
 from .forward import lean_forward, settings
 from .plans import ACTS, Report
@@ -65,7 +64,7 @@ class _Tracer(fx.Tracer):
         self.closed: list[str] = []  # not to be traced through, but perhaps by themselves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, BNOnlyLayer) or is_norm(m) or super().is_leaf_module(m, module_qualified_name)
+        own = has_copies(m) or is_norm(m) or super().is_leaf_module(m, module_qualified_name)
         closed = is_notrace_module(type(m))
         if closed and not own and [*m.children()]:
             self.closed.append(module_qualified_name)
@@ -94,7 +93,7 @@ def _rewrite(module: nn.Module, copy: nn.Module, name: str, report: Report) -> N
         log.debug("%s cannot be traced: %s", name or type(module).__name__, error)
         report.untraced.append(name)
         for child, part in module.named_children():
-            if [*part.children()] and not (isinstance(part, BNOnlyLayer) or is_norm(part)):
+            if [*part.children()] and not (has_copies(part) or is_norm(part)):
                 _rewrite(part, copy.get_submodule(child), f"{name}.{child}".lstrip("."), report)
         return
     for child in tracer.closed:
@@ -201,7 +200,7 @@ def _drop_identities(graph: fx.Graph, root: nn.Module) -> None:
 def _inlined(graph: fx.Graph, root: nn.Module) -> list[str]:
     """Return the modules that the graph does not call: what they are and what is set on them is written into it."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    called |= {name for name, module in root.named_modules() if isinstance(module, BNOnlyLayer) or is_norm(module)}
+    called |= {name for name, module in root.named_modules() if has_copies(module) or is_norm(module)}
     parts = {name: name.split(".") for name, _ in root.named_modules()}
     return [name for name, p in parts.items() if not any(".".join(p[: i + 1]) in called for i in range(len(p)))]
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import NetworkError
+from ..errors import NetworkError, check_choice
 from ..norms import plain_modules
-from ..reinit import check_choice
 from . import native
 from .forward import plain_
 from .plans import LEVELS, Report
