@@ -10,7 +10,7 @@ from .config import BNOnlyConfig
 from .errors import BNAdapterError
 from .exporting import export
 from .model import get_bn_only_model, load_bn_only_model, register
-from .norms import shortcut_convs
+from .norms.find import shortcut_convs
 from .peft_model import BNOnlyPeftModel
 from .prediction import predict
 from .reinit import reinit_

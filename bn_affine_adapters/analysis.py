@@ -20,7 +20,7 @@ from torch import nn
 from .backbone import create
 from .contents import NEAR_ZERO
 from .errors import AdapterTensorError, ConfigError, DataError, NetworkError
-from .norms import affine, head_layers, norm_layers, plain_modules, shortcut_convs
+from .norms.find import affine, head_layers, norm_layers, plain_modules, shortcut_convs
 
 BELOW = (0.001, NEAR_ZERO, 0.05, 0.1)  # of |gamma|: the shares that `distribution` tells
 BINS = 80

@@ -17,7 +17,7 @@ from .data import check_classes
 from .errors import ConfigError
 from .feed import Feed
 from .model import get_bn_only_model
-from .norms import affine, norm_layers, shortcut_convs
+from .norms.find import affine, norm_layers, shortcut_convs
 from .peft_model import BNOnlyPeftModel
 from .recipe import CONDITIONS, FULL_CONDITIONS, Recipe
 from .reinit import reinit_

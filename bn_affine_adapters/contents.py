@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from .config import BNOnlyConfig
 from .errors import AdapterTensorError
-from .norms import COPIES
+from .norms.find import COPIES
 from .tensors import bare
 
 NEAR_ZERO = 0.01  # |gamma| below which a feature counts as disabled, as in the paper

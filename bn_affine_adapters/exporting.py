@@ -30,7 +30,7 @@ from .errors import (
     RebuildError,
     check_choice,
 )
-from .norms import named_layers
+from .norms.find import named_layers
 from .peft_model import BNOnlyPeftModel
 from .reinit import constants_only
 

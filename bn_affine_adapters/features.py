@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .feed import Feed
 from .layer import BNOnlyLayer
-from .norms import head_layers, is_norm, plain_modules
+from .norms.find import head_layers, is_norm, plain_modules
 
 FEW = 4  # images on which the two ways are compared
 LARGEST = 0.25  # of the memory that is free

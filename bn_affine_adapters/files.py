@@ -15,7 +15,7 @@ from .config import BN_ONLY, BNOnlyConfig
 from .control import controlled
 from .errors import AdapterFileError, AdapterTensorError, ConfigError, TooLargeError
 from .layer import drawn
-from .norms import COPIES, named_layers
+from .norms.find import COPIES, named_layers
 from .tensors import PREFIX, bare, check_tensors
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set

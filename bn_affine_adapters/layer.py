@@ -12,7 +12,7 @@ from torch import nn
 from .config import BNOnlyConfig
 from .control import Control
 from .errors import AdapterError
-from .norms import COPIES, affine, is_norm
+from .norms.find import COPIES, affine, is_norm
 from .reinit import Rule, draw_into_, rule_for
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import draws
 from .errors import ConfigError, ReinitError, check_choice
-from .norms import STATISTICS, affine, is_norm, plain_tensors
+from .norms.find import STATISTICS, affine, is_norm, plain_tensors
 
 WEIGHT_INITS = ("kaiming_normal", "kaiming_uniform", "binary", "orthogonal")
 NORM_INITS = ("uniform", "ones", "symmetric", "ones_beta_one", "keep")

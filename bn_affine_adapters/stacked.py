@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .control import Control
 from .errors import NetworkError
-from .norms import has_copies, running, unwrapped
+from .norms.find import has_copies, running, unwrapped
 
 
 class Stacked(nn.Module):

@@ -15,7 +15,7 @@ from .control import Control, controlled
 from .layer import BNOnlyLayer
 from .lean import Report, lean_, plain_
 from .limits import bounded
-from .norms import COPIES, is_norm
+from .norms.find import COPIES, is_norm
 from .prepare import (
     PREFIX,
     check_adapter_name,

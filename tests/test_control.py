@@ -15,7 +15,7 @@ from bn_affine_adapters.control import Control, InputAffine, TwoWeights, choose
 from bn_affine_adapters.errors import AdapterError, ConfigError
 from bn_affine_adapters.files import read_config
 from bn_affine_adapters.layer import BNOnlyLayer
-from bn_affine_adapters.norms import plain_modules
+from bn_affine_adapters.norms.find import plain_modules
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 NETWORKS = ("cifar_resnet14", "test_resnet", "test_efficientnet")  # the last has depthwise and squeezing convolutions

@@ -27,7 +27,7 @@ from bn_affine_adapters.errors import (
     RebuildError,
 )
 from bn_affine_adapters.layer import BNOnlyLayer
-from bn_affine_adapters.norms import norm_layers
+from bn_affine_adapters.norms.find import norm_layers
 
 FILES = {
     "timm": {"config.json", "model.safetensors"},

@@ -33,7 +33,7 @@ from bn_affine_adapters.lean.kernels import (
     row_kernels,
 )
 from bn_affine_adapters.lean.rows import KeptAct, RoundedAttention, RoundedLayerNorm, RowNorm
-from bn_affine_adapters.norms import norm_layers
+from bn_affine_adapters.norms.find import norm_layers
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch on Linux only")
 

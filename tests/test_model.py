@@ -31,7 +31,7 @@ from bn_affine_adapters.errors import (
     UnknownArchitectureError,
     UnknownKeyError,
 )
-from bn_affine_adapters.norms import norm_layers
+from bn_affine_adapters.norms.find import norm_layers
 
 pytestmark = pytest.mark.filterwarnings("error")
 NAME = "test_resnet"

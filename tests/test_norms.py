@@ -14,7 +14,7 @@ from torch import nn
 import bn_affine_adapters  # noqa: F401  # registers the paper's networks
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, shortcut_convs
 from bn_affine_adapters.errors import MissingModuleError, NoNormLayerError
-from bn_affine_adapters.norms import (
+from bn_affine_adapters.norms.find import (
     affine,
     canonical,
     head_layers,
@@ -114,7 +114,7 @@ def test_every_norm_class_that_timm_defines_is_a_norm():
 def test_a_norm_class_that_is_not_known_would_be_noticed(monkeypatch):
     from timm.layers.evo_norm import EvoNorm2dB0
 
-    monkeypatch.setattr("bn_affine_adapters.norms.NORM_TYPES", (nn.LayerNorm,))
+    monkeypatch.setattr("bn_affine_adapters.norms.find.NORM_TYPES", (nn.LayerNorm,))
     assert not is_norm(EvoNorm2dB0(8))
     assert not is_norm(nn.BatchNorm2d(8))
 

@@ -12,7 +12,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.sync import sync_norms_
+from bn_affine_adapters.norms.statistics import sync_norms_
 
 SPLIT = (5, 3)  # images of each process
 STEPS = 2

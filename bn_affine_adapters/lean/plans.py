@@ -8,8 +8,8 @@ from timm import layers as timm_layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..norms import running
-from ..sync import BATCH_NORMS
+from ..norms.find import running
+from ..norms.statistics import BATCH_NORMS
 from . import kernels as k
 from .spatial import Geometry
 

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ..norms import has_copies, is_norm, unwrapped
+from ..norms.find import has_copies, is_norm, unwrapped
 from . import runners
 from .forward import lean_forward, settings
 from .plans import ACTS, Report

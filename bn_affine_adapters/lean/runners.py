@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..sync import group_of, update_statistics_
+from ..norms.statistics import group_of, update_statistics_
 from . import kernels as k
 from .batch_norm import Norm, NormAct, NormActConv, PooledNorm, lines
 from .plans import Plan, act_of, frozen, hooked, plan_of, pooling

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NetworkError, check_choice
-from ..norms import plain_modules
+from ..norms.find import plain_modules
 from . import native
 from .forward import plain_
 from .plans import LEVELS, Report

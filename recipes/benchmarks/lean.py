@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, plots
 from bn_affine_adapters.costs import largest, operations, peak_memory, runs_within, unsaved_buffers
 from bn_affine_adapters.lean import LEVELS, native, saved_bytes
-from bn_affine_adapters.norms import norm_layers
+from bn_affine_adapters.norms.find import norm_layers
 from bn_affine_adapters.runs import write_section
 
 HERE = Path(__file__).parent

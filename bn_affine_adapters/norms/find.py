@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .errors import MissingModuleError, NoNormLayerError
+from ..errors import MissingModuleError, NoNormLayerError
 
 COPIES = "bn_only_layers"  # where a wrapped module keeps its per-adapter copies
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

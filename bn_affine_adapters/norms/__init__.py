@@ -1,0 +1,1 @@
+"""Norm layers, head and shortcuts, found by type; batch statistics over several processes."""
