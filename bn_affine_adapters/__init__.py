@@ -13,7 +13,7 @@ from .model import get_bn_only_model, load_bn_only_model, register
 from .norms.find import shortcut_convs
 from .peft_model import BNOnlyPeftModel
 from .prediction import predict
-from .reinit import reinit_
+from .seed.rules import reinit_
 
 register()
 

@@ -17,9 +17,9 @@ from torch import nn
 
 from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
 from .errors import BNAdapterError, FingerprintError, RebuildError, ReinitError, UnknownArchitectureError
-from .fingerprint import fingerprint, first_difference, float32, layout, sampled
 from .norms.find import STATISTICS, affine, is_norm, plain_modules, plain_tensors
-from .reinit import constants_only, plan, values
+from .seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
+from .seed.rules import constants_only, plan, values
 
 NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # of an architecture, with timm's tag of weights
 

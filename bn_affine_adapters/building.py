@@ -20,7 +20,7 @@ from .model import get_bn_only_model
 from .norms.find import affine, norm_layers, shortcut_convs
 from .peft_model import BNOnlyPeftModel
 from .recipe import CONDITIONS, FULL_CONDITIONS, Recipe
-from .reinit import reinit_
+from .seed.rules import reinit_
 
 WARM_UP, TIMED, LONGEST = 2, 5, 20.0  # steps, steps, and the seconds after which no further step is timed
 

@@ -12,8 +12,8 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from .config import BNOnlyConfig
-from .draws import codes
 from .errors import AdapterError
+from .seed.draws import codes
 
 
 class Control(nn.Module):

@@ -32,7 +32,7 @@ from .errors import (
 )
 from .norms.find import named_layers
 from .peft_model import BNOnlyPeftModel
-from .reinit import constants_only
+from .seed.rules import constants_only
 
 # What the export keeps of timm's configuration, the origin for given weights alone; the rest is of the base's data.
 _ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")

@@ -13,7 +13,7 @@ from .config import BNOnlyConfig
 from .control import Control
 from .errors import AdapterError
 from .norms.find import COPIES, affine, is_norm
-from .reinit import Rule, draw_into_, rule_for
+from .seed.rules import Rule, draw_into_, rule_for
 
 
 def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:

@@ -11,7 +11,7 @@ from .control import is_conv
 from .errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, ReinitError
 from .layer import BNOnlyLayer
 from .norms.find import COPIES, head_layers, is_norm, named_layers, norm_layers, plain_modules
-from .reinit import draw_norm_
+from .seed.rules import draw_norm_
 
 PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT knows them
 

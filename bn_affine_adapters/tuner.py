@@ -26,7 +26,7 @@ from .prepare import (
     choose_layers,
     infer,
 )
-from .reinit import draw_into_, draw_norm_, reinit_, rule_for
+from .seed.rules import draw_into_, draw_norm_, reinit_, rule_for
 from .tensors import bare, check_tensors
 
 

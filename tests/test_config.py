@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.config import BN_ONLY, FORBIDDEN_ARGS, FORMAT_VERSION, PEFT_KEYS, RUN_TIME
 from bn_affine_adapters.errors import ConfigError, FormatVersionError, UnknownKeyError
-from bn_affine_adapters.reinit import WEIGHT_INITS
+from bn_affine_adapters.seed.rules import WEIGHT_INITS
 
 FULL = dict(
     seed=2**64 - 1,

@@ -11,8 +11,8 @@ import pytest
 import timm
 import torch
 
-from bn_affine_adapters import draws
-from bn_affine_adapters.fingerprint import fingerprint, sampled
+from bn_affine_adapters.seed import draws
+from bn_affine_adapters.seed.fingerprint import fingerprint, sampled
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "init-v1.json").read_text(encoding="utf-8"))
 Q_SHOWN = "Q[0],Q[1],Q[16384],Q[32766],Q[32767]"

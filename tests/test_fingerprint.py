@@ -10,7 +10,7 @@ import timm
 import torch
 
 from bn_affine_adapters import reinit_
-from bn_affine_adapters.fingerprint import DIGEST, SAMPLE, fingerprint, first_difference, float32, layout, sampled
+from bn_affine_adapters.seed.fingerprint import DIGEST, SAMPLE, fingerprint, first_difference, float32, layout, sampled
 
 # In the order of a network's definition, which is not that of their bytes: Z, a, head, stem, Ö.
 SHAPES = {

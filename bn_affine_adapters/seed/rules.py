@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import ConfigError, ReinitError, check_choice
+from ..norms.find import STATISTICS, affine, is_norm, plain_tensors
 from . import draws
-from .errors import ConfigError, ReinitError, check_choice
-from .norms.find import STATISTICS, affine, is_norm, plain_tensors
 
 WEIGHT_INITS = ("kaiming_normal", "kaiming_uniform", "binary", "orthogonal")
 NORM_INITS = ("uniform", "ones", "symmetric", "ones_beta_one", "keep")
