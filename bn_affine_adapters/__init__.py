@@ -6,7 +6,7 @@ Importing the package registers the method "BN_ONLY" in PEFT and the paper's net
 __version__ = "0.1.0"
 
 from . import zoo
-from .config import BNOnlyConfig
+from .adapter.config import BNOnlyConfig
 from .errors import BNAdapterError
 from .exporting import export
 from .model import get_bn_only_model, load_bn_only_model, register

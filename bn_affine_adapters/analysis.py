@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from .backbone import create
+from .adapter.rebuild import create
 from .contents import NEAR_ZERO
 from .errors import AdapterTensorError, ConfigError, DataError, NetworkError
 from .norms.find import affine, head_layers, norm_layers, plain_modules, shortcut_convs

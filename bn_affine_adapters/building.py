@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from .backbone import create
-from .config import BNOnlyConfig
+from .adapter.config import BNOnlyConfig
+from .adapter.rebuild import create
 from .data import check_classes
 from .errors import ConfigError
 from .feed import Feed

@@ -13,15 +13,15 @@ from typing import Any
 import click
 import torch
 
-from .backbone import create_pretrained, frozen_tensors
+from .adapter.config import BNOnlyConfig
+from .adapter.limits import MAX_PARAMETERS, bounded
+from .adapter.rebuild import create_pretrained, frozen_tensors
 from .card import write_card
-from .config import BNOnlyConfig
 from .contents import compare, describe, read_tensors
 from .errors import BNAdapterError, FingerprintError, printable
 from .exporting import export
 from .files import check_files, read_config
 from .hub import fetch, push_folder
-from .limits import MAX_PARAMETERS, bounded
 from .model import load_bn_only_model
 from .peft_model import BNOnlyPeftModel
 from .prediction import predict

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from .config import CUSTOM, BNOnlyConfig
+from .adapter.config import CUSTOM, BNOnlyConfig
 from .errors import (
     AdapterError,
     BNAdapterError,

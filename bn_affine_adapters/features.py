@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from .adapter.layer import BNOnlyLayer
 from .feed import Feed
-from .layer import BNOnlyLayer
 from .norms.find import head_layers, is_norm, plain_modules
 
 FEW = 4  # images on which the two ways are compared

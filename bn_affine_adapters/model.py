@@ -8,15 +8,15 @@ import peft
 import torch
 from torch import nn
 
-from .backbone import create, create_pretrained, verify_layout
-from .config import BN_ONLY, CUSTOM, BNOnlyConfig
+from .adapter.checks import choose_layers
+from .adapter.config import BN_ONLY, CUSTOM, BNOnlyConfig
+from .adapter.limits import MAX_PARAMETERS, build_within
+from .adapter.rebuild import create, create_pretrained, verify_layout
+from .adapter.tuner import BNOnlyTuner, unwrap_
 from .errors import BaseRequiredError
 from .files import check_files, check_header, read_config
 from .hub import fetch, fetch_base
-from .limits import MAX_PARAMETERS, build_within
 from .peft_model import BNOnlyPeftModel
-from .prepare import choose_layers
-from .tuner import BNOnlyTuner, unwrap_
 
 
 def register() -> None:

@@ -13,16 +13,16 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
-from .backbone import create_pretrained, verify
+from .adapter.checks import choose_layers
+from .adapter.config import CUSTOM, BNOnlyConfig
+from .adapter.control import Control
+from .adapter.layer import BNOnlyLayer
+from .adapter.rebuild import create_pretrained, verify
 from .card import write_card
-from .config import CUSTOM, BNOnlyConfig
-from .control import Control
 from .errors import AdapterError, BNAdapterError, ConfigError, NoSpaceError
 from .files import check_files, check_header, read_config
 from .hub import cached_commit, fetch, fetch_base, push_folder
-from .layer import BNOnlyLayer
 from .lean import Report, lean_, plain_
-from .prepare import choose_layers
 
 
 class BNOnlyPeftModel(PeftModel):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from .config import BNOnlyConfig
+from .adapter.config import BNOnlyConfig
 from .errors import ConfigError, DataError, printable
 from .peft_model import BNOnlyPeftModel
 

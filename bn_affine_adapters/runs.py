@@ -14,8 +14,8 @@ import timm
 import torch
 from torch import nn
 
-from .backbone import versions
-from .config import BNOnlyConfig
+from .adapter.config import BNOnlyConfig
+from .adapter.rebuild import versions
 from .errors import ConfigError, check_keys
 
 Options = TypeVar("Options")

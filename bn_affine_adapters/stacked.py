@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .control import Control
+from .adapter.control import Control
 from .errors import NetworkError
 from .norms.find import has_copies, running, unwrapped
 

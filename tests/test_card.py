@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.backbone import versions
+from bn_affine_adapters.adapter.rebuild import versions
 from bn_affine_adapters.card import CARD_NAME, FIGURE_NAME, md, render, write_card
 from bn_affine_adapters.contents import read_tensors
 from bn_affine_adapters.errors import ConfigError

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model, reinit_
+from bn_affine_adapters.adapter.control import Control, InputAffine, TwoWeights, choose
+from bn_affine_adapters.adapter.layer import BNOnlyLayer
 from bn_affine_adapters.card import write_card
 from bn_affine_adapters.contents import describe, read_tensors
-from bn_affine_adapters.control import Control, InputAffine, TwoWeights, choose
 from bn_affine_adapters.errors import AdapterError, ConfigError
 from bn_affine_adapters.files import read_config
-from bn_affine_adapters.layer import BNOnlyLayer
 from bn_affine_adapters.norms.find import plain_modules
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

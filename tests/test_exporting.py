@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model, reinit_
+from bn_affine_adapters.adapter.layer import BNOnlyLayer
 from bn_affine_adapters.errors import (
     AdapterError,
     ConfigError,
@@ -26,7 +27,6 @@ from bn_affine_adapters.errors import (
     OutputFolderError,
     RebuildError,
 )
-from bn_affine_adapters.layer import BNOnlyLayer
 from bn_affine_adapters.norms.find import norm_layers
 
 FILES = {

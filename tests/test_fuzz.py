@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model, load_bn_only_model
-from bn_affine_adapters.backbone import verify
+from bn_affine_adapters.adapter.rebuild import verify
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc/self")
 

@@ -8,7 +8,7 @@ import torch
 from conftest import script
 
 from bn_affine_adapters import load_bn_only_model
-from bn_affine_adapters.config import FORMAT_VERSION
+from bn_affine_adapters.adapter.config import FORMAT_VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = range(1, FORMAT_VERSION + 1)

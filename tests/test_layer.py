@@ -6,8 +6,8 @@ from timm.layers import BatchNormAct2d, GroupNormAct, LayerNorm2d, RmsNorm
 from torch import nn
 
 from bn_affine_adapters import BNOnlyConfig
+from bn_affine_adapters.adapter.layer import BNOnlyLayer
 from bn_affine_adapters.errors import AdapterError
-from bn_affine_adapters.layer import BNOnlyLayer
 
 IMAGES = torch.randn(4, 8, 5, 5, generator=torch.Generator().manual_seed(0))
 NORMS = {

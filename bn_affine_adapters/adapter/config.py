@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-from .errors import ConfigError, FormatVersionError, check_choice, check_keys
-from .seed.draws import SCHEME
-from .seed.rules import NORM_INITS, WEIGHT_INITS, check_seed
+from ..errors import ConfigError, FormatVersionError, check_choice, check_keys
+from ..seed.draws import SCHEME
+from ..seed.rules import NORM_INITS, WEIGHT_INITS, check_seed
 
 FORMAT_VERSION = 1
 CUSTOM = "custom"  # the architecture of a network that timm cannot build: loads only with model=

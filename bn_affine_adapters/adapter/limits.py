@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backbone import create
+from ..errors import RebuildError, TooLargeError
 from .config import BNOnlyConfig
-from .errors import RebuildError, TooLargeError
+from .rebuild import create
 
 MAX_PARAMETERS = 200_000_000  # 800 MB in float32
 MAX_NUMBER = 20_000  # in creation arguments, but for num_classes: some constructors make lists of that length

@@ -9,11 +9,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ..errors import AdapterError
+from ..norms.find import COPIES, affine, is_norm
+from ..seed.rules import Rule, draw_into_, rule_for
 from .config import BNOnlyConfig
 from .control import Control
-from .errors import AdapterError
-from .norms.find import COPIES, affine, is_norm
-from .seed.rules import Rule, draw_into_, rule_for
 
 
 def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:

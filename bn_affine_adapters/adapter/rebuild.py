@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import nn
 
+from ..errors import BNAdapterError, FingerprintError, RebuildError, ReinitError, UnknownArchitectureError
+from ..norms.find import STATISTICS, affine, is_norm, plain_modules, plain_tensors
+from ..seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
+from ..seed.rules import constants_only, plan, values
 from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
-from .errors import BNAdapterError, FingerprintError, RebuildError, ReinitError, UnknownArchitectureError
-from .norms.find import STATISTICS, affine, is_norm, plain_modules, plain_tensors
-from .seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
-from .seed.rules import constants_only, plan, values
 
 NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # of an architecture, with timm's tag of weights
 

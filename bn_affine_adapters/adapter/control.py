@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
+from ..errors import AdapterError
+from ..seed.draws import codes
 from .config import BNOnlyConfig
-from .errors import AdapterError
-from .seed.draws import codes
 
 
 class Control(nn.Module):

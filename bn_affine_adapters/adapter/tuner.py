@@ -9,14 +9,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, _check_adapters_not_merged
 from torch import nn
 
-from .backbone import check_rebuild, create, describe, verify, verify_layout
-from .config import CUSTOM, BNOnlyConfig
-from .control import Control, controlled
-from .layer import BNOnlyLayer
-from .lean import Report, lean_, plain_
-from .limits import bounded
-from .norms.find import COPIES, is_norm
-from .prepare import (
+from ..lean import Report, lean_, plain_
+from ..norms.find import COPIES, is_norm
+from ..seed.rules import draw_into_, draw_norm_, reinit_, rule_for
+from .checks import (
     PREFIX,
     check_adapter_name,
     check_agreement,
@@ -26,7 +22,11 @@ from .prepare import (
     choose_layers,
     infer,
 )
-from .seed.rules import draw_into_, draw_norm_, reinit_, rule_for
+from .config import CUSTOM, BNOnlyConfig
+from .control import Control, controlled
+from .layer import BNOnlyLayer
+from .limits import bounded
+from .rebuild import check_rebuild, create, describe, verify, verify_layout
 from .tensors import bare, check_tensors
 
 

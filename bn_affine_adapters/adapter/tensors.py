@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from .errors import AdapterTensorError
+from ..errors import AdapterTensorError
 
 PREFIX = "base_model.model."  # what PEFT puts before a name
 

@@ -5,13 +5,13 @@ from copy import deepcopy
 import timm.data
 from torch import nn
 
-from .backbone import holder, infer_architecture, infer_args
+from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, ReinitError
+from ..norms.find import COPIES, head_layers, is_norm, named_layers, norm_layers, plain_modules
+from ..seed.rules import draw_norm_
 from .config import BNOnlyConfig
 from .control import is_conv
-from .errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, ReinitError
 from .layer import BNOnlyLayer
-from .norms.find import COPIES, head_layers, is_norm, named_layers, norm_layers, plain_modules
-from .seed.rules import draw_norm_
+from .rebuild import holder, infer_architecture, infer_args
 
 PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT knows them
 
