@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from .adapter.rebuild import create
-from .contents import NEAR_ZERO
 from .errors import AdapterTensorError, ConfigError, DataError, NetworkError
 from .norms.find import affine, head_layers, norm_layers, plain_modules, shortcut_convs
+from .sharing.contents import NEAR_ZERO
 
 BELOW = (0.001, NEAR_ZERO, 0.05, 0.1)  # of |gamma|: the shares that `distribution` tells
 BINS = 80

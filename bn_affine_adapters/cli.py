@@ -16,15 +16,15 @@ import torch
 from .adapter.config import BNOnlyConfig
 from .adapter.limits import MAX_PARAMETERS, bounded
 from .adapter.rebuild import create_pretrained, frozen_tensors
-from .card import write_card
-from .contents import compare, describe, read_tensors
 from .errors import BNAdapterError, FingerprintError, printable
 from .exporting import export
-from .files import check_files, read_config
-from .hub import fetch, push_folder
 from .model import load_bn_only_model
 from .peft_model import BNOnlyPeftModel
 from .prediction import predict
+from .sharing.card import write_card
+from .sharing.contents import compare, describe, read_tensors
+from .sharing.folder import check_files, read_config
+from .sharing.hub import fetch, push_folder
 
 
 class _Commands(click.Group):

@@ -26,8 +26,8 @@ from bn_affine_adapters.analysis import DEAD, GRID, clamped, dead_activations, d
 from bn_affine_adapters.data import check_classes
 from bn_affine_adapters.errors import ConfigError, NetworkError, RebuildError
 from bn_affine_adapters.feed import DataOptions, Feed, accuracy, own_options
-from bn_affine_adapters.files import check_files, read_config
-from bn_affine_adapters.hub import fetch
+from bn_affine_adapters.sharing.folder import check_files, read_config
+from bn_affine_adapters.sharing.hub import fetch
 
 DIGITS = 4  # after the point, of every number in the line
 

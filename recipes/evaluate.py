@@ -21,8 +21,8 @@ from accelerate import Accelerator
 from bn_affine_adapters import BNAdapterError, load_bn_only_model, runs
 from bn_affine_adapters.data import check_classes
 from bn_affine_adapters.feed import DataOptions, Feed, accuracy, own_options
-from bn_affine_adapters.files import check_files, read_config
-from bn_affine_adapters.hub import fetch
+from bn_affine_adapters.sharing.folder import check_files, read_config
+from bn_affine_adapters.sharing.hub import fetch
 
 
 @dataclass

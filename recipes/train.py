@@ -36,8 +36,8 @@ from bn_affine_adapters.feed import Feed, accuracy, side_by_side
 from bn_affine_adapters.norms.statistics import sync_norms_
 from bn_affine_adapters.recipe import Recipe, command, help_text, members, recorded, run_key
 from bn_affine_adapters.recipe import read_recipe as read
-from bn_affine_adapters.results import RESULTS_NAME
 from bn_affine_adapters.runs import cores, provenance
+from bn_affine_adapters.sharing.results import RESULTS_NAME
 from bn_affine_adapters.stacked import Stacked
 
 DEFAULT = Path(__file__).parent / "configs" / "digits.yaml"

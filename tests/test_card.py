@@ -17,12 +17,12 @@ from PIL import Image
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
 from bn_affine_adapters.adapter.rebuild import versions
-from bn_affine_adapters.card import CARD_NAME, FIGURE_NAME, md, render, write_card
-from bn_affine_adapters.contents import read_tensors
 from bn_affine_adapters.errors import ConfigError
-from bn_affine_adapters.files import read_config
-from bn_affine_adapters.hub import push_folder
-from bn_affine_adapters.results import RESULTS_NAME, merged, scores
+from bn_affine_adapters.sharing.card import CARD_NAME, FIGURE_NAME, md, render, write_card
+from bn_affine_adapters.sharing.contents import read_tensors
+from bn_affine_adapters.sharing.folder import read_config
+from bn_affine_adapters.sharing.hub import push_folder
+from bn_affine_adapters.sharing.results import RESULTS_NAME, merged, scores
 
 GOLDEN = Path(__file__).parent / "golden"
 CARDS = Path(__file__).parents[1] / "hub_cards"

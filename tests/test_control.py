@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model, reinit_
 from bn_affine_adapters.adapter.control import Control, InputAffine, TwoWeights, choose
 from bn_affine_adapters.adapter.layer import BNOnlyLayer
-from bn_affine_adapters.card import write_card
-from bn_affine_adapters.contents import describe, read_tensors
 from bn_affine_adapters.errors import AdapterError, ConfigError
-from bn_affine_adapters.files import read_config
 from bn_affine_adapters.norms.find import plain_modules
+from bn_affine_adapters.sharing.card import write_card
+from bn_affine_adapters.sharing.contents import describe, read_tensors
+from bn_affine_adapters.sharing.folder import read_config
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 NETWORKS = ("cifar_resnet14", "test_resnet", "test_efficientnet")  # the last has depthwise and squeezing convolutions

@@ -38,7 +38,7 @@ from bn_affine_adapters.errors import (
     NoSpaceError,
     TooLargeError,
 )
-from bn_affine_adapters.hub import push_folder
+from bn_affine_adapters.sharing.hub import push_folder
 
 NAME, REPO = "test_resnet", "alice/x"
 PAIR = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}

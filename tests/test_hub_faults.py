@@ -18,7 +18,7 @@ from bn_affine_adapters.errors import (
     HubNotFoundError,
     HubUnavailableError,
 )
-from bn_affine_adapters.hub import push_folder
+from bn_affine_adapters.sharing.hub import push_folder
 
 REPO = "alice/x"
 PAIR = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]

@@ -21,7 +21,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model, load_bn_only_model, predict
-from bn_affine_adapters.card import write_card
 from bn_affine_adapters.errors import (
     AdapterFileError,
     AdapterTensorError,
@@ -34,7 +33,8 @@ from bn_affine_adapters.errors import (
     UnknownArchitectureError,
     UnknownKeyError,
 )
-from bn_affine_adapters.files import MAX_BYTES, MAX_TENSORS
+from bn_affine_adapters.sharing.card import write_card
+from bn_affine_adapters.sharing.folder import MAX_BYTES, MAX_TENSORS
 
 ROOT = Path(__file__).parents[1]
 NAME, ARGS = "test_resnet", {"num_classes": 3}
@@ -548,7 +548,9 @@ def test_a_subfolder_lies_inside(adapter, subfolder, folder, refused):
     ids=lambda value: repr(value)[:20],
 )
 def test_a_base_is_a_repository_at_a_commit(base, commit, folder, refused, monkeypatch):
-    monkeypatch.setattr("bn_affine_adapters.hub.hf_hub_download", lambda *a, **k: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(
+        "bn_affine_adapters.sharing.hub.hf_hub_download", lambda *a, **k: pytest.fail("the Hub was asked")
+    )
     with refused(BaseRequiredError, "model=base"):
         load(edit(folder, seed=None, base_model_name_or_path=base, revision=commit))
 

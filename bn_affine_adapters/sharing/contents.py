@@ -8,10 +8,10 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
-from .adapter.config import BNOnlyConfig
-from .adapter.tensors import bare
-from .errors import AdapterTensorError
-from .norms.find import COPIES
+from ..adapter.config import BNOnlyConfig
+from ..adapter.tensors import bare
+from ..errors import AdapterTensorError
+from ..norms.find import COPIES
 
 NEAR_ZERO = 0.01  # |gamma| below which a feature counts as disabled, as in the paper
 _KINDS = {"gamma": ("weight", "alpha"), "beta": ("bias", "beta")}  # as norm layers name them: see `norms.affine`

@@ -13,12 +13,12 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from torch import Tensor
 
-from .adapter.config import CUSTOM, BNOnlyConfig
-from .adapter.limits import MAX_PARAMETERS, build_within
+from ..adapter.config import CUSTOM, BNOnlyConfig
+from ..adapter.limits import MAX_PARAMETERS, build_within
+from ..errors import TooLargeError, printable
 from .contents import parts, read_tensors
-from .errors import TooLargeError, printable
 from .figure import gamma_histogram
-from .files import COMMIT, HUB_ID, read_config
+from .folder import COMMIT, HUB_ID, read_config
 from .results import RESULTS_NAME, Score, merged, scores
 
 CARD_NAME, FIGURE_NAME = "README.md", "gamma.png"

@@ -22,10 +22,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .adapter.config import BNOnlyConfig
-from .adapter.limits import LIFT, MAX_PARAMETERS
-from .card import CARD_NAME, FIGURE_NAME, write_card
-from .errors import (
+from ..adapter.config import BNOnlyConfig
+from ..adapter.limits import LIFT, MAX_PARAMETERS
+from ..errors import (
     AdapterFileError,
     BaseRequiredError,
     BNAdapterError,
@@ -38,7 +37,8 @@ from .errors import (
     NoSpaceError,
     TooLargeError,
 )
-from .files import COMMIT, HUB_ID, MAX_BYTES, check_files, read_config
+from .card import CARD_NAME, FIGURE_NAME, write_card
+from .folder import COMMIT, HUB_ID, MAX_BYTES, check_files, read_config
 from .results import RESULTS_NAME
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}

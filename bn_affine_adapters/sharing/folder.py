@@ -11,12 +11,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .adapter.config import BN_ONLY, BNOnlyConfig
-from .adapter.control import controlled
-from .adapter.layer import drawn
-from .adapter.tensors import PREFIX, bare, check_tensors
-from .errors import AdapterFileError, AdapterTensorError, ConfigError, TooLargeError
-from .norms.find import COPIES, named_layers
+from ..adapter.config import BN_ONLY, BNOnlyConfig
+from ..adapter.control import controlled
+from ..adapter.layer import drawn
+from ..adapter.tensors import PREFIX, bare, check_tensors
+from ..errors import AdapterFileError, AdapterTensorError, ConfigError, TooLargeError
+from ..norms.find import COPIES, named_layers
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -1,0 +1,1 @@
+"""An adapter as files: its folder, its contents, the model card, and the Hub."""
