@@ -9,10 +9,10 @@ from . import zoo
 from .adapter.config import BNOnlyConfig
 from .errors import BNAdapterError
 from .exporting import export
-from .model import get_bn_only_model, load_bn_only_model, register
+from .model.loading import get_bn_only_model, load_bn_only_model, register
+from .model.peft_model import BNOnlyPeftModel
+from .model.prediction import predict
 from .norms.find import shortcut_convs
-from .peft_model import BNOnlyPeftModel
-from .prediction import predict
 from .seed.rules import reinit_
 
 register()

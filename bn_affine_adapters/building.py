@@ -16,9 +16,9 @@ from .adapter.rebuild import create
 from .data import check_classes
 from .errors import ConfigError
 from .feed import Feed
-from .model import get_bn_only_model
+from .model.loading import get_bn_only_model
+from .model.peft_model import BNOnlyPeftModel
 from .norms.find import affine, norm_layers, shortcut_convs
-from .peft_model import BNOnlyPeftModel
 from .recipe import CONDITIONS, FULL_CONDITIONS, Recipe
 from .seed.rules import reinit_
 

@@ -18,9 +18,9 @@ from .adapter.limits import MAX_PARAMETERS, bounded
 from .adapter.rebuild import create_pretrained, frozen_tensors
 from .errors import BNAdapterError, FingerprintError, printable
 from .exporting import export
-from .model import load_bn_only_model
-from .peft_model import BNOnlyPeftModel
-from .prediction import predict
+from .model.loading import load_bn_only_model
+from .model.peft_model import BNOnlyPeftModel
+from .model.prediction import predict
 from .sharing.card import write_card
 from .sharing.contents import compare, describe, read_tensors
 from .sharing.folder import check_files, read_config

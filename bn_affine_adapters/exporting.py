@@ -30,8 +30,8 @@ from .errors import (
     RebuildError,
     check_choice,
 )
+from .model.peft_model import BNOnlyPeftModel
 from .norms.find import named_layers
-from .peft_model import BNOnlyPeftModel
 from .seed.rules import constants_only
 
 # What the export keeps of timm's configuration, the origin for given weights alone; the rest is of the base's data.

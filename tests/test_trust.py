@@ -564,7 +564,7 @@ def test_a_base_that_is_another_is_refused(form, tmp_path, canary, monkeypatch):
     else:
         state = {} if form == "empty" else (network() if form != "other-shapes" else timm.create_model("test_vit"))
         save_file(state if form == "empty" else state.state_dict(), file)
-    monkeypatch.setattr("bn_affine_adapters.model.fetch_base", lambda config, **common: file)
+    monkeypatch.setattr("bn_affine_adapters.model.loading.fetch_base", lambda config, **common: file)
     with pytest.raises(FingerprintError):
         load(edit(tmp_path / "given", base_model_name_or_path="owner/name", revision="a" * 40))
 

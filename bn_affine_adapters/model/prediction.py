@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from .adapter.config import BNOnlyConfig
-from .errors import ConfigError, DataError, printable
+from ..adapter.config import BNOnlyConfig
+from ..errors import ConfigError, DataError, printable
 from .peft_model import BNOnlyPeftModel
 
 MAX_SIDE = 4096  # pixels that a data configuration may ask for

@@ -13,16 +13,16 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
-from .adapter.checks import choose_layers
-from .adapter.config import CUSTOM, BNOnlyConfig
-from .adapter.control import Control
-from .adapter.layer import BNOnlyLayer
-from .adapter.rebuild import create_pretrained, verify
-from .errors import AdapterError, BNAdapterError, ConfigError, NoSpaceError
-from .lean import Report, lean_, plain_
-from .sharing.card import write_card
-from .sharing.folder import check_files, check_header, read_config
-from .sharing.hub import cached_commit, fetch, fetch_base, push_folder
+from ..adapter.checks import choose_layers
+from ..adapter.config import CUSTOM, BNOnlyConfig
+from ..adapter.control import Control
+from ..adapter.layer import BNOnlyLayer
+from ..adapter.rebuild import create_pretrained, verify
+from ..errors import AdapterError, BNAdapterError, ConfigError, NoSpaceError
+from ..lean import Report, lean_, plain_
+from ..sharing.card import write_card
+from ..sharing.folder import check_files, check_header, read_config
+from ..sharing.hub import cached_commit, fetch, fetch_base, push_folder
 
 
 class BNOnlyPeftModel(PeftModel):

@@ -8,15 +8,15 @@ import peft
 import torch
 from torch import nn
 
-from .adapter.checks import choose_layers
-from .adapter.config import BN_ONLY, CUSTOM, BNOnlyConfig
-from .adapter.limits import MAX_PARAMETERS, build_within
-from .adapter.rebuild import create, create_pretrained, verify_layout
-from .adapter.tuner import BNOnlyTuner, unwrap_
-from .errors import BaseRequiredError
+from ..adapter.checks import choose_layers
+from ..adapter.config import BN_ONLY, CUSTOM, BNOnlyConfig
+from ..adapter.limits import MAX_PARAMETERS, build_within
+from ..adapter.rebuild import create, create_pretrained, verify_layout
+from ..adapter.tuner import BNOnlyTuner, unwrap_
+from ..errors import BaseRequiredError
+from ..sharing.folder import check_files, check_header, read_config
+from ..sharing.hub import fetch, fetch_base
 from .peft_model import BNOnlyPeftModel
-from .sharing.folder import check_files, check_header, read_config
-from .sharing.hub import fetch, fetch_base
 
 
 def register() -> None:

@@ -1,0 +1,1 @@
+"""The front door: wrap a network, load an adapter, predict."""
