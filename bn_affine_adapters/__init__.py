@@ -7,8 +7,8 @@ __version__ = "0.1.0"
 
 from . import zoo
 from .adapter.config import BNOnlyConfig
+from .deploy.exporting import export
 from .errors import BNAdapterError
-from .exporting import export
 from .model.loading import get_bn_only_model, load_bn_only_model, register
 from .model.peft_model import BNOnlyPeftModel
 from .model.prediction import predict

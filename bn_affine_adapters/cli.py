@@ -16,8 +16,8 @@ import torch
 from .adapter.config import BNOnlyConfig
 from .adapter.limits import MAX_PARAMETERS, bounded
 from .adapter.rebuild import create_pretrained, frozen_tensors
+from .deploy.exporting import export
 from .errors import BNAdapterError, FingerprintError, printable
-from .exporting import export
 from .model.loading import load_bn_only_model
 from .model.peft_model import BNOnlyPeftModel
 from .model.prediction import predict

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, BNOnlyPeftModel
 from bn_affine_adapters.building import build_model, configuration, count
+from bn_affine_adapters.deploy.exporting import export_network
 from bn_affine_adapters.errors import ConfigError, OutputFolderError
-from bn_affine_adapters.exporting import export_network
 from bn_affine_adapters.features import head_only
 from bn_affine_adapters.feed import Feed, accuracy, side_by_side
 from bn_affine_adapters.norms.statistics import sync_norms_

@@ -488,7 +488,7 @@ def test_a_full_disk_leaves_nothing(error, exists, format, tmp_path, monkeypatch
     if exists:
         (tmp_path / "out").mkdir()
     monkeypatch.setattr("safetensors.torch.save_file", fails)
-    monkeypatch.setattr("bn_affine_adapters.exporting.save_file", fails)
+    monkeypatch.setattr("bn_affine_adapters.deploy.exporting.save_file", fails)
     model = wrapped(NAME, {}, {"seed": 0})
     if error.args == (5,):
         with pytest.raises(OSError, match="5") as caught:

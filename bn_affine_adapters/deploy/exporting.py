@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from .adapter.config import CUSTOM, BNOnlyConfig
-from .errors import (
+from ..adapter.config import CUSTOM, BNOnlyConfig
+from ..errors import (
     AdapterError,
     BNAdapterError,
     ConfigError,
@@ -30,9 +30,9 @@ from .errors import (
     RebuildError,
     check_choice,
 )
-from .model.peft_model import BNOnlyPeftModel
-from .norms.find import named_layers
-from .seed.rules import constants_only
+from ..model.peft_model import BNOnlyPeftModel
+from ..norms.find import named_layers
+from ..seed.rules import constants_only
 
 # What the export keeps of timm's configuration, the origin for given weights alone; the rest is of the base's data.
 _ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")

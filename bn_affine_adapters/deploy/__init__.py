@@ -1,0 +1,1 @@
+"""Hand an adapted network to tools that do not know this package."""
