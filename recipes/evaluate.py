@@ -18,11 +18,12 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__fi
 import torch
 from accelerate import Accelerator
 
-from bn_affine_adapters import BNAdapterError, load_bn_only_model, runs
-from bn_affine_adapters.data import check_classes
-from bn_affine_adapters.feed import DataOptions, Feed, accuracy, own_options
+from bn_affine_adapters import BNAdapterError, load_bn_only_model
 from bn_affine_adapters.sharing.folder import check_files, read_config
 from bn_affine_adapters.sharing.hub import fetch
+from bn_affine_adapters.training import scripts as runs
+from bn_affine_adapters.training.data import check_classes
+from bn_affine_adapters.training.feed import DataOptions, Feed, accuracy, own_options
 
 
 @dataclass

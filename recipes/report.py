@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 from bn_affine_adapters import BNAdapterError, plots
 from bn_affine_adapters.analysis import parameter_table
 from bn_affine_adapters.claims import bounds, findings, on_lines, paper_text, slopes, tuned, value_of, verdict
-from bn_affine_adapters.lines import read_results
 from bn_affine_adapters.replicates import (
     FULL,
     MEASURES,
@@ -40,6 +39,7 @@ from bn_affine_adapters.replicates import (
     spread,
     spread_text,
 )
+from bn_affine_adapters.training.lines import read_results
 
 HERE = Path(__file__).parent
 PAPER: dict[str, Any] = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))

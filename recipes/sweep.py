@@ -29,13 +29,13 @@ import click
 import torch
 
 from bn_affine_adapters import BNAdapterError
-from bn_affine_adapters.building import measured_step
 from bn_affine_adapters.errors import ConfigError, NetworkError
-from bn_affine_adapters.feed import DataOptions, Feed
-from bn_affine_adapters.lines import read_results
-from bn_affine_adapters.planning import Run, epochs_done, plan, read_sweep, result_of, shown
-from bn_affine_adapters.recipe import Recipe, run_key
-from bn_affine_adapters.runs import cores
+from bn_affine_adapters.training.feed import DataOptions, Feed
+from bn_affine_adapters.training.lines import read_results
+from bn_affine_adapters.training.network import measured_step
+from bn_affine_adapters.training.recipe import Recipe, run_key
+from bn_affine_adapters.training.scripts import cores
+from bn_affine_adapters.training.sweeps import Run, epochs_done, plan, read_sweep, result_of, shown
 
 RECIPES = Path(__file__).resolve().parent
 RETRIES = 3  # of a run whose Ray worker or node died

@@ -28,17 +28,17 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, BNOnlyPeftModel
-from bn_affine_adapters.building import build_model, configuration, count
 from bn_affine_adapters.deploy.exporting import export_network
 from bn_affine_adapters.errors import ConfigError, OutputFolderError
-from bn_affine_adapters.features import head_only
-from bn_affine_adapters.feed import Feed, accuracy, side_by_side
 from bn_affine_adapters.norms.statistics import sync_norms_
-from bn_affine_adapters.recipe import Recipe, command, help_text, members, recorded, run_key
-from bn_affine_adapters.recipe import read_recipe as read
-from bn_affine_adapters.runs import cores, provenance
 from bn_affine_adapters.sharing.results import RESULTS_NAME
-from bn_affine_adapters.stacked import Stacked
+from bn_affine_adapters.training.features import head_only
+from bn_affine_adapters.training.feed import Feed, accuracy, side_by_side
+from bn_affine_adapters.training.network import build_model, configuration, count
+from bn_affine_adapters.training.recipe import Recipe, command, help_text, members, recorded, run_key
+from bn_affine_adapters.training.recipe import read_recipe as read
+from bn_affine_adapters.training.scripts import cores, provenance
+from bn_affine_adapters.training.stacked import Stacked
 
 DEFAULT = Path(__file__).parent / "configs" / "digits.yaml"
 

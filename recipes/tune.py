@@ -20,8 +20,8 @@ from optuna.trial import TrialState
 
 from bn_affine_adapters import BNAdapterError
 from bn_affine_adapters.errors import ConfigError, check_keys
-from bn_affine_adapters.lines import read_results
-from bn_affine_adapters.recipe import Recipe, read_recipe, recorded
+from bn_affine_adapters.training.lines import read_results
+from bn_affine_adapters.training.recipe import Recipe, read_recipe, recorded
 
 HERE = Path(__file__).parent
 KEYS = {"config", "set", "space", "trials", "results"}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.lean import native
-from bn_affine_adapters.stacked import Stacked
+from bn_affine_adapters.training.stacked import Stacked
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False")

@@ -18,10 +18,18 @@ from sklearn.datasets import load_digits
 from timm.data import create_transform
 from torchvision.transforms import functional as T
 
-from bn_affine_adapters import data
-from bn_affine_adapters.data import batches, check_classes, decode, epoch_order, eval_batches, load_splits, stream
+from bn_affine_adapters.training import data
+from bn_affine_adapters.training.data import (
+    batches,
+    check_classes,
+    decode,
+    epoch_order,
+    eval_batches,
+    load_splits,
+    stream,
+)
 
-from bn_affine_adapters.data import Batch, Split, TensorData, steps_per_epoch  # isort: skip
+from bn_affine_adapters.training.data import Batch, Split, TensorData, steps_per_epoch  # isort: skip
 from bn_affine_adapters.errors import ConfigError, DataError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import bn_affine_adapters
 from bn_affine_adapters.cli import main
-from bn_affine_adapters.planning import read_sweep
+from bn_affine_adapters.training.sweeps import read_sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

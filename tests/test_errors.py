@@ -25,8 +25,8 @@ from torch import nn
 
 import bn_affine_adapters
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, errors, get_bn_only_model, load_bn_only_model
-from bn_affine_adapters.data import load_splits
 from bn_affine_adapters.sharing.hub import _ADVICE, _OTHERWISE, push_folder
+from bn_affine_adapters.training.data import load_splits
 
 REPOSITORY = Path(__file__).parent.parent
 CLASSES = {n: k for n, k in vars(errors).items() if inspect.isclass(k) and k.__module__ == errors.__name__}

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from bn_affine_adapters import features
-from bn_affine_adapters.features import FEW, LARGEST, head_only
 from bn_affine_adapters.lean import native
+from bn_affine_adapters.training import features
+from bn_affine_adapters.training.features import FEW, LARGEST, head_only
 
 ROOT = Path(__file__).parents[1]
 # The digits at their own size, on a network whose statistics are those of the seed.

@@ -22,8 +22,8 @@ from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_mod
 from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.lean import LEVELS, native, saved_bytes
 from bn_affine_adapters.norms.statistics import sync_norms_
-from bn_affine_adapters.recipe import run_key
-from bn_affine_adapters.stacked import Stacked
+from bn_affine_adapters.training.recipe import run_key
+from bn_affine_adapters.training.stacked import Stacked
 
 ROOT = Path(__file__).parents[1]
 SIZE = 32

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import top_k_accuracy_score
 
 from bn_affine_adapters.errors import ConfigError, DataError
-from bn_affine_adapters.metrics import TopKAccuracy, ranked
+from bn_affine_adapters.training.metrics import TopKAccuracy, ranked
 
 
 @pytest.fixture(scope="module")

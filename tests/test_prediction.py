@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model, predict
-from bn_affine_adapters.data import decode, eval_batches, load_splits
 from bn_affine_adapters.errors import ConfigError, DataError
+from bn_affine_adapters.training.data import decode, eval_batches, load_splits
 
 GOLDEN = Path(__file__).parent / "golden" / "adapter-v1"
 

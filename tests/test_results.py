@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bn_affine_adapters.errors import ConfigError
-from bn_affine_adapters.lines import TIMES, read_results
+from bn_affine_adapters.training.lines import TIMES, read_results
 
 ROOT = Path(__file__).parents[1]
 LINE = {

@@ -17,10 +17,10 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model, shortcut_convs
-from bn_affine_adapters.data import batches, decode, load_splits
 from bn_affine_adapters.errors import NetworkError
-from bn_affine_adapters.recipe import CONDITIONS
-from bn_affine_adapters.stacked import Stacked
+from bn_affine_adapters.training.data import batches, decode, load_splits
+from bn_affine_adapters.training.recipe import CONDITIONS
+from bn_affine_adapters.training.stacked import Stacked
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

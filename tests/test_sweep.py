@@ -20,9 +20,9 @@ from conftest import script
 from test_results import LINE
 
 from bn_affine_adapters.errors import ConfigError, NetworkError, UnknownKeyError
-from bn_affine_adapters.lines import TIMES, read_results
-from bn_affine_adapters.planning import plan, read_sweep
-from bn_affine_adapters.recipe import recorded, run_key
+from bn_affine_adapters.training.lines import TIMES, read_results
+from bn_affine_adapters.training.recipe import recorded, run_key
+from bn_affine_adapters.training.sweeps import plan, read_sweep
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = sorted((ROOT / "recipes" / "configs" / "sweeps").glob("*.yaml"))

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from bn_affine_adapters import reinit_
 from bn_affine_adapters.errors import AdapterFileError, ConfigError, DataError, OutputFolderError, UnknownKeyError
-from bn_affine_adapters.lines import read_results
 from bn_affine_adapters.norms.find import norm_layers
-from bn_affine_adapters.recipe import CONDITIONS, FULL_CONDITIONS
+from bn_affine_adapters.training.lines import read_results
+from bn_affine_adapters.training.recipe import CONDITIONS, FULL_CONDITIONS
 
 ROOT = Path(__file__).parents[1]
 # One epoch of this takes about a second: the digits at their own size.

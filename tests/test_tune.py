@@ -15,7 +15,7 @@ from conftest import script
 
 from bn_affine_adapters.claims import tuned
 from bn_affine_adapters.errors import BNAdapterError, ConfigError, UnknownKeyError
-from bn_affine_adapters.lines import read_results
+from bn_affine_adapters.training.lines import read_results
 
 ROOT = Path(__file__).parents[1]
 PLAN = """

@@ -39,7 +39,7 @@ from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, plots
 from bn_affine_adapters.costs import largest, operations, peak_memory, runs_within, unsaved_buffers
 from bn_affine_adapters.lean import LEVELS, native, saved_bytes
 from bn_affine_adapters.norms.find import norm_layers
-from bn_affine_adapters.runs import write_section
+from bn_affine_adapters.training.scripts import write_section
 
 HERE = Path(__file__).parent
 DOCS, LINES = HERE.parents[1] / "docs", HERE / "lean.jsonl"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import Compose, PILToTensor, Resize
 
-from .errors import ConfigError, DataError
+from ..errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from yaml import YAMLError
 
-from .building import forward_cost
-from .errors import BNAdapterError, ConfigError, check_keys
+from ..errors import BNAdapterError, ConfigError, check_keys
+from .network import forward_cost
 from .recipe import Recipe, read_recipe, recorded, run_key
 
 OWN = {"model", "replicates", "output_dir", "overwrite", "resume", "checkpoint_every", "results"}  # set by the sweep

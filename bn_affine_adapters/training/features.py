@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .adapter.layer import BNOnlyLayer
+from ..adapter.layer import BNOnlyLayer
+from ..norms.find import head_layers, is_norm, plain_modules
 from .feed import Feed
-from .norms.find import head_layers, is_norm, plain_modules
 
 FEW = 4  # images on which the two ways are compared
 LARGEST = 0.25  # of the memory that is free

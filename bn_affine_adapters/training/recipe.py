@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, check_choice, check_keys
+from ..errors import ConfigError, check_choice, check_keys
 from .feed import DataOptions
 
 # What trains. The first seven are the paper's; those with shortcuts name them in extra_trainable_modules besides.

@@ -11,16 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from .adapter.config import BNOnlyConfig
-from .adapter.rebuild import create
+from ..adapter.config import BNOnlyConfig
+from ..adapter.rebuild import create
+from ..errors import ConfigError
+from ..model.loading import get_bn_only_model
+from ..model.peft_model import BNOnlyPeftModel
+from ..norms.find import affine, norm_layers, shortcut_convs
+from ..seed.rules import reinit_
 from .data import check_classes
-from .errors import ConfigError
 from .feed import Feed
-from .model.loading import get_bn_only_model
-from .model.peft_model import BNOnlyPeftModel
-from .norms.find import affine, norm_layers, shortcut_convs
 from .recipe import CONDITIONS, FULL_CONDITIONS, Recipe
-from .seed.rules import reinit_
 
 WARM_UP, TIMED, LONGEST = 2, 5, 20.0  # steps, steps, and the seconds after which no further step is timed
 

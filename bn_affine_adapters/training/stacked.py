@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .adapter.control import Control
-from .errors import NetworkError
-from .norms.find import has_copies, running, unwrapped
+from ..adapter.control import Control
+from ..errors import NetworkError
+from ..norms.find import has_copies, running, unwrapped
 
 
 class Stacked(nn.Module):

@@ -14,8 +14,8 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor, nn
 
+from ..errors import BNAdapterError, DataError
 from .data import Batch, Split, TensorData, batches, decode, eval_batches, load_splits, steps_per_epoch, stream
-from .errors import BNAdapterError, DataError
 
 EVAL_BATCH = 512
 

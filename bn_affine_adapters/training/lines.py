@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 from .recipe import run_key
 
 # What may come out otherwise when a run is done again: times, and where, with what and how it was started.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, DataError
+from ..errors import ConfigError, DataError
 
 _DESCRIPTION = """\
 Top-k accuracy: the share of images, in %, whose label is among the first k classes of the prediction.

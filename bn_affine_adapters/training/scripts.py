@@ -14,9 +14,9 @@ import timm
 import torch
 from torch import nn
 
-from .adapter.config import BNOnlyConfig
-from .adapter.rebuild import versions
-from .errors import ConfigError, check_keys
+from ..adapter.config import BNOnlyConfig
+from ..adapter.rebuild import versions
+from ..errors import ConfigError, check_keys
 
 Options = TypeVar("Options")
 

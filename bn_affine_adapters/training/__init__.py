@@ -1,0 +1,1 @@
+"""Train by recipe: data, networks, replicates, sweeps."""
