@@ -22,10 +22,18 @@ from accelerate import Accelerator
 from torch import nn
 
 from bn_affine_adapters import BNAdapterError, load_bn_only_model
-from bn_affine_adapters.analysis import DEAD, GRID, clamped, dead_activations, dead_share, distribution, norm_values
 from bn_affine_adapters.errors import ConfigError, NetworkError, RebuildError
 from bn_affine_adapters.sharing.folder import check_files, read_config
 from bn_affine_adapters.sharing.hub import fetch
+from bn_affine_adapters.study.networks import (
+    DEAD,
+    GRID,
+    clamped,
+    dead_activations,
+    dead_share,
+    distribution,
+    norm_values,
+)
 from bn_affine_adapters.training import scripts as runs
 from bn_affine_adapters.training.data import check_classes
 from bn_affine_adapters.training.feed import DataOptions, Feed, accuracy, own_options

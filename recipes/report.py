@@ -20,10 +20,11 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from bn_affine_adapters import BNAdapterError, plots
-from bn_affine_adapters.analysis import parameter_table
-from bn_affine_adapters.claims import bounds, findings, on_lines, paper_text, slopes, tuned, value_of, verdict
-from bn_affine_adapters.replicates import (
+from bn_affine_adapters import BNAdapterError
+from bn_affine_adapters.study import figures as plots
+from bn_affine_adapters.study.claims import bounds, findings, on_lines, paper_text, slopes, tuned, value_of, verdict
+from bn_affine_adapters.study.networks import parameter_table
+from bn_affine_adapters.study.replicates import (
     FULL,
     MEASURES,
     Pick,

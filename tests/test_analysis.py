@@ -15,16 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model
-from bn_affine_adapters.analysis import (
-    GRID,
-    clamped,
-    dead_activations,
-    dead_share,
-    depth_width_slopes,
-    distribution,
-    norm_values,
-    parameter_table,
-)
 from bn_affine_adapters.errors import (
     AdapterFileError,
     AdapterTensorError,
@@ -34,6 +24,16 @@ from bn_affine_adapters.errors import (
     NoNormLayerError,
     RebuildError,
     UnknownKeyError,
+)
+from bn_affine_adapters.study.networks import (
+    GRID,
+    clamped,
+    dead_activations,
+    dead_share,
+    depth_width_slopes,
+    distribution,
+    norm_values,
+    parameter_table,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "adapter-v1"

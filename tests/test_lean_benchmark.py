@@ -12,8 +12,8 @@ import torch
 from conftest import script
 from torch import nn
 
-from bn_affine_adapters.costs import largest, operations, peak_memory, unsaved_buffers
 from bn_affine_adapters.lean import saved_bytes
+from bn_affine_adapters.study.costs import largest, operations, peak_memory, unsaved_buffers
 from bn_affine_adapters.training.data import TensorData, batches
 from bn_affine_adapters.training.feed import DataOptions
 

@@ -10,9 +10,9 @@ import pytest
 from conftest import script
 from PIL import Image
 
-from bn_affine_adapters.analysis import parameter_table
 from bn_affine_adapters.errors import ConfigError
-from bn_affine_adapters.replicates import FULL, read_runs, spread, spread_text
+from bn_affine_adapters.study.networks import parameter_table
+from bn_affine_adapters.study.replicates import FULL, read_runs, spread, spread_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"

@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 from conftest import script
 
-from bn_affine_adapters.claims import tuned
 from bn_affine_adapters.errors import BNAdapterError, ConfigError, UnknownKeyError
+from bn_affine_adapters.study.claims import tuned
 from bn_affine_adapters.training.lines import read_results
 
 ROOT = Path(__file__).parents[1]

@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, plots
-from bn_affine_adapters.costs import largest, operations, peak_memory, runs_within, unsaved_buffers
+from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
 from bn_affine_adapters.lean import LEVELS, native, saved_bytes
 from bn_affine_adapters.norms.find import norm_layers
+from bn_affine_adapters.study import figures as plots
+from bn_affine_adapters.study.costs import largest, operations, peak_memory, runs_within, unsaved_buffers
 from bn_affine_adapters.training.scripts import write_section
 
 HERE = Path(__file__).parent

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from .adapter.rebuild import create
-from .errors import AdapterTensorError, ConfigError, DataError, NetworkError
-from .norms.find import affine, head_layers, norm_layers, plain_modules, shortcut_convs
-from .sharing.contents import NEAR_ZERO
+from ..adapter.rebuild import create
+from ..errors import AdapterTensorError, ConfigError, DataError, NetworkError
+from ..norms.find import affine, head_layers, norm_layers, plain_modules, shortcut_convs
+from ..sharing.contents import NEAR_ZERO
 
 BELOW = (0.001, NEAR_ZERO, 0.05, 0.1)  # of |gamma|: the shares that `distribution` tells
 BINS = 80

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .analysis import depth_width_slopes
-from .errors import ConfigError
+from ..errors import ConfigError
+from .networks import depth_width_slopes
 from .replicates import FULL, MEASURES, Run, Spread, measured, shown, spread, spread_text
 
 Networks = Mapping[str, Mapping[str, Any]]  # by name: "bn", gammas and betas; "lines", among "depth" and "width"

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import ConfigError
-from .training.lines import read_results
-from .training.recipe import Recipe, run_key
+from ..errors import ConfigError
+from ..training.lines import read_results
+from ..training.recipe import Recipe, run_key
 
 FULL = "the full recipe"
 # The settings that make another variant of a condition, with the usual values.

@@ -1,0 +1,1 @@
+"""What was learned, and what the paper claims: analysis, figures, replicates."""
