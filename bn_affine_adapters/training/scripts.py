@@ -1,9 +1,8 @@
-"""A script's options, the base of its adapter, what it ran on, and the place of its figures in a page."""
+"""A script's options, the base of its adapter, and what it ran on."""
 
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import fields
@@ -90,17 +89,3 @@ def provenance(accelerator: Any, checkout: Path) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions()},
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None,
     }
-
-
-def write_section(page: Path, name: str, text: str) -> None:
-    """Replace what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in a Markdown page.
-
-    Raises:
-        ValueError: the page has no such place, or more than one.
-    """
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    place = re.compile(f"(?<={re.escape(begin)}\n).*?(?={re.escape(end)})", re.DOTALL)
-    changed, count = place.subn(lambda _: f"\n{text.strip()}\n\n", page.read_text(encoding="utf-8"))
-    if count != 1:
-        raise ValueError(f"{page} has {count} places {begin} ... {end}")
-    page.write_text(changed, encoding="utf-8")

@@ -18,7 +18,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from bn_affine_adapters.training.scripts import write_section
+from bn_affine_adapters.study.pages import write_section
 
 RUNS = 3
 SERVER = Path(__file__).parents[2] / "tests" / "hub" / "server.py"

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from bn_affine_adapters.study.pages import write_section
 from bn_affine_adapters.training.data import TensorData, decode
 from bn_affine_adapters.training.feed import DataOptions, Feed
-from bn_affine_adapters.training.scripts import write_section
 
 PADDING, REPEATS = 4, 5  # the digits are few: that often through in an epoch
 

@@ -40,7 +40,7 @@ from bn_affine_adapters.lean import LEVELS, native, saved_bytes
 from bn_affine_adapters.norms.find import norm_layers
 from bn_affine_adapters.study import figures as plots
 from bn_affine_adapters.study.costs import largest, operations, peak_memory, runs_within, unsaved_buffers
-from bn_affine_adapters.training.scripts import write_section
+from bn_affine_adapters.study.pages import write_section
 
 HERE = Path(__file__).parent
 DOCS, LINES = HERE.parents[1] / "docs", HERE / "lean.jsonl"

@@ -20,7 +20,7 @@ import timm
 import torch
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.training.scripts import write_section
+from bn_affine_adapters.study.pages import write_section
 
 RUNS = 5
 CHILD = """

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.training.scripts import write_section
+from bn_affine_adapters.study.pages import write_section
 from bn_affine_adapters.training.stacked import Stacked
 
 CLASSES, SIZE, WARMUP = 10, 32, 3

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import flop_registry
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
 from bn_affine_adapters.lean import LEVELS, native, runners, spatial
 from bn_affine_adapters.study.costs import conv_backward_operations
-from bn_affine_adapters.training.scripts import write_section
+from bn_affine_adapters.study.pages import write_section
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "performance.md"

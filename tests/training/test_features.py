@@ -18,7 +18,7 @@ from bn_affine_adapters.lean import native
 from bn_affine_adapters.training import features
 from bn_affine_adapters.training.features import FEW, LARGEST, head_only
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # The digits at their own size, on a network whose statistics are those of the seed.
 TINY = ("image_size=8", "batch_size=128", "epochs=2", "threads=1", "lr=0.05", "condition=head")
 FROZEN = "running_statistics=frozen"

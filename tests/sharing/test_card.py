@@ -24,8 +24,8 @@ from bn_affine_adapters.sharing.folder import read_config
 from bn_affine_adapters.sharing.hub import push_folder
 from bn_affine_adapters.sharing.results import RESULTS_NAME, merged, scores
 
-GOLDEN = Path(__file__).parent / "golden"
-CARDS = Path(__file__).parents[1] / "hub_cards"
+GOLDEN = Path(__file__).parents[1] / "golden"
+CARDS = Path(__file__).parents[2] / "hub_cards"
 TINY = ("epochs=2", "image_size=8", "threads=1")
 
 

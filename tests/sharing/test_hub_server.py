@@ -12,7 +12,7 @@ import pytest
 from hub.server import Hub
 from huggingface_hub import HfApi, hf_hub_download
 
-SCRIPT = Path(__file__).parent / "hub" / "server.py"
+SCRIPT = Path(__file__).parents[1] / "hub" / "server.py"
 FILE, CONTENT = "adapter_model.safetensors", bytes(range(256)) * 40
 
 

@@ -17,7 +17,7 @@ from bn_affine_adapters.errors import BNAdapterError, ConfigError, UnknownKeyErr
 from bn_affine_adapters.study.claims import tuned
 from bn_affine_adapters.training.lines import read_results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PLAN = """
 config: {config}
 set: {{held_out: 288, epochs: 1, image_size: 8, batch_size: 128, threads: 1}}

@@ -24,7 +24,7 @@ from bn_affine_adapters.norms.find import norm_layers
 from bn_affine_adapters.training.lines import read_results
 from bn_affine_adapters.training.recipe import CONDITIONS, FULL_CONDITIONS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # One epoch of this takes about a second: the digits at their own size.
 TINY = ("image_size=8", "batch_size=128", "epochs=1", "threads=1")
 
@@ -229,7 +229,7 @@ def test_what_is_held_out_leaves_something_to_train_on(count, train, refused):
 
 
 def test_replicates_side_by_side_are_runs_of_their_own(train, tmp_path, refused):
-    # A small learning rate, where rounding does not grow: see tests/test_stacked.py.
+    # A small learning rate, where rounding does not grow: see tests/training/test_stacked.py.
     options = ("lr=0.001", "seed=3", "data_seed=5", "checkpoint_every=1", "epochs=2", "condition=random2")
     lines = tmp_path / "results.jsonl"
     tiny(train, tmp_path / "both", *options, "replicates=2", f"results={lines}")

@@ -14,7 +14,7 @@ from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.study.networks import parameter_table
 from bn_affine_adapters.study.replicates import FULL, read_runs, spread, spread_text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "recipes" / "results"
 report = script("report")
 counted = cache(lambda name: parameter_table([name]))  # a deep network takes its time

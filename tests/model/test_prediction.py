@@ -11,7 +11,7 @@ from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_mod
 from bn_affine_adapters.errors import ConfigError, DataError
 from bn_affine_adapters.training.data import decode, eval_batches, load_splits
 
-GOLDEN = Path(__file__).parent / "golden" / "adapter-v1"
+GOLDEN = Path(__file__).parents[1] / "golden" / "adapter-v1"
 
 
 def small(**config):

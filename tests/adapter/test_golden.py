@@ -10,7 +10,7 @@ from conftest import script
 from bn_affine_adapters import load_bn_only_model
 from bn_affine_adapters.adapter.config import FORMAT_VERSION
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 VERSIONS = range(1, FORMAT_VERSION + 1)
 
 

@@ -36,7 +36,7 @@ from bn_affine_adapters.errors import (
 from bn_affine_adapters.sharing.card import write_card
 from bn_affine_adapters.sharing.folder import MAX_BYTES, MAX_TENSORS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAME, ARGS = "test_resnet", {"num_classes": 3}
 GAMMA = "base_model.model.bn1.bn_only_layers.weight"
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
@@ -715,12 +715,12 @@ def test_what_images_are_prepared_for_is_bounded(data, folder, refused):
 # -- the table
 
 
-ROW = re.compile(r"^\| (\w+) \| .* \| `(tests/test_\w+\.py)?(?:::)?(test_\w+)` \|$", re.MULTILINE)
+ROW = re.compile(r"^\| (\w+) \| .* \| `(tests/[\w/]+\.py)?(?:::)?(test_\w+)` \|$", re.MULTILINE)
 
 
 def table(text):
     """Return (line, file, test) of each row of the table."""
-    return [(line, file or "tests/test_trust.py", test) for line, file, test in ROW.findall(text)]
+    return [(line, file or "tests/sharing/test_trust.py", test) for line, file, test in ROW.findall(text)]
 
 
 def defined(file):
@@ -731,8 +731,8 @@ def gaps(text):
     """Return what the table and the tests do not have in common."""
     rows = table(text)
     found = [f"{file}::{test}" for _, file, test in rows if (ROOT / file).exists() and test not in defined(file)]
-    named = {test for _, file, test in rows if file == "tests/test_trust.py"}
-    return found + sorted(defined("tests/test_trust.py") - named - OF_THE_TABLE)
+    named = {test for _, file, test in rows if file == "tests/sharing/test_trust.py"}
+    return found + sorted(defined("tests/sharing/test_trust.py") - named - OF_THE_TABLE)
 
 
 OF_THE_TABLE = {
@@ -752,6 +752,6 @@ def test_each_line_of_the_threat_model_has_a_test():
 def test_a_line_without_a_test_would_be_noticed():
     text = (ROOT / "docs" / "threat-model.md").read_text()
     assert gaps(text.replace("`test_names_are_never_patterns`", "`test_that_is_not_there`")) == [
-        "tests/test_trust.py::test_that_is_not_there",
+        "tests/sharing/test_trust.py::test_that_is_not_there",
         "test_names_are_never_patterns",
     ]

@@ -9,7 +9,7 @@ import pytest
 from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.training.lines import TIMES, read_results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINE = {
     "loss": 1.5,
     "top1": 50.0,

@@ -17,14 +17,14 @@ import torch
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from conftest import script
-from test_results import LINE
+from test_lines import LINE
 
 from bn_affine_adapters.errors import ConfigError, NetworkError, UnknownKeyError
 from bn_affine_adapters.training.lines import TIMES, read_results
 from bn_affine_adapters.training.recipe import recorded, run_key
 from bn_affine_adapters.training.sweeps import plan, read_sweep
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "recipes" / "configs" / "sweeps").glob("*.yaml"))
 TINY = {"image_size": 8, "epochs": 2, "batch_size": 128, "threads": 1}
 # What stands in for recipes/train.py where nothing has to be learnt: it writes the result and a line of its log.

@@ -36,7 +36,7 @@ from bn_affine_adapters.study.networks import (
     parameter_table,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "adapter-v1"
+GOLDEN = Path(__file__).parents[1] / "golden" / "adapter-v1"
 # name: creation arguments, activations that run
 NETWORKS = {
     "test_resnet": ({}, 12),

@@ -14,7 +14,7 @@ import torch
 from bn_affine_adapters.seed import draws
 from bn_affine_adapters.seed.fingerprint import fingerprint, sampled
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "init-v1.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "init-v1.json").read_text(encoding="utf-8"))
 Q_SHOWN = "Q[0],Q[1],Q[16384],Q[32766],Q[32767]"
 CHUNK = 2**20
 

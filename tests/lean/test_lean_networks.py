@@ -508,7 +508,7 @@ def test_without_a_compiler_it_trains_and_says_so(tmp_path):
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_A_COMPILER],
-        env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+        env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["30"]

@@ -25,7 +25,7 @@ from bn_affine_adapters.norms.statistics import sync_norms_
 from bn_affine_adapters.training.recipe import run_key
 from bn_affine_adapters.training.stacked import Stacked
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZE = 32
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
