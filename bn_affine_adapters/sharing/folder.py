@@ -14,7 +14,7 @@ from torch import nn
 from ..adapter.config import BN_ONLY, BNOnlyConfig
 from ..adapter.control import controlled
 from ..adapter.layer import drawn
-from ..adapter.tensors import PREFIX, bare, check_tensors
+from ..adapter.tensors import PEFT_PREFIX, bare, check_tensors
 from ..errors import AdapterFileError, AdapterTensorError, ConfigError, TooLargeError
 from ..norms.find import COPIES, named_layers
 
@@ -96,7 +96,7 @@ def read_header(folder: Path) -> dict[str, torch.Tensor]:
         )
     if len(found) < len(names):
         raise AdapterTensorError(
-            f"The adapter holds tensors of one name, with {PREFIX!r} and without.",
+            f"The adapter holds tensors of one name, with {PEFT_PREFIX!r} and without.",
             seen=f"{len(names)} tensors, {len(found)} names",
             do="download or save the adapter again",
         )
