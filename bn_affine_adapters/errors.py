@@ -31,6 +31,7 @@ import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from errno import ENOSPC
+from functools import partial
 from typing import Any
 
 
@@ -45,7 +46,7 @@ class BNAdapterError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the three parts, so that an error survives the way to another process."""
-        return _rebuilt, (type(self), self.what, self.seen, self.do), self.__dict__
+        return partial(type(self), seen=self.seen, do=self.do), (self.what,), self.__dict__
 
 
 def printable(text: str, limit: int = 2000) -> str:
@@ -56,10 +57,6 @@ def printable(text: str, limit: int = 2000) -> str:
     text = re.sub(r"\n\s*(?=(?:seen|do):)", "\n         ", text)
     shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text[: limit + 1])
     return shown if len(text) <= limit else f"{shown[:limit]} ..."
-
-
-def _rebuilt(kind: type[BNAdapterError], what: str, seen: str, do: str) -> BNAdapterError:
-    return kind(what, seen=seen, do=do)
 
 
 class ConfigError(BNAdapterError, ValueError):

@@ -1,6 +1,8 @@
 """The picture in a model card: the distribution of gamma. Needs matplotlib."""
 
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +12,27 @@ from .contents import NEAR_ZERO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+FIGURE_NAME = "gamma.png"
+
+
+def write_figure(folder: Path, gammas: Mapping[str, ArrayLike]) -> str | None:
+    """Draw the histogram of gamma into a folder; return the file's name, or None if there is nothing to draw.
+
+    Warns and returns None if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        warnings.warn("No picture in the model card: pip install 'bn-affine-adapters[plots]'", stacklevel=4)
+        return None
+    if not gammas:
+        return None
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    gamma_histogram(figure.subplots(), gammas)
+    # Without the date and the version, so that an unchanged adapter has an unchanged picture.
+    figure.savefig(folder / FIGURE_NAME, dpi=120, metadata={"Software": None})
+    return FIGURE_NAME
 
 
 def gamma_histogram(ax: "Axes", gammas: Mapping[str, ArrayLike]) -> "Axes":

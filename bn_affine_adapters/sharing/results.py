@@ -1,4 +1,4 @@
-"""What was measured of an adapter: its result lines, and one score a data set."""
+"""The results of one adapter: its result lines, and one score for each data set."""
 
 import json
 import os
@@ -26,7 +26,7 @@ class Score(NamedTuple):
 
 
 def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return an adapter's own results, then those given, each once.
+    """Return an adapter's own results, then those given, without duplicates.
 
     Raises:
         ConfigError: a line is not JSON, or has no "dataset" and no finite "top1".
@@ -56,11 +56,11 @@ def _recipe(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run(line: Mapping[str, Any]) -> dict[str, Any] | None:
-    return line.get("recipe")  # with its seeds it tells one run from another; without it, every line is one
+    return line.get("recipe")  # with its seeds it identifies a run; a line without one is a run of its own
 
 
 def scores(lines: Sequence[Mapping[str, Any]]) -> list[Score]:
-    """Return one score a data set and split, over all the lines that measured it; the first line is the adapter's."""
+    """Return one score for each data set and split, over all its lines; the first of them is the adapter's own."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for line in lines:
         recipe = line.get("recipe") or {}

@@ -17,7 +17,14 @@ from torch.nn.utils import parametrizations, parametrize
 from bn_affine_adapters import BNAdapterError, reinit_
 from bn_affine_adapters.errors import ConfigError, ReinitError
 from bn_affine_adapters.norms.find import affine, is_norm, norm_layers, plain_tensors
-from bn_affine_adapters.seed.rules import NORM_INITS, WEIGHT_INITS, constants_only, draw_norm_, parameter_rules, rule_for
+from bn_affine_adapters.seed.rules import (
+    NORM_INITS,
+    WEIGHT_INITS,
+    constants_only,
+    draw_norm_,
+    parameter_rules,
+    rule_for,
+)
 
 # The rules, written a second time from shared/init-v1's specification.
 
