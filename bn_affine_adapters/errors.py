@@ -17,7 +17,7 @@ BNAdapterError
 │   ├── TooLargeError                              a file or network is larger than the limit
 │   ├── FingerprintError                           the frozen network is not the one it was trained on
 │   └── BaseRequiredError                          it was trained on given weights: pass model=
-├── HubError                  (OSError)            the Hub did not do what was asked
+├── HubError                  (OSError)            a request to the Hub failed
 │   ├── HubAccessError        (PermissionError)    no token, or no permission: 401, 403
 │   ├── HubNotFoundError      (FileNotFoundError)  no such repository, revision or file: 404
 │   ├── HubConflictError                           changed by somebody else, or exists: 409, 412
@@ -124,7 +124,7 @@ class BaseRequiredError(AdapterError):
 
 
 class HubError(BNAdapterError, OSError):
-    """The Hub did not do what was asked; ``status`` is the HTTP status, or None where there was no answer."""
+    """A request to the Hub failed; ``status`` is the HTTP status, or None if there was no answer."""
 
     status: int | None = None
 

@@ -18,11 +18,7 @@ TUNER_PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT r
 
 
 def check_adapter_name(model: nn.Module, name: str) -> None:
-    """Refuse names that are unusable as a key, or that PEFT would mistake for part of another tensor's name.
-
-    Raises:
-        AdapterNameError: with the reason.
-    """
+    """Raise AdapterNameError if PEFT or torch cannot use a name as a key without confusing it with another one."""
     why = None
     if not isinstance(name, str) or not name.isprintable() or not name or set(name) & set("./\\"):
         why = "it is empty, or holds a dot, a slash or an unprintable character"
@@ -67,8 +63,8 @@ def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
     """Fill in the exact names of the layers that the adapter owns, and check those given.
 
     Raises:
-        MissingModuleError: there is no head to train, or no module of a name.
-        ConfigError: a name is no norm layer's, or nothing is adapted.
+        MissingModuleError: there is no head to train, or a name is not in the network.
+        ConfigError: a module is of the wrong kind, or nothing is adapted.
     """
     _choose_head(model, config)
     named_layers(model, config.whole_modules, "head or extra_trainable_modules")
@@ -84,7 +80,9 @@ def _choose_head(model: nn.Module, config: BNOnlyConfig) -> None:
         config.head_layers = list(heads)
     elif heads and (strange := [name for name in config.head_layers if name not in heads]):
         raise ConfigError(
-            "head_layers names a module that is no head.", seen=repr(strange[0])[:200], do="leave head_layers out"
+            "head_layers names a module that is not part of the head.",
+            seen=repr(strange[0])[:200],
+            do="leave head_layers out",
         )
     classes = config.model_args.get("num_classes")
     if config.label_names and classes and len(config.label_names) != classes:
@@ -109,7 +107,7 @@ def _choose_norms(model: nn.Module, config: BNOnlyConfig) -> None:
     layers = named_layers(model, config.norm_layers, "norm_layers")
     if strange := [name for name, module in layers.items() if not is_norm(module)]:
         raise ConfigError(
-            "norm_layers names a module that is no norm layer.",
+            "norm_layers names a module that is not a norm layer.",
             seen=strange[0],
             do="name it in extra_trainable_modules to train it as a whole",
         )
@@ -121,7 +119,7 @@ def _choose_convolutions(model: nn.Module, config: BNOnlyConfig) -> None:
         config.control_layers = [n for n, m in plain_modules(model) if is_conv(m) and not holder(n, others)]
     convolutions = named_layers(model, config.control_layers or [], "control_layers")
     if strange := [name for name, module in convolutions.items() if not is_conv(module) or holder(name, others)]:
-        what = "control_layers names a module that is no convolution, or that trains as a whole."
+        what = "control_layers names a module that is not a convolution, or that trains as a whole."
         raise ConfigError(what, seen=strange[0], do="leave control_layers out for all convolutions")
     if convolutions and not config.control:
         raise ConfigError("control_layers needs a control.", seen="control=None", do='control="two_weights"')
@@ -147,14 +145,14 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
     built, there = ((c.architecture, {**c.model_args, "num_classes": None}) for c in (config, first))
     if built != there:
         raise ConfigError(
-            "Adapters on one network are adapters of one architecture; they may differ in num_classes.",
+            "All adapters on one network have the same architecture; only num_classes may differ.",
             seen=f"{built[0]} {config.model_args}; the network is {there[0]} {first.model_args}",
             do="load the adapter on a network of its own",
         )
     classes = config.model_args.get("num_classes")
     if not config.train_head and classes != first.model_args.get("num_classes"):
         raise ConfigError(
-            "An adapter with its own number of classes has to train its head.",
+            "An adapter with another number of classes has to train its head.",
             seen=f"num_classes={classes}; the network has {first.model_args.get('num_classes')}",
             do="train_head=True",
         )

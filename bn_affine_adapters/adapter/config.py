@@ -202,29 +202,31 @@ class BNOnlyConfig(PeftConfig):
         strange = [name for name, item in (value or {}).items() if not isinstance(name, str) or not is_plain(item)]
         if strange:
             raise ConfigError(
-                f"{key} holds what cannot be written as JSON: {', '.join(map(str, strange))}.",
+                f"{key} holds values that cannot be written as JSON: {', '.join(map(str, strange))}.",
                 seen=repr(value)[:200],
                 do="give finite numbers, strings, booleans, None or lists of them",
             )
         if value is not None:
-            # As it comes back from JSON, so that a configuration equals its file.
+            # Through JSON, so that a configuration equals the one that is read from its file.
             setattr(self, key, json.loads(json.dumps(value)))
 
     def _check_args(self) -> None:
         refused = {key for key in self.model_args if key in FORBIDDEN_ARGS or not key.isidentifier()}
         if refused:
             raise ConfigError(
-                f"model_args holds what cannot travel with an adapter: {', '.join(sorted(map(str, refused)))}.",
+                f"model_args holds arguments that cannot travel with an adapter: {', '.join(sorted(map(str, refused)))}.",
                 seen=repr({key: self.model_args[key] for key in refused})[:200],
                 do="give the architecture's own creation arguments",
             )
         classes = self.model_args.get("num_classes")
         if classes is not None and (type(classes) is not int or not 0 <= classes <= MAX_CLASSES):
-            raise ConfigError("num_classes is no number of classes.", seen=repr(classes)[:200], do="give an integer")
+            raise ConfigError(
+                "num_classes is not a usable number of classes.", seen=repr(classes)[:200], do="give an integer"
+            )
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """The exact names of every module that the adapter holds a copy of; a tuple, which PEFT leaves as it is."""
+        """The exact names of all modules of which the adapter has a copy; a tuple, because PEFT changes lists."""
         controlled = self.control_layers or [] if self.control else []
         return tuple(dict.fromkeys([*(self.norm_layers or []), *self.whole_modules, *controlled]))
 

@@ -20,7 +20,7 @@ def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:
     """Return the names of the parameters of an adapter's module that a configuration trains.
 
     Args:
-        module: the adapter's copy, or what it is a copy of.
+        module: the adapter's copy, or the base layer.
         name: canonical.
         config: the adapter's.
     """

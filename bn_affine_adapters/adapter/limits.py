@@ -71,7 +71,7 @@ def bounded(config: BNOnlyConfig, max_parameters: int | None) -> Iterator[None]:
 def _too_large(config: BNOnlyConfig, seen: str) -> TooLargeError:
     args = ", ".join(f"{key}={value!r}"[:80] for key, value in list(config.model_args.items())[:8])
     return TooLargeError(
-        "The adapter asks for a network that is too large to be built for a stranger.",
+        "The adapter asks for a network that is too large to be built from an untrusted file.",
         seen=f"{config.architecture} with {args or 'no arguments'}: {seen}",
         do=LIFT,
     )

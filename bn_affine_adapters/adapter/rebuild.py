@@ -24,7 +24,7 @@ from ..errors import (
 )
 from ..norms.find import STATISTICS, affine, is_norm, plain_modules, plain_tensors
 from ..seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
-from ..seed.rules import constants_only, parameter_rules, values
+from ..seed.rules import constants_only, draw_into_, parameter_rules
 from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
 
 NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # of an architecture, with timm's optional tag of weights
@@ -221,9 +221,10 @@ def _arrays(
     if config.seed is not None and cast:
         for name, parameter, rule in parameter_rules(model, weight_init=config.weight_init, norm_init="keep"):
             if name in cast:
-                array = values(rule, tuple(parameter.shape), config.seed, name)
-                if torch.equal(torch.from_numpy(array).to(parameter.dtype), parameter.detach().cpu()):
-                    arrays[name] = array
+                drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                draw_into_(drawn, rule, config.seed, name)
+                if torch.equal(drawn.to(parameter.dtype), parameter.detach().cpu()):
+                    arrays[name] = float32(drawn)
     for name, tensor in tensors.items():
         array = arrays.setdefault(name, float32(tensor))
         if not np.isfinite(array).all():

@@ -64,7 +64,7 @@ class BNOnlyTuner(BaseTuner):
         check_nesting(model, config)
         if first is not None:
             check_frozen_norms(model, config)
-        # All checks have passed: from here on the network changes.
+        # Up to here nothing has changed the network; all checks that need no redrawing have passed.
         if config.seed is not None and first is None:
             reinit_(
                 model,
@@ -118,7 +118,7 @@ class BNOnlyTuner(BaseTuner):
         return self
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # The copies keep the dtype of what they copy: the layers around them expect it.
+        # The copies keep the dtype of their base layers, which the layers around them expect.
         return
 
     def _unload_and_optionally_merge(

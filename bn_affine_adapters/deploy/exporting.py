@@ -87,9 +87,8 @@ def export_network(network: nn.Module, config: BNOnlyConfig, folder: str | os.Pa
     Raises:
         OutputFolderError, RebuildError, ConfigError, NoSpaceError: as in `export`.
     """
-    plain = deepcopy(network).eval().requires_grad_(False)
     with written_whole(_empty(folder)) as files:
-        _write_timm(_on_cpu(plain), config, files)
+        _write_timm(_on_cpu(deepcopy(network)), config, files)
     return Path(folder)
 
 
@@ -115,14 +114,14 @@ def _empty(folder: str | os.PathLike[str]) -> Path:
 
 
 def _merged(model: BNOnlyPeftModel, name: str) -> nn.Module:
-    """Return the plain network of one adapter as a copy on the CPU, in evaluation mode."""
+    """Return a copy of one adapter's plain network."""
     copy = deepcopy(model)
     copy.unmerge_adapter()
-    plain = copy.merge_and_unload(adapter_names=[name]).eval().requires_grad_(False)
-    return _on_cpu(plain)
+    return _on_cpu(copy.merge_and_unload(adapter_names=[name]))
 
 
 def _on_cpu(plain: nn.Module) -> nn.Module:
+    plain.eval().requires_grad_(False)
     return plain.to("cpu").to(memory_format=torch.contiguous_format)  # in another format sums round differently
 
 
@@ -176,16 +175,14 @@ def _write_ln_tuning(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> No
     tensors = {f"{PEFT_PREFIX}{n}{mark}{key}": t for n, part in layers.items() for key, t in _tensors(part).items()}
     about = {"format": "pt", "bn_only_config": json.dumps(config.to_dict())}  # tells which base this is for
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=about)
-    # A list would match every module whose name ends like an entry; a pattern has to match the whole name.
+    # PEFT matches a list against the ends of names, but a pattern against whole names.
     stock_config = peft.LNTuningConfig(target_modules="|".join(map(re.escape, layers)), inference_mode=True)
     stock_config.base_model_name_or_path = config.base_model_name_or_path if config.seed is None else None
     stock_config.save_pretrained(str(folder))
     size = _creation(plain, config)[1]
     expected = _answers(plain, size)
     for layer in layers.values():  # set to zero, so that correct values must come from the file
-        layer.load_state_dict(
-            {k: t * 0 for k, t in layer.state_dict().items()}
-        )  # so that correct values must come from the file
+        layer.load_state_dict({k: t * 0 for k, t in layer.state_dict().items()})
     what = "Stock PEFT does not load the export as the same network."
     with _noticing(AdapterError, what), warnings.catch_warnings(action="ignore"):  # one for each BatchNorm
         stock = peft.PeftModel.from_pretrained(plain, str(folder), torch_device="cpu")

@@ -38,7 +38,7 @@ def get_bn_only_model(
         adapter_name: as in PEFT.
 
     Returns:
-        A `peft.PeftModel` that trains only gamma, beta and what else the configuration names.
+        A `peft.PeftModel` that trains only gamma, beta and the other parameters that the configuration names.
 
     Raises:
         NoNormLayerError: there is no norm layer to train.

@@ -43,7 +43,7 @@ NORM_TYPES: tuple[type[nn.Module], ...] = (
 
 
 class Affine(NamedTuple):
-    """The names under which a norm layer keeps gamma and beta; None where it has none."""
+    """The names of a norm layer's gamma and beta; None for one that it does not have."""
 
     gamma: str | None
     beta: str | None
@@ -129,7 +129,7 @@ def norm_layers(model: nn.Module, active: bool = False) -> dict[str, nn.Module]:
 
 
 def head_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what timm's ``get_classifier()`` returns, by canonical name; empty where there is none."""
+    """Return what timm's ``get_classifier()`` returns, by canonical name; empty if there is no head."""
     get_classifier: Any = getattr(unwrapped(model), "get_classifier", tuple)
     head = get_classifier()
     parts = list(head) if isinstance(head, tuple | list | nn.ModuleList) else [head]

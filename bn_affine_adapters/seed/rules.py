@@ -80,14 +80,11 @@ def rule_for(owner: nn.Module, attribute: str, weight_init: str, norm_init: str)
     return None
 
 
-def values(rule: Rule, shape: tuple[int, ...], seed: int, name: str) -> NDArray[np.float32]:
-    """Return the float32 values of a tensor under its rule."""
-    out = np.empty(shape, dtype=np.float32)
-    _write(out, rule, seed, name)
-    return out
-
-
-def _write(out: NDArray[np.float32], rule: Rule, seed: int, name: str) -> None:
+def draw_into_(tensor: torch.Tensor, rule: Rule, seed: int, name: str) -> None:
+    """Draw a tensor's values in binary32 on the CPU: into its own memory if it is float32 there, else by a copy."""
+    in_place = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    target = tensor.detach() if in_place else torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+    out = target.numpy()
     if rule.kind == "constant":
         out.fill(rule.scale)
     elif rule.kind == "orthogonal":
@@ -95,14 +92,8 @@ def _write(out: NDArray[np.float32], rule: Rule, seed: int, name: str) -> None:
         out[...] = _orthogonal(out)
     else:
         draws.fill(out.reshape(-1), seed, name, rule.kind, rule.scale)  # type: ignore[arg-type]  # a Distribution
-
-
-def draw_into_(tensor: torch.Tensor, rule: Rule, seed: int, name: str) -> None:
-    """Draw a tensor's values in binary32 on the CPU: into its own memory if it is float32 there, else by a copy."""
-    if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous():
-        _write(tensor.detach().numpy(), rule, seed, name)
-    else:
-        tensor.copy_(torch.from_numpy(values(rule, tuple(tensor.shape), seed, name)))
+    if not in_place:
+        tensor.copy_(target)
 
 
 def _orthogonal(normal: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -48,10 +48,10 @@ BASE_FILE = "model.safetensors"
 # What each HTTP status means; None is for no answer.
 _ADVICE: dict[int | None, tuple[type[HubError], str]] = {
     401: (HubAccessError, "check the name, and log in with a token that is valid: hf auth login, or token="),
-    403: (HubAccessError, "use a token with that right, or ask the owner of the repository for access"),
+    403: (HubAccessError, "use a token with that permission, or ask the owner of the repository for access"),
     404: (HubNotFoundError, "check the name and the revision; a private repository needs the token of a member"),
     409: (HubConflictError, "it exists, or somebody else is changing it: look at the repository, then try again"),
-    412: (HubConflictError, "somebody else committed meanwhile: look at what changed, then try again"),
+    412: (HubConflictError, "somebody else committed meanwhile: look at the changes, then try again"),
     429: (HubUnavailableError, "too many requests: wait a few minutes, then try again"),
     None: (HubUnavailableError, "check the connection and HF_ENDPOINT, then try again"),
 }
@@ -83,7 +83,7 @@ def fetch(
     repo, token = str(adapter), client.get("token")
     with explained(f"The adapter {repo} cannot be loaded (and there is no folder of that name)", token):
         folder = _download(repo, inside / CONFIG_NAME, revision, MAX_BYTES, client).parent
-        # The second file at the commit of the first, in case the branch changes meanwhile.
+        # The second file is taken from the commit of the first, in case the branch changes between the two.
         commit = folder.parents[len(inside.parts) - 1].name if inside.parts else folder.name
         try:
             _download(repo, inside / SAFETENSORS_WEIGHTS_NAME, commit, _max_bytes(max_parameters), client)
@@ -185,8 +185,9 @@ def push_folder(
     if revision and COMMIT.fullmatch(revision):
         raise ConfigError("A push goes to a branch, not to a commit.", seen=f"revision={revision}", do="name a branch")
     if "/" in repo_id and not HUB_ID.fullmatch(repo_id):
-        raise ConfigError(f"{repo_id!r} is no name of a repository.", seen=str(folder), do='use "owner/name"')
+        raise ConfigError(f"{repo_id!r} is not the name of a repository.", seen=str(folder), do='use "owner/name"')
     api = HfApi(token=token, **LIBRARY)
+    weights = "pretrained weights" if config.seed is None else f"seed {config.seed}"
     options = {"revision": revision, "tag": tag, "private": private, "create-pr": create_pr, "no-card": not card}
     options |= {"message": commit_message, "license": about.get("license")}
     resume = shlex.join(["bn-adapters", "push", str(folder), repo_id, *_flags(options)])
@@ -200,7 +201,7 @@ def push_folder(
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=staging,
-            commit_message=commit_message or _message(config),
+            commit_message=commit_message or f"Norm parameters of {config.architecture}, {weights}",
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
@@ -245,11 +246,6 @@ def _flags(options: dict[str, Any]) -> Iterator[str]:
             yield f"--{name}" if value is True else f"--{name}={value}"
 
 
-def _message(config: BNOnlyConfig) -> str:
-    drawn = "pretrained weights" if config.seed is None else f"seed {config.seed}"
-    return f"Norm parameters of {config.architecture}, {drawn}"
-
-
 @contextmanager
 def explained(what: str, token: str | bool | None = None, resume: str = "") -> Iterator[None]:
     """Turn what the client raises into an error of this package, with advice and without the token.
@@ -264,7 +260,7 @@ def explained(what: str, token: str | bool | None = None, resume: str = "") -> I
     except BNAdapterError:
         raise
     except HFValidationError as error:
-        raise ConfigError(f"{what}: this is no name.", seen=str(error), do='use "owner/name"') from None
+        raise ConfigError(f"{what}: the name is not valid.", seen=str(error), do='use "owner/name"') from None
     except (OSError, httpx.HTTPError, RuntimeError) as error:  # the client's transfers raise plain RuntimeErrors
         if disk_is_full(error):
             raise NoSpaceError(f"{what}: the disk is full.", seen=str(error), do="free some space" + resume) from None
@@ -281,7 +277,7 @@ def _translated(what: str, error: BaseException, token: str | bool | None, resum
     if any(isinstance(cause, LocalTokenNotFoundError) for cause in chain):
         kind, do = _ADVICE[401]
     elif any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
-        do = "unset HF_HUB_OFFLINE: the Hub is needed for what is not in the cache"
+        do = "unset HF_HUB_OFFLINE: the file is not in the cache"
     elif status is None and isinstance(error, LocalEntryNotFoundError) and error.__cause__ is None:
         do = "it is not in the cache: load it once without local_files_only"
     seen = _masked(" ".join(str(error).split()), token)

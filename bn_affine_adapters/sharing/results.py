@@ -40,23 +40,20 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
             given = [line for line in given if not lines or _recipe(line) == _recipe(lines[0])]
         else:
             given = [results] if isinstance(results, Mapping) else list(results or ())
-        runs = [(_run(line), dict(line)) for line in [*lines, *given]]
-        scores([line for _, line in runs])
+        lines = [dict(line) for line in [*lines, *given]]
+        scores(lines)
+        recipes = [line.get("recipe") for line in lines]  # with its seeds, a recipe identifies a run
     except (ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise ConfigError(
             "The results cannot be read.",
             seen=f"{type(error).__name__}: {error}",
             do='give dictionaries with "dataset" and "top1" in %, or a .jsonl file that recipes/train.py wrote',
         ) from error
-    return [line for i, (run, line) in enumerate(runs) if run is None or run not in [other for other, _ in runs[:i]]]
+    return [line for i, line in enumerate(lines) if recipes[i] is None or recipes[i] not in recipes[:i]]
 
 
 def _recipe(line: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line["recipe"].items() if key not in ("seed", "data_seed")}
-
-
-def _run(line: Mapping[str, Any]) -> dict[str, Any] | None:
-    return line.get("recipe")  # with its seeds it identifies a run; a line without one is a run of its own
 
 
 def scores(lines: Sequence[Mapping[str, Any]]) -> list[Score]:
