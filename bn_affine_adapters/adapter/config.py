@@ -214,7 +214,7 @@ class BNOnlyConfig(PeftConfig):
         refused = {key for key in self.model_args if key in FORBIDDEN_ARGS or not key.isidentifier()}
         if refused:
             raise ConfigError(
-                f"model_args holds arguments that cannot travel with an adapter: {', '.join(sorted(map(str, refused)))}.",
+                f"model_args holds keys that cannot travel with an adapter: {', '.join(sorted(map(str, refused)))}.",
                 seen=repr({key: self.model_args[key] for key in refused})[:200],
                 do="give the architecture's own creation arguments",
             )

@@ -53,11 +53,11 @@ def export(
     Raises:
         OutputFolderError: the folder is not empty.
         RebuildError: timm does not build the same network; it cannot build one of your own code ("custom").
-        AdapterError: there is no such adapter, several are active, or PEFT gives other logits (as for a network that
-            reads a norm layer's weight itself).
+        AdapterError: there is no one such adapter, or PEFT gives other logits (the network reads a layer's weight).
         ConfigError: there is no such format, or the network takes no images of data_config's size.
         NoSpaceError: the disk is full.
 
+    >>> import tempfile, timm
     >>> from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
     >>> model = get_bn_only_model(timm.create_model("cifar_resnet14"), BNOnlyConfig(seed=0))
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -67,10 +67,6 @@ def export(
     check_choice("format", format, ("timm", "ln_tuning"))
     name = _chosen(model, adapter_name)
     config = model.peft_config[name]
-    if format == "timm" and config.architecture == CUSTOM:
-        what = "timm cannot build a network of your own code, so that it could not load the export."
-        do = 'format="ln_tuning", or save the state dict of the network that merge_and_unload() returns'
-        raise RebuildError(what, seen=f"architecture={CUSTOM!r}", do=do)
     with written_whole(_empty(folder)) as files:
         (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, name), config, files)
     return Path(folder)
@@ -125,9 +121,8 @@ def _on_cpu(plain: nn.Module) -> nn.Module:
     return plain.to("cpu").to(memory_format=torch.contiguous_format)  # in another format sums round differently
 
 
-def _tensors(
-    module: nn.Module,
-) -> dict[str, torch.Tensor]:  # safetensors refuses shared memory
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    # Cloned, because safetensors refuses tensors that share memory.
     return {key: tensor.clone() for key, tensor in module.state_dict().items()}
 
 
@@ -146,6 +141,10 @@ def _creation(plain: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, Any], l
 
 
 def _write_timm(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> None:
+    if config.architecture == CUSTOM:
+        what = "timm cannot build a network of your own code, so that it could not load the export."
+        do = 'format="ln_tuning", or save the state dict of the network that merge_and_unload() returns'
+        raise RebuildError(what, seen=f"architecture={CUSTOM!r}", do=do)
     args, size, strict = _creation(plain, config)
     kept = ("first_conv", "classifier", *(_ORIGIN if config.seed is None else ()))
     cfg = {key: value for key, value in vars(plain)["pretrained_cfg"].items() if key in kept}

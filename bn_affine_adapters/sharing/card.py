@@ -56,9 +56,7 @@ def write_card(
     lines = merged(folder, results)
     output = output or folder
     output.mkdir(parents=True, exist_ok=True)
-    if lines:
-        text = json.dumps(lines, indent=1, default=float)  # numbers of NumPy and torch too
-        (output / RESULTS_NAME).write_text(_TOKEN.sub("hf_***", text) + "\n", encoding="utf-8")
+    _write_results(output, lines)
     if not write_readme:
         return
     _write_eval_results(output, scores(lines))
@@ -67,6 +65,12 @@ def write_card(
     figure = write_figure(output, {name: tensors[name].float().numpy() for name in names if tensors[name].numel()})
     text = render(repo_id, config, tensors, lines, figure=figure, license=license, tags=tags, datasets=datasets)
     (output / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+def _write_results(folder: Path, lines: list[dict[str, Any]]) -> None:
+    if lines:
+        text = json.dumps(lines, indent=1, default=float)  # numbers of NumPy and torch too
+        (folder / RESULTS_NAME).write_text(_TOKEN.sub("hf_***", text) + "\n", encoding="utf-8")
 
 
 def render(
