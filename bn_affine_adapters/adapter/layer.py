@@ -17,13 +17,7 @@ from .control import Control
 
 
 def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:
-    """Return the names of the parameters of an adapter's module that a configuration trains.
-
-    Args:
-        module: the adapter's copy, or the base layer.
-        name: canonical.
-        config: the adapter's.
-    """
+    """Return which parameters an adapter's configuration trains of a module (copy or base layer) of canonical name."""
     if name in config.whole_modules or isinstance(module, Control):
         return [key for key, _ in module.named_parameters()]
     gamma, beta = affine(module)

@@ -27,9 +27,6 @@ LIFT = "load_bn_only_model(..., max_parameters=N), or None for no limit, if you 
 def build_within(config: BNOnlyConfig, max_parameters: int | None) -> nn.Module:
     """Build the network that a configuration asks for within the bounds, on the meta device where possible.
 
-    Returns:
-        The network without values, as `build_outline` gives it.
-
     Raises:
         TooLargeError: it has more parameters than allowed, or building it takes too long.
         UnknownArchitectureError, RebuildError: it cannot be built.
@@ -46,12 +43,8 @@ def build_within(config: BNOnlyConfig, max_parameters: int | None) -> nn.Module:
 def bounded(config: BNOnlyConfig, max_parameters: int | None) -> Iterator[None]:
     """Bound what is built inside: the numbers asked for, the tensors made, and this thread's processor time.
 
-    Args:
-        config: asks for the network.
-        max_parameters: the bounds on tensors follow from it; None lifts all bounds.
-
     Raises:
-        TooLargeError: a bound is exceeded.
+        TooLargeError: a bound is exceeded; with ``max_parameters=None`` there is none.
     """
     if max_parameters is None:
         yield

@@ -73,15 +73,9 @@ def export(
 
 
 def export_network(network: nn.Module, config: BNOnlyConfig, folder: str | os.PathLike[str]) -> Path:
-    """Write a network of which everything trained as a folder of timm, as `export` does; the network is not changed.
+    """Write a network of timm that trained as a whole, as `export` does; the network is not changed.
 
-    Args:
-        network: what timm built.
-        config: has its architecture, model_args, data_config and label_names.
-        folder: does not exist yet, or is empty.
-
-    Raises:
-        OutputFolderError, RebuildError, ConfigError, NoSpaceError: as in `export`.
+    Args and Raises: as in `export`; ``config`` has the architecture, model_args, data_config and label_names.
     """
     with written_whole(_empty(folder)) as files:
         _write_timm(_on_cpu(deepcopy(network)), config, files)

@@ -108,14 +108,7 @@ def _orthogonal(normal: NDArray[np.float32]) -> NDArray[np.float32]:
 def parameter_rules(
     model: nn.Module, *, weight_init: str, norm_init: str, reference: Callable[[], nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Parameter, Rule]]:
-    """Yield (canonical name, parameter, its rule) for every parameter, without changing anything.
-
-    Args:
-        model: the network, on any device but meta.
-        weight_init: one of WEIGHT_INITS; "orthogonal" is not portable between machines.
-        norm_init: one of NORM_INITS; "keep" leaves gamma and beta out.
-        reference: builds the network as its constructor leaves it, under `constants_only`; called only if a constant
-            has to be read. Without it, constants are read from ``model``.
+    """Yield (canonical name, parameter, its rule) for every parameter that `reinit_` redraws. Args: as there.
 
     Raises:
         ReinitError: a parameter has no rule, is parametrised, or lies on the meta device.
@@ -196,11 +189,12 @@ def reinit_(
         seed: 0 <= seed < 2^64.
         weight_init: one of WEIGHT_INITS; "orthogonal" is not portable between machines.
         norm_init: one of NORM_INITS; "keep" leaves gamma and beta as they are.
-        reference: as in `parameter_rules`.
+        reference: builds the network as its constructor leaves it, under `constants_only`; called only if a constant
+            has to be read. Without it, constants are read from ``model``.
 
     Raises:
         ConfigError: an argument is not one of those listed.
-        ReinitError: as in `parameter_rules`; the network has not been changed.
+        ReinitError: a parameter has no rule, is parametrised, or lies on the meta device; nothing has been changed.
 
     >>> import timm
     >>> model = reinit_(timm.create_model("resnet18"), seed=0)

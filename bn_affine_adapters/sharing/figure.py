@@ -15,12 +15,7 @@ FIGURE_NAME = "gamma.png"
 def write_figure(folder: Path, gammas: Mapping[str, ArrayLike]) -> str | None:
     """Draw the distribution of gamma over all norm layers, and the share near zero, into a folder.
 
-    Args:
-        folder: where gamma.png is written.
-        gammas: values of any shape by layer.
-
-    Returns:
-        The file's name, or None if there is no gamma or matplotlib is not installed, which gives a warning.
+    Returns the file's name, or None if there is no gamma. Without matplotlib it warns and returns None.
 
     Source: the paper's Figure 5.
     """

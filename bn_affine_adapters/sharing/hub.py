@@ -99,10 +99,7 @@ def fetch(
 def fetch_base(config: BNOnlyConfig, max_parameters: int | None = None, **client: Any) -> Path:
     """Return the file of the pretrained weights that an adapter's configuration pins, from the configured endpoint.
 
-    Args:
-        config: of an adapter without a seed.
-        max_parameters: refuse a file that is too large for a network of so many parameters.
-        client: token, cache_dir, local_files_only.
+    Args: as in `fetch`.
 
     Raises:
         BaseRequiredError: no repository is named, or no commit; the files of a branch may change.

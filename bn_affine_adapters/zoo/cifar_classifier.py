@@ -43,8 +43,11 @@ class CifarClassifier(nn.Module):
     def add_head(self, num_classes: int, in_chans: int, global_pool: str, drop_rate: float) -> None:
         """Add pooling, dropout and head.
 
-        Raises:
-            ConfigError: ``global_pool`` is not usable, see `reset_classifier`.
+        Args:
+            num_classes: Outputs of the head; 0 for no head.
+            in_chans: Channels of the images.
+            global_pool: "avg", or "" for none (with ``num_classes=0``); anything else raises ConfigError.
+            drop_rate: Dropout before the head.
         """
         self.in_chans = in_chans
         self.head_hidden_size = self.num_features
@@ -96,14 +99,9 @@ class CifarClassifier(nn.Module):
 
 
 def register(network: type[CifarClassifier], name: str, cfg: dict[str, Any], segments: int, **shape: int) -> None:
-    """Register networks of one shape under a name in timm, and add the function that creates them to their module.
+    """Register networks of one shape under a name in timm, which has ``segments`` feature maps and adds to CIFAR_CFG.
 
-    Args:
-        network: the class, in whose module timm looks for the function and for ``default_cfgs``.
-        name: of the architecture.
-        cfg: what the family adds to CIFAR_CFG.
-        segments: number of feature maps that ``features_only=True`` returns.
-        shape: arguments of the class that the name fixes.
+    The function that creates them becomes an attribute of the network's module, where timm also has ``default_cfgs``.
     """
     module = sys.modules[network.__module__]
 

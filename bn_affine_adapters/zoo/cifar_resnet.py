@@ -58,15 +58,9 @@ class CifarResNet(CifarClassifier):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
     ) -> None:
-        """Build the network.
+        """Build the network; arguments that are not described here are those of `CifarClassifier.add_head`.
 
-        Args:
-            depth: Layers with weights, shortcuts not counted: 8, 14, 20, ...
-            width: Factor on the number of filters.
-            num_classes: Outputs of the head; 0 for no head.
-            in_chans: Channels of the images.
-            global_pool: "avg", or "" for none (with ``num_classes=0``).
-            drop_rate: Dropout before the head.
+        ``depth`` counts the layers with weights, without shortcuts: 8, 14, 20, ...; ``width`` multiplies the filters.
 
         Raises:
             ConfigError: There is no network of this depth, width or pooling.

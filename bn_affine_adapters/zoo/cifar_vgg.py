@@ -49,14 +49,7 @@ class CifarVGG(CifarClassifier):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
     ) -> None:
-        """Build the network.
-
-        Args:
-            depth: 11, 13, 16 or 19.
-            num_classes: Outputs of the head; 0 for no head.
-            in_chans: Channels of the images.
-            global_pool: "avg", or "" for none (with ``num_classes=0``).
-            drop_rate: Dropout before the head.
+        """Build the network of ``depth`` 11, 13, 16 or 19; other arguments are those of `CifarClassifier.add_head`.
 
         Raises:
             ConfigError: There is no network of this depth or pooling.
