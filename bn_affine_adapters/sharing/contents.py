@@ -14,7 +14,7 @@ from ..errors import AdapterTensorError
 from ..norms.find import COPIES
 
 NEAR_ZERO = 0.01  # |gamma| below which a feature counts as disabled, as in the paper
-_KINDS = {"gamma": ("weight", "alpha"), "beta": ("bias", "beta")}  # as norm layers name them: see `norms.affine`
+_KINDS = {"gamma": ("weight", "alpha"), "beta": ("bias", "beta")}  # as norm layers name them: see `norms.find.affine`
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
