@@ -189,8 +189,7 @@ def reinit_(
         seed: 0 <= seed < 2^64.
         weight_init: one of WEIGHT_INITS; "orthogonal" is not portable between machines.
         norm_init: one of NORM_INITS; "keep" leaves gamma and beta as they are.
-        reference: builds the network as its constructor leaves it, under `constants_only`; called only if a constant
-            has to be read. Without it, constants are read from ``model``.
+        reference: builds the network under `constants_only`, if a constant has to be read; default ``model``.
 
     Raises:
         ConfigError: an argument is not one of those listed.
