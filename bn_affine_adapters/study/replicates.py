@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError
 from ..training.lines import read_results
 from ..training.recipe import Recipe, run_key
 
@@ -51,32 +50,18 @@ def read_runs(
 
     Args:
         folder: of files that recipes/train.py wrote.
-        recipes: by data set, the settings that make a run one of the full recipe.
+        recipes: by data set, the settings of the full recipe.
         names: other names of networks, with the name that stands for both.
 
     Raises:
-        ConfigError: a file cannot be read, is torn, or two lines tell different results of one run.
+        ConfigError: as `read_results` does.
     """
-    lines: dict[str, tuple[str, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in read_results(path):
-            other, before = lines.setdefault(key := run_key(line["recipe"]), (path.name, line))
-            if before["top1"] != line["top1"]:
-                what, do = f"{other} and {path.name} tell two results of one run.", f"keep the right one; it is {key}"
-                raise ConfigError(what, seen=f"top1 {before['top1']} and {line['top1']}", do=do)
-            if "analysis" not in before:
-                lines[key] = path.name, line
-    return [run_of(line, recipes, names or {}) for _, (_, line) in sorted(lines.items())]
+    lines = read_results(*sorted(folder.glob("*.jsonl")))
+    return [run_of(line, recipes, names or {}) for line in sorted(lines, key=lambda line: run_key(line["recipe"]))]
 
 
 def run_of(line: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> Run:
-    """Return a result line with its cell.
-
-    Args:
-        line: what recipes/train.py wrote.
-        recipes: by data set, the settings of the full recipe.
-        names: other names of networks, with the name that stands for both.
-    """
+    """Return a result line with its cell; see `read_runs`."""
     recipe = {**asdict(Recipe()), **line["recipe"]}
     recipe["norm_init"] = recipe["norm_init"] or "uniform"
     dataset = Path(recipe["dataset"]).name

@@ -13,25 +13,26 @@ from .recipe import run_key
 TIMES = ("seconds", "images_per_second", "hardware", "versions", "commit", "command")
 
 
-def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the result lines of a .jsonl file, each run once; of equal lines the one that was also analysed.
+def read_results(*paths: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the result lines of .jsonl files, each run once; of equal lines the one that was also analysed.
 
     Raises:
-        ConfigError: the file cannot be read, a line is not a run's result, the last line was not written to its
-            end, or two lines tell different results of one run.
+        ConfigError: a file cannot be read, a line is not a run's result, the last line was not written to its
+            end, or two lines have different results of one run.
     """
-    runs: dict[str, tuple[int, dict[str, Any]]] = {}
-    for number, line in enumerate(_lines(Path(path)), 1):
-        key = run_key(line["recipe"])
-        first, before = runs.setdefault(key, (number, line))
-        if differing := _differing(before, line):
-            raise ConfigError(
-                f"{path} tells two results of one run, in lines {first} and {number}.",
-                seen=", ".join(f"{k}: {_shown(before.get(k))} and {_shown(line.get(k))}" for k in differing),
-                do=f"keep the line that is right; the run is {key}",
-            )
-        if "analysis" in line and "analysis" not in before:
-            runs[key] = number, line
+    runs: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in map(Path, paths):
+        for number, line in enumerate(_lines(path), 1):
+            place, key = f"{path}, line {number}", run_key(line["recipe"])
+            first, before = runs.setdefault(key, (place, line))
+            if differing := _differing(before, line):
+                raise ConfigError(
+                    f"{first}, and {place}, have two results of one run.",
+                    seen=", ".join(f"{k}: {_shown(before.get(k))} and {_shown(line.get(k))}" for k in differing),
+                    do=f"keep the line that is right; the run is {key}",
+                )
+            if "analysis" in line and "analysis" not in before:
+                runs[key] = place, line
     return [line for _, line in runs.values()]
 
 
