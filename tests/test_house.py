@@ -34,6 +34,7 @@ HEAVY = {"datasets", "accelerate", "evaluate", "sklearn", "matplotlib", "omegaco
 # Scripts need what they need; a library module may be imported by a user who has not installed the extras.
 # Its class is a subclass of evaluate.Metric, and evaluate imports datasets itself; nothing imports metrics at its top.
 HEAVY_AT_THE_TOP = {("training.metrics", "evaluate"), ("training.metrics", "datasets")}
+HEAVY_AT_THE_TOP |= {("study.analyse", "accelerate"), ("training.tune", "optuna"), ("training.tune", "omegaconf")}
 
 
 def files(package):

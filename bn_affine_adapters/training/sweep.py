@@ -27,8 +27,7 @@ from typing import IO, Any, NamedTuple
 import click
 import torch
 
-from .. import BNAdapterError
-from ..errors import ConfigError, NetworkError
+from ..errors import BNAdapterError, ConfigError, NetworkError
 from .feed import DataOptions, Feed
 from .lines import read_results
 from .network import measured_step

@@ -20,8 +20,7 @@ from omegaconf import OmegaConf
 from optuna.trial import TrialState
 from yaml import YAMLError
 
-from .. import BNAdapterError
-from ..errors import ConfigError, check_keys
+from ..errors import BNAdapterError, ConfigError, check_keys
 from .lines import read_results
 from .recipe import Recipe, find_config, read_recipe, recorded
 from .sweeps import packaged, words

@@ -247,21 +247,9 @@ def test_a_figure_asked_for_without_its_runs_is_an_error(tmp_path, capsys):
     assert "| cifar10 | ResNet-14 | bn |" in capsys.readouterr().out
 
 
-def test_a_torn_line_is_an_error(tmp_path):
-    write(tmp_path, [line(40.0)])
-    with open(tmp_path / "fake.jsonl", "a") as file:
-        file.write('{"top1": 4')
-    with pytest.raises(ConfigError, match=r"torn last line"):
-        runs_of(tmp_path)
-
-
-@pytest.mark.parametrize("names", [("one.jsonl", "one.jsonl"), ("one.jsonl", "other.jsonl")])
-def test_two_results_of_one_run_are_an_error(tmp_path, names):
-    lines = {name: [] for name in names}
-    for name, top1 in zip(names, (40.0, 41.0), strict=True):
-        lines[name].append(line(top1))
-    for name, several in lines.items():
-        write(tmp_path, several, name)
+def test_two_results_of_one_run_in_two_files_are_an_error(tmp_path):
+    write(tmp_path, [line(40.0)], "one.jsonl")
+    write(tmp_path, [line(41.0)], "other.jsonl")
     with pytest.raises(ConfigError, match="two results of one run"):
         runs_of(tmp_path)
 

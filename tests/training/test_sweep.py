@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,28 +56,24 @@ def comparable(lines):
     return sorted(json.dumps({k: v for k, v in line.items() if k not in TIMES}, sort_keys=True) for line in lines)
 
 
-def writer(folder):
-    """Return a function that writes a sweep of two conditions and two replicates into a folder."""
-
-    def write(name="sweep", **changes):
-        sweep = {
-            "config": "digits",
-            "set": TINY,
-            "conditions": {"bn": {}, "the head, only": {"condition": "head"}},
-            "networks": ["cifar_resnet14"],
-            "replicates": 2,
-            "results": str(folder / f"{name}.jsonl"),
-        }
-        path = folder / f"{name}.yaml"
-        path.write_text(json.dumps({k: v for k, v in (sweep | changes).items() if v is not None}), encoding="utf-8")
-        return path
-
-    return write
+def write_sweep(folder, name="sweep", **changes):
+    """Write a sweep of two conditions and two replicates into a folder; None leaves a key out."""
+    sweep = {
+        "config": "digits",
+        "set": TINY,
+        "conditions": {"bn": {}, "the head, only": {"condition": "head"}},
+        "networks": ["cifar_resnet14"],
+        "replicates": 2,
+        "results": str(folder / f"{name}.jsonl"),
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps({k: v for k, v in (sweep | changes).items() if v is not None}), encoding="utf-8")
+    return path
 
 
 @pytest.fixture
 def write(tmp_path):
-    return writer(tmp_path)
+    return partial(write_sweep, tmp_path)
 
 
 @pytest.fixture
@@ -149,7 +146,7 @@ def alive(pid):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The result lines of a sweep of real runs, a replicate each, that was never killed."""
-    path = writer(tmp_path_factory.mktemp("whole"))(replicates=1)
+    path = write_sweep(tmp_path_factory.mktemp("whole"), replicates=1)
     assert "2/2" in ended(begin(path, "--workers", "2"))
     lines = read_results(path.with_suffix(".jsonl"))
     assert sorted((line["recipe"]["condition"], line["recipe"]["seed"]) for line in lines) == [("bn", 0), ("head", 0)]
@@ -321,9 +318,7 @@ def test_a_run_has_its_recipes_own_folder_and_arguments_that_mean_its_recipe(wri
         ({"conditions": {"bn": {"conditoin": "bn"}}}, UnknownKeyError, ["condition"]),
         ({"conditions": {"bn": {}, "again": {"condition": "bn"}}}, ConfigError, ["same", "again", "bn"]),
         ({"set": {"output_dir": "x"}}, ConfigError, ["output_dir", "--output"]),
-        ({"conditions": {}}, ConfigError, ["no run"]),
         ({"conditions": ["bn"]}, ConfigError, ["is not a sweep"]),
-        ({"conditions": None}, ConfigError, ["is not a sweep", "conditions"]),
         ({"results": None}, ConfigError, ["is not a sweep", "results"]),
         ({"replicates": "many"}, ConfigError, ["is not a sweep", "many"]),
         ({"replicates": 0}, ConfigError, ["no run"]),
@@ -339,10 +334,9 @@ def test_a_sweep_that_cannot_be_used_is_a_clear_error(write, changes, error, wor
 
 @pytest.mark.parametrize("text", ["- a", "a: [", "", "config: x"], ids=["list", "torn", "empty", "short"])
 def test_a_file_that_is_no_sweep_is_a_clear_error(tmp_path, refused, text):
-    path = tmp_path / "sweep.yaml"
-    path.write_text(text)
+    (tmp_path / "sweep.yaml").write_text(text)
     with refused(ConfigError, "sweep.yaml is not a sweep"):
-        read_sweep(path)
+        read_sweep(tmp_path / "sweep.yaml")
 
 
 @pytest.fixture
@@ -427,9 +421,3 @@ def test_a_sweep_is_a_file_before_it_is_a_packaged_name(tmp_path, monkeypatch, w
     assert read_sweep("digits.yaml").replicates == 2
     with refused(ConfigError, "digit is not a sweep", "cifar10_5_epochs, controls, digits"):
         read_sweep("digit")
-
-
-def test_the_command_says_what_is_wrong_with_its_file(tmp_path):
-    result = CliRunner().invoke(sweeping.main, [str(tmp_path / "none.yaml")])
-    assert result.exit_code == 1
-    assert "none.yaml is not a sweep" in str(result.exception)
