@@ -67,18 +67,16 @@ def _line(path: Path, number: int, text: str) -> dict[str, Any]:
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Return the keys whose values differ; only one line may be analysed, and one may be evaluated more often."""
-    keys = sorted((a.keys() | b.keys()) - {*TIMES, "recipe"} - ({"analysis"} - (a.keys() & b.keys())))
     if a is b:
         return []
+    keys = sorted((a.keys() | b.keys()) - {*TIMES, "recipe"} - ({"analysis"} - (a.keys() & b.keys())))
     # Compared as text, since a loss of NaN is not equal to itself.
-    return [key for key in keys if _text(a.get(key)) != _text(b.get(key)) and not (key == "epochs" and _alike(a, b))]
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    texts = {key: [json.dumps(line.get(key), sort_keys=True) for line in (a, b)] for key in keys}
+    return [key for key, (x, y) in texts.items() if x != y and not (key == "epochs" and _alike(a, b))]
 
 
 def _alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Tell whether the epochs of two lines agree in the keys that both have."""
     epochs = a.get("epochs", []), b.get("epochs", [])
     pairs = zip(*epochs, strict=False)
     return len(epochs[0]) == len(epochs[1]) and all(x[k] == y[k] for x, y in pairs for k in x.keys() & y.keys())
