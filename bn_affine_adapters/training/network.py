@@ -20,6 +20,7 @@ from ..norms.find import affine, norm_layers, shortcut_convs
 from ..seed.rules import reinit_
 from .data import check_classes
 from .feed import Feed
+from .optimizer import create_optimizer
 from .recipe import CONDITIONS, FULL_CONDITIONS, Recipe
 
 WARM_UP, TIMED, LONGEST = 2, 5, 20.0  # steps, steps, and the seconds after which no further step is timed
@@ -100,8 +101,7 @@ def measured_step(recipe: Recipe, feed: Feed) -> tuple[int, float]:
     """Return the parameters that a recipe trains, and the median seconds of an optimiser step on random images."""
     device, config = feed.accelerator.device, configuration(recipe, feed)
     model = build_model(recipe, config, feed).to(device).to(memory_format=feed.format).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
+    optimizer = create_optimizer(recipe, model)
     step = torch.compile(model, mode=recipe.compile, dynamic=False) if recipe.compile else model
     size = recipe.batch_size // recipe.accumulation
     images = torch.randn(size, 3, recipe.image_size, recipe.image_size, device=device).to(memory_format=feed.format)
