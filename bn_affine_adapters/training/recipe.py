@@ -112,11 +112,11 @@ def find_config(name: str, folder: str = "") -> Path:
         name: a path, or e.g. "cifar10".
         folder: of the packaged ones, "sweeps", "tune", or none for recipes.
     """
-    packaged = CONFIGS / folder / f"{Path(name).stem}.yaml"
-    return packaged if not Path(name).is_file() and name in (packaged.stem, packaged.name) else Path(name)
+    packaged = CONFIGS / folder / f"{name.removesuffix('.yaml')}.yaml"
+    return packaged if packaged.is_file() and not Path(name).is_file() else Path(name)
 
 
-def configs() -> dict[str, Path]:
+def config_files() -> dict[str, Path]:
     """Return the packaged YAML files by name: recipes, sweeps/NAME and tune/NAME."""
     found = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in CONFIGS.rglob("*.yaml")}
     return dict(sorted(found.items(), key=lambda entry: (entry[0].count("/"), entry[0])))
@@ -175,7 +175,7 @@ def read_recipe(arguments: Sequence[str], default: Path) -> Recipe:
         file, changes = (changes[at + 1 : at + 2] or ["--config"])[0], changes[:at] + changes[at + 2 :]
     elif changes and "=" not in changes[0]:
         file, changes = changes[0], changes[1:]
-    do = f"give key=value arguments, after a FILE.yaml or one of {', '.join(n for n in configs() if '/' not in n)}"
+    do = f"give key=value arguments, after a FILE.yaml or one of {', '.join(n for n in config_files() if '/' not in n)}"
     recipe = read(Recipe, find_config(file), changes, what="The recipe", do=do)
     check_values(recipe)
     return recipe

@@ -5,9 +5,15 @@
 NAME is a recipe of `bn-adapters configs`; by default digits, scikit-learn's handwritten digits, without download.
 Several processes: accelerate launch -m bn_affine_adapters.training.train [NAME|FILE.yaml] [key=value ...]
 Prints a summary, or with --json one JSON line: the recipe, seeds, versions, accuracy, seconds. The line is in
-OUTPUT/result.json too. Keys, their defaults, and the range of numbers:
+OUTPUT/result.json too.
+
+Example:
+  bn-adapters train digits epochs=10 output_dir=runs/short
+
+Keys, their values where the recipe's file has none, and the range of numbers:
 """
 
+import atexit
 import json
 import os
 import shutil
@@ -29,10 +35,10 @@ from ..sharing.results import RESULTS_NAME
 from . import recipe as recipes
 from .loop import Replicate, Training, build, fit, prepare
 from .network import count
-from .recipe import Recipe, find_config, help_text, recorded
+from .recipe import CONFIGS, Recipe, help_text, recorded
 from .scripts import accuracy_text, cores, provenance, run_script, table
 
-DEFAULT = find_config("digits")
+DEFAULT = CONFIGS / "digits.yaml"
 
 
 def read_recipe(arguments: list[str]) -> Recipe:
@@ -60,7 +66,7 @@ def train(recipe: Recipe) -> list[Replicate]:
             network = accelerator.unwrap_model(replicate.network, keep_fp32_wrapper=False)
             saved = save(network, replicate.config, Path(replicate.recipe.output_dir))
             write_result(replicate, saved, recipe.results)
-    with redirect_stdout(sys.stderr):  # what trackers say
+    with redirect_stdout(sys.stderr):
         accelerator.end_training()
     return replicates
 
@@ -93,6 +99,7 @@ def announce(recipe: Recipe, first: Replicate, accelerator: Accelerator) -> None
     if recipe.lean:
         accelerator.print(first.network.lean, file=sys.stderr)
     if recipe.tracker:
+        atexit.register(lambda: setattr(sys, "stdout", sys.stderr))  # where trackers speak at the end, too
         with redirect_stdout(sys.stderr):
             accelerator.init_trackers("bn_affine_adapters", config={k: str(v) for k, v in recorded(recipe).items()})
 

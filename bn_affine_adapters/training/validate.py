@@ -5,7 +5,12 @@
 ADAPTER is a folder or a Hub id; image size, mean and std are its own. One on pretrained weights that does not name
 them on the Hub needs pretrained_file=FILE or pretrained=true.
 Several processes: accelerate launch -m bn_affine_adapters.training.validate ADAPTER [key=value ...]
-Prints a summary, or with --json one JSON line. Keys and their defaults:
+Prints a summary, or with --json one JSON line.
+
+Example:
+  bn-adapters validate runs/digits/adapter
+
+Keys and their defaults:
 """
 
 import json
