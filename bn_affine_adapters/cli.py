@@ -95,41 +95,21 @@ def _table(rows: list[list[Any]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-# The scripts of training, which `python -m bn_affine_adapters.training.NAME` runs too, and their own --help.
+def _script(name: str, about: str, function: str = "command", extra: str = "train", **how: Any) -> None:
+    """Make a script of training, which `python -m bn_affine_adapters.training.NAME` runs too, a command."""
 
-_script = _options(
-    main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}),
-    click.argument("arguments", nargs=-1, type=click.UNPROCESSED),
-)
-
-
-def _run(module: str, function: str, arguments: tuple[str, ...], extra: str = "train", **how: Any) -> None:
-    with installed(extra):
-        getattr(import_module(f".training.{module}", __package__), function)(list(arguments), **how)
+    # The script has a --help of its own.
+    @main.command(name, help=about, context_settings={"ignore_unknown_options": True, "help_option_names": []})
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def run(arguments: tuple[str, ...]) -> None:
+        with installed(extra):
+            getattr(import_module(f".training.{name}", __package__), function)(list(arguments), **how)
 
 
-@_script
-def train(arguments: tuple[str, ...]) -> None:
-    """Train norm parameters by a recipe, and save them as an adapter."""
-    _run("train", "command", arguments)
-
-
-@_script
-def validate(arguments: tuple[str, ...]) -> None:
-    """Measure an adapter's accuracy on a test split."""
-    _run("validate", "command", arguments)
-
-
-@_script
-def sweep(arguments: tuple[str, ...]) -> None:
-    """Train conditions x networks x replicates, as one YAML file lists them."""
-    _run("sweep", "main", arguments, prog_name="bn-adapters sweep")
-
-
-@_script
-def tune(arguments: tuple[str, ...]) -> None:
-    """Choose hyper-parameters with Optuna."""
-    _run("tune", "main", arguments, extra="tune", prog_name="bn-adapters tune")
+_script("train", "Train norm parameters by a recipe, and save them as an adapter.")
+_script("validate", "Measure an adapter's accuracy on a test split.")
+_script("sweep", "Train many recipes, as a YAML file lists them.", "main", prog_name="bn-adapters sweep")
+_script("tune", "Choose hyper-parameters with Optuna.", "main", "tune", prog_name="bn-adapters tune")
 
 
 @main.group(invoke_without_command=True)

@@ -20,7 +20,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .data import Batch
 from .features import head_only
 from .feed import Feed, accuracy, side_by_side
-from .network import build_model, configuration
+from .network import build_network, configuration
 from .optimizer import create_optimizer
 from .recipe import Recipe, members
 from .schedule import lr_at
@@ -84,7 +84,7 @@ def build(recipe: Recipe, accelerator: Any) -> list[Replicate]:
     for member in members(recipe):
         config = configuration(member, first)
         feed = first.reordered(member.data_seed) if recipe.replicates > 1 else first
-        replicates.append(Replicate(member, feed, config, build_model(member, config, first)))
+        replicates.append(Replicate(member, feed, config, build_network(member, config, first)))
     return replicates
 
 

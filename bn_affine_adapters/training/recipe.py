@@ -35,7 +35,10 @@ FULL_CONDITIONS = ("all", "no-affine")  # train the network itself, and save it 
 
 @dataclass
 class Recipe(DataOptions):
-    """Every key of a recipe; a YAML file and key=value arguments change them, in this order."""
+    """Every key of a recipe, with those of its data; a YAML file and key=value arguments change them, in this order.
+
+    A new key needs a default here, and a range or choices below.
+    """
 
     # The network
     model: str = "cifar_resnet14"
@@ -152,6 +155,8 @@ def read(options: type[Options], *sources: Path | Sequence[str] | Mapping[str, A
                 layer: Any = OmegaConf.load(source)
             else:
                 layer = source if isinstance(source, Mapping) else OmegaConf.from_cli(list(source))
+            if not isinstance(layer, Mapping):
+                raise ConfigError(f"{source} is a list, not keys with values.", seen=str(layer)[:80], do=do)
             check_keys(dict(layer), names, what)
             layers.append(layer)
         merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(options), *layers))

@@ -99,9 +99,15 @@ def announce(recipe: Recipe, first: Replicate, accelerator: Accelerator) -> None
     if recipe.lean:
         accelerator.print(first.network.lean, file=sys.stderr)
     if recipe.tracker:
-        atexit.register(lambda: setattr(sys, "stdout", sys.stderr))  # where trackers speak at the end, too
+        atexit.register(leave_stdout)
         with redirect_stdout(sys.stderr):
             accelerator.init_trackers("bn_affine_adapters", config={k: str(v) for k, v in recorded(recipe).items()})
+
+
+def leave_stdout() -> None:
+    """Let what trackers say when the process ends go to stderr: stdout is for the result."""
+    sys.stdout.flush()
+    sys.stdout = sys.stderr
 
 
 def result_line(replicate: Replicate, training: Training) -> dict[str, Any]:

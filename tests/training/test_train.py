@@ -25,7 +25,7 @@ from bn_affine_adapters.norms.find import norm_layers
 from bn_affine_adapters.training import loop
 from bn_affine_adapters.training.feed import Feed, accuracy, hold_out
 from bn_affine_adapters.training.lines import read_results
-from bn_affine_adapters.training.network import build_model, configuration, count
+from bn_affine_adapters.training.network import build_network, configuration, count
 from bn_affine_adapters.training.recipe import CONDITIONS, FULL_CONDITIONS
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +181,7 @@ def test_a_network_that_trained_whole_is_saved_as_a_timm_checkpoint(condition, t
 def test_a_network_that_trains_whole_updates_its_statistics(train, feed, refused):
     recipe = train.read_recipe([*TINY, "condition=all", "running_statistics=frozen"])
     with refused(ConfigError, "running_statistics=frozen"):
-        build_model(recipe, configuration(recipe, feed), feed)
+        build_network(recipe, configuration(recipe, feed), feed)
 
 
 def test_a_network_that_trained_whole_under_autocast_is_saved_without_it(train, tmp_path):
@@ -307,7 +307,7 @@ def feed(train):
 @pytest.mark.parametrize("condition", COUNTS)
 def test_a_condition_trains_the_papers_number_of_parameters(train, feed, condition):
     recipe = train.read_recipe([*TINY, f"condition={condition}"])
-    trained, total = count(build_model(recipe, configuration(recipe, feed), feed))
+    trained, total = count(build_network(recipe, configuration(recipe, feed), feed))
     assert trained == COUNTS[condition]
     assert total == 175_258 + (trained if condition == "input-affine" else 0)  # in front of the network's own
 
