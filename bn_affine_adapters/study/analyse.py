@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..errors import BNAdapterError, ConfigError, NetworkError, RebuildError
+from ..errors import ConfigError, NetworkError, RebuildError
 from ..model.loading import load_bn_only_model
 from ..sharing.folder import check_files, read_config
 from ..sharing.hub import fetch
@@ -132,12 +132,14 @@ def run(options: Options) -> dict[str, Any]:
     return result
 
 
+def command(arguments: list[str]) -> None:
+    """Analyse as the arguments ask, and print the result line."""
+    run(read_options(arguments))
+
+
 def main() -> None:
     """Run from the command line."""
-    try:
-        run(read_options(sys.argv[1:]))
-    except BNAdapterError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    scripts.run_script(command)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from ..errors import BNAdapterError, ConfigError, NetworkError
 from .feed import DataOptions, Feed
 from .lines import read_results
 from .network import measured_step
-from .recipe import Recipe, run_key
+from .recipe import Recipe, run_key, words
 from .scripts import cores
-from .sweeps import PlannedRun, Sweep, epochs_done, planned_runs, read_sweep, result_of, words
+from .sweeps import PlannedRun, Sweep, epochs_done, planned_runs, read_sweep, result_of
 from .tables import text_table
 
 SCRIPTS = {"train": ["-m", "bn_affine_adapters.training.train"], "analyse": ["-m", "bn_affine_adapters.study.analyse"]}

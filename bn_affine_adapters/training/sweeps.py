@@ -3,17 +3,15 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from yaml import YAMLError
 
-from ..errors import BNAdapterError, ConfigError, check_keys
+from ..errors import ConfigError
 from .network import forward_cost
-from .recipe import CONFIGS, Recipe, find_config, read_recipe, recorded, run_key
+from .recipe import Recipe, config_files, find_config, read, read_recipe, recorded, run_key, words
 
 # The sweep sets these keys itself.
 OWN = {"model", "replicates", "output_dir", "overwrite", "resume", "checkpoint_every", "results"}
@@ -21,12 +19,12 @@ OWN = {"model", "replicates", "output_dir", "overwrite", "resume", "checkpoint_e
 
 @dataclass
 class Sweep:
-    """Every key of a sweep's YAML file."""
+    """Every key of a sweep's YAML file; the first four are always given."""
 
-    config: str  # the recipe that all runs start from
-    conditions: dict[str, dict[str, Any]]  # a name for people: changes
-    networks: list[str]
-    results: str  # the .jsonl file
+    config: str = ""  # the recipe that all runs start from
+    conditions: dict[str, dict[str, Any]] = field(default_factory=dict)  # a name for people: changes
+    networks: list[str] = field(default_factory=list)
+    results: str = ""  # the .jsonl file
     set: dict[str, Any] = field(default_factory=dict)  # changes for all runs
     replicates: int = 1  # replicate r has seed = data_seed = r
     analyse: bool = False  # recipes/analyse.py after every run
@@ -59,32 +57,17 @@ def read_sweep(name: str | Path) -> Sweep:
         ConfigError: the file is not a sweep.
         UnknownKeyError: there is no such key.
     """
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        loaded = OmegaConf.load(find_config(str(name), "sweeps"))
-        if not isinstance(loaded, DictConfig):
-            raise ValueError("a list, not keys with values")
-        check_keys(dict(loaded), set(Sweep.__dataclass_fields__), "the sweep")
-        merged = OmegaConf.merge(OmegaConf.structured(Sweep), loaded)
-        sweep = Sweep(**OmegaConf.to_container(merged, throw_on_missing=True))  # type: ignore[arg-type]  # str keys
-        if not (sweep.conditions and sweep.networks and sweep.replicates > 0):
-            raise ValueError("no run: conditions, networks or replicates are empty")
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-        if isinstance(error, BNAdapterError):
-            raise
-        raise ConfigError(
-            f"{name} is not a sweep.",
-            seen=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            do=f"give a YAML file with config, conditions, networks and results, or one of {packaged('sweeps')}",
-        ) from error
+    do = f"give a YAML file with config, conditions, networks and results, or one of {packaged('sweeps')}"
+    sweep = read(Sweep, find_config(str(name), "sweeps"), what=f"The sweep {name}", do=do)
+    needed = {key: getattr(sweep, key) for key in ("config", "conditions", "networks", "results", "replicates")}
+    if lack := [key for key, value in needed.items() if not value]:
+        raise ConfigError(f"The sweep {name} has no runs.", seen=f"no {', '.join(lack)}", do=do)
     return sweep
 
 
 def packaged(folder: str) -> str:
     """Return the names of the packaged YAML files of a kind, "sweeps" or "tune"."""
-    return ", ".join(sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml")))
+    return ", ".join(Path(name).name for name in config_files() if name.startswith(f"{folder}/"))
 
 
 def planned_runs(sweep: Sweep, arguments: list[str], output: Path, threads: int = 0) -> list[PlannedRun]:
@@ -142,15 +125,6 @@ def planned_run(
     folder = output / f"{name}-r{replicate}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     arguments += [f"output_dir={folder}", "checkpoint_every=1", "resume=true"]
     return PlannedRun(condition, network, replicate, arguments, recipe, key, folder)
-
-
-def words(settings: Mapping[str, Any]) -> list[str]:
-    """Return settings as key=value arguments.
-
-    >>> words({"condition": "head", "milestones": [6, 9]})
-    ['condition=head', 'milestones=[6, 9]']
-    """
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
 
 
 def result_of(run: PlannedRun) -> dict[str, Any] | None:

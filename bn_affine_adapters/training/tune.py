@@ -11,44 +11,48 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 import optuna
-from omegaconf import OmegaConf
 from optuna.trial import TrialState
-from yaml import YAMLError
 
 from ..errors import BNAdapterError, ConfigError, check_keys
 from .lines import read_results
-from .recipe import Recipe, find_config, read_recipe, recorded
-from .sweeps import packaged, words
+from .recipe import Recipe, find_config, read, read_recipe, recorded, words
+from .sweeps import packaged
 
-KEYS = {"config", "set", "space", "trials", "results"}
 TRAIN = [sys.executable, "-m", "bn_affine_adapters.training.train"]
 
 
-def read_tuning(name: str | Path) -> dict[str, Any]:
-    """Return the tuning in a YAML file: a recipe, changes, the space of settings, trials, the results file.
+@dataclass
+class Tuning:
+    """Every key of a tuning's YAML file; all but the changes are always given."""
+
+    config: str = ""  # the recipe that the trials change
+    set: dict[str, Any] = field(default_factory=dict)  # changes for all trials
+    space: dict[str, Any] = field(default_factory=dict)  # of a key: a list of values, or low and high, and log
+    trials: int = 0
+    results: str = ""  # the .jsonl file
+
+
+def read_tuning(name: str | Path) -> Tuning:
+    """Return the tuning in a YAML file.
 
     Args:
         name: a file, or a packaged tuning such as "cifar10".
 
     Raises:
-        ConfigError: it cannot be read, is no tuning, or its trials would use the test split.
+        ConfigError: it cannot be read, lacks a key, or its trials would use the test split.
         UnknownKeyError: it has a key that no tuning or no recipe has.
     """
-    try:
-        tuning: Any = OmegaConf.to_container(OmegaConf.load(find_config(str(name), "tune")))
-    except (OSError, YAMLError) as error:
-        do = f"give a YAML file, or one of {packaged('tune')}"
-        raise ConfigError(f"{name} cannot be read.", seen=str(error), do=do) from error
-    if not isinstance(tuning, dict) or KEYS - tuning.keys():
-        seen = ", ".join(map(str, tuning)) if isinstance(tuning, dict) else type(tuning).__name__
-        raise ConfigError(f"{name} is no tuning.", seen=seen, do=f"give the keys {', '.join(sorted(KEYS))}")
-    check_keys(tuning, KEYS, str(name))
-    check_keys(tuning["space"], set(vars(Recipe())), "the space")
+    do = f"give a YAML file with config, space, trials and results, or one of {packaged('tune')}"
+    tuning = read(Tuning, find_config(str(name), "tune"), what=f"The tuning {name}", do=do)
+    if lack := [key for key in ("config", "space", "trials", "results") if not getattr(tuning, key)]:
+        raise ConfigError(f"The tuning {name} has no trials.", seen=f"no {', '.join(lack)}", do=do)
+    check_keys(tuning.space, set(vars(Recipe())), "the space")
     start = recipe(tuning, [])
     if start.replicates != 1:
         raise ConfigError("A trial is one run.", seen=f"replicates={start.replicates}", do="leave it out")
@@ -58,9 +62,9 @@ def read_tuning(name: str | Path) -> dict[str, Any]:
     return tuning
 
 
-def recipe(tuning: dict[str, Any], arguments: list[str]) -> Recipe:
+def recipe(tuning: Tuning, arguments: list[str]) -> Recipe:
     """Return the recipe that the trials change."""
-    return read_recipe(["--config", tuning["config"], *words(tuning["set"]), *arguments], Path(tuning["config"]))
+    return read_recipe(["--config", tuning.config, *words(tuning.set), *arguments], Path(tuning.config))
 
 
 def suggest(trial: optuna.Trial, space: dict[str, Any]) -> dict[str, Any]:
@@ -73,13 +77,11 @@ def suggest(trial: optuna.Trial, space: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_trial(
-    trial: optuna.Trial, tuning: dict[str, Any], arguments: list[str], output: Path, own: dict[str, Any]
-) -> float:
+def run_trial(trial: optuna.Trial, tuning: Tuning, arguments: list[str], output: Path, own: dict[str, Any]) -> float:
     """Train with the trial's settings, add its result line, return the accuracy on the images held out, in %."""
-    folder, chosen = output / f"trial-{trial.number}", suggest(trial, tuning["space"])
+    folder, chosen = output / f"trial-{trial.number}", suggest(trial, tuning.space)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [*TRAIN, "--config", tuning["config"], *words({**tuning["set"], **chosen}), *arguments]
+    command = [*TRAIN, "--config", tuning.config, *words({**tuning.set, **chosen}), *arguments]
     command += [f"output_dir={folder}", "overwrite=true"]
     with open(folder / "log.txt", "w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
@@ -87,15 +89,15 @@ def run_trial(
         raise optuna.TrialPruned(f"exit status {done.returncode}, see {folder / 'log.txt'}")
     result = json.loads((folder / "result.json").read_text())
     line = {key: value for key, value in result.items() if key not in ("adapter", "network")}
-    with open(tuning["results"], "a") as file:
+    with open(tuning.results, "a") as file:
         file.write(json.dumps({**line, "trial": trial.number, "own": chosen == own}) + "\n")
     return result["top1"]
 
 
-def own_settings(tuning: dict[str, Any], start: Recipe) -> dict[str, Any]:
+def own_settings(tuning: Tuning, start: Recipe) -> dict[str, Any]:
     """Return the recipe's own value of every key of the space."""
     usual = {"norm_init": "uniform"}  # what None means with a seed
-    values = {key: getattr(start, key) for key in tuning["space"]}
+    values = {key: getattr(start, key) for key in tuning.space}
     return {key: usual.get(key) if value is None else value for key, value in values.items()}
 
 
@@ -105,7 +107,7 @@ def inside(settings: dict[str, Any], space: dict[str, Any]) -> bool:
     return all(v in a if isinstance(a, list) else a["low"] <= v <= a["high"] for v, a in values)
 
 
-def open_study(name: str, output: Path, tuning: dict[str, Any], start: Recipe) -> optuna.Study:
+def open_study(name: str, output: Path, tuning: Tuning, start: Recipe) -> optuna.Study:
     """Open the study, or create it with the recipe's own settings as its first trial; repeat a killed trial first.
 
     Raises:
@@ -115,7 +117,7 @@ def open_study(name: str, output: Path, tuning: dict[str, Any], start: Recipe) -
     study = optuna.create_study(
         study_name=name, storage=f"sqlite:///{output / 'study.db'}", direction="maximize", load_if_exists=True
     )
-    about, own = json.dumps([recorded(start), tuning["space"]], sort_keys=True), own_settings(tuning, start)
+    about, own = json.dumps([recorded(start), tuning.space], sort_keys=True), own_settings(tuning, start)
     if study.user_attrs.get("plan", about) != about:
         do = "--output for another folder, or the settings of the first call"
         raise ConfigError(f"The study in {output} has other settings or another space.", seen=about[:200], do=do)
@@ -127,18 +129,18 @@ def open_study(name: str, output: Path, tuning: dict[str, Any], start: Recipe) -
         study.enqueue_trial(trial.params)
     alive = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING])
     tried = [trial.params or trial.system_attrs.get("fixed_params") for trial in alive]
-    if inside(own, tuning["space"]) and own not in tried:
+    if inside(own, tuning.space) and own not in tried:
         study.enqueue_trial(own)
     return study
 
 
-def summary(study: optuna.Study, tuning: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
+def summary(study: optuna.Study, tuning: Tuning, arguments: list[str]) -> dict[str, Any]:
     """Return the best trial, the importance of each key, and the command that trains its settings by the recipe."""
     done = study.get_trials(states=[TrialState.COMPLETE])
-    model = {key: value for key, value in tuning["set"].items() if key == "model"}
+    model = {key: value for key, value in tuning.set.items() if key == "model"}
     several = len(done) > 1 and len({trial.value for trial in done}) > 1
     importance = optuna.importance.get_param_importances(study) if several else {}
-    command = ["accelerate", "launch", "recipes/train.py", "--config", tuning["config"]]
+    command = ["accelerate", "launch", "recipes/train.py", "--config", tuning.config]
     return {
         "top1": study.best_value,
         "trials": len(done),
@@ -162,14 +164,14 @@ def main(file: str, changes: tuple[str, ...], trials: int | None, output: Path |
         output = output or Path("runs", "tune", name)
         study, own = open_study(name, output, tuning, start), own_settings(tuning, start)
         ended = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
-        left = (trials or tuning["trials"]) - len(ended)
-        Path(tuning["results"]).parent.mkdir(parents=True, exist_ok=True)
+        left = (trials or tuning.trials) - len(ended)
+        Path(tuning.results).parent.mkdir(parents=True, exist_ok=True)
         if left > 0:
             study.optimize(lambda trial: run_trial(trial, tuning, arguments, output, own), n_trials=left)
         if not study.get_trials(states=[TrialState.COMPLETE]):
             do = f"read {output}/trial-*/log.txt"
             raise ConfigError("No trial came to its end.", seen=f"{len(study.trials)} trials", do=do)
-        read_results(Path(tuning["results"]))
+        read_results(Path(tuning.results))
     except BNAdapterError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     click.echo(json.dumps(summary(study, tuning, arguments)))

@@ -318,10 +318,11 @@ def test_a_run_has_its_recipes_own_folder_and_arguments_that_mean_its_recipe(wri
         ({"conditions": {"bn": {"conditoin": "bn"}}}, UnknownKeyError, ["condition"]),
         ({"conditions": {"bn": {}, "again": {"condition": "bn"}}}, ConfigError, ["same", "again", "bn"]),
         ({"set": {"output_dir": "x"}}, ConfigError, ["output_dir", "--output"]),
-        ({"conditions": ["bn"]}, ConfigError, ["is not a sweep"]),
-        ({"results": None}, ConfigError, ["is not a sweep", "results"]),
-        ({"replicates": "many"}, ConfigError, ["is not a sweep", "many"]),
-        ({"replicates": 0}, ConfigError, ["no run"]),
+        ({"conditions": ["bn"]}, ConfigError, ["sweep.yaml cannot be read"]),
+        ({"conditions": None}, ConfigError, ["has no runs", "no conditions"]),
+        ({"results": None}, ConfigError, ["has no runs", "no results"]),
+        ({"replicates": "many"}, ConfigError, ["sweep.yaml cannot be read", "many"]),
+        ({"replicates": 0}, ConfigError, ["no replicates"]),
         ({"networks": ["cifar_resnet15"]}, NetworkError, ["cifar_resnet15"]),
         ({"config": "nowhere.yaml"}, ConfigError, ["nowhere.yaml"]),
     ],
@@ -332,10 +333,12 @@ def test_a_sweep_that_cannot_be_used_is_a_clear_error(write, changes, error, wor
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["- a", "a: [", "", "config: x"], ids=["list", "torn", "empty", "short"])
-def test_a_file_that_is_no_sweep_is_a_clear_error(tmp_path, refused, text):
+@pytest.mark.parametrize(
+    ("text", "word"), [("- a", "a list"), ("a: [", "cannot be read"), ("", "no config"), ("config: x", "no conditions")]
+)
+def test_a_file_that_is_no_sweep_is_a_clear_error(tmp_path, refused, text, word):
     (tmp_path / "sweep.yaml").write_text(text)
-    with refused(ConfigError, "sweep.yaml is not a sweep"):
+    with refused(ConfigError, "sweep.yaml", word, "cifar10_5_epochs, controls, digits"):
         read_sweep(tmp_path / "sweep.yaml")
 
 
@@ -419,5 +422,5 @@ def test_a_sweep_is_a_file_before_it_is_a_packaged_name(tmp_path, monkeypatch, w
     monkeypatch.chdir(tmp_path)
     write("digits")
     assert read_sweep("digits.yaml").replicates == 2
-    with refused(ConfigError, "digit is not a sweep", "cifar10_5_epochs, controls, digits"):
+    with refused(ConfigError, "The sweep digit cannot be read", "cifar10_5_epochs, controls, digits"):
         read_sweep("digit")

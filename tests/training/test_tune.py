@@ -58,7 +58,7 @@ def test_a_trial_that_was_killed_is_the_next_one(file):
         tuning = tune.read_tuning(file)
         return tune.open_study("tiny", file.parent / "study", tuning, tune.recipe(tuning, []))
 
-    tune.suggest(study().ask(), tune.read_tuning(file)["space"])  # and it never says how it ended
+    tune.suggest(study().ask(), tune.read_tuning(file).space)  # and it never says how it ended
     killed, waiting = study().trials
     assert killed.state == optuna.trial.TrialState.FAIL
     assert waiting.state == optuna.trial.TrialState.WAITING
@@ -87,7 +87,7 @@ def test_the_packaged_tunings_read():
     ("old", "new", "kind", "word"),
     [
         ("held_out: 288, ", "", ConfigError, "held_out=0"),
-        ("trials: 2", "", ConfigError, "no tuning"),
+        ("trials: 2", "", ConfigError, "no trials"),
         ("lr: {", "learning_rate: {", UnknownKeyError, "learning_rate"),
         ("epochs: 1", "epoch: 1", UnknownKeyError, "epochs"),
         ("set: {", "set: [", ConfigError, "cannot be read"),
@@ -102,5 +102,5 @@ def test_a_tuning_that_makes_no_sense_is_refused(old, new, kind, word, file, ref
 
 
 def test_a_tuning_that_is_not_there_is_refused_with_the_packaged_names(refused):
-    with refused(ConfigError, "digit cannot be read", "cifar10, digits"):
+    with refused(ConfigError, "The tuning digit cannot be read", "cifar10, digits"):
         tune.read_tuning("digit")
