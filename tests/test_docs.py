@@ -18,7 +18,6 @@ from PIL import Image
 import bn_affine_adapters
 from bn_affine_adapters.cli import main
 from bn_affine_adapters.training.sweeps import read_sweep
-from bn_affine_adapters.training.tune import read_tuning
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,8 +86,9 @@ def check_script(line):
     if name == "report":
         assert words == [], line  # a test of its own runs it
         return
-    file = script(name).main.make_context(name, words).params["file"]
-    read_sweep(file) if name == "sweep" else read_tuning(file)
+    module = script(name)
+    file = module.main.make_context(name, words).params["file"]
+    read_sweep(file) if name == "sweep" else module.read_plan(file)
 
 
 def check_launch(line):

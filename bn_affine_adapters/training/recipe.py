@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from timm.optim import list_optimizers
 
-from ..errors import ConfigError, check_choice, check_keys
+from ..errors import BNAdapterError, ConfigError, check_choice, check_keys
 from .feed import DataOptions
 
 Options = TypeVar("Options")
@@ -161,7 +161,9 @@ def read(options: type[Options], *sources: Path | Sequence[str] | Mapping[str, A
             layers.append(layer)
         merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(options), *layers))
         return options(**merged)  # type: ignore[arg-type]  # OmegaConf promises no str keys
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:  # a TypeError: a list for a mapping
+        if isinstance(error, BNAdapterError):
+            raise
         raise ConfigError(f"{what} cannot be read.", seen=str(error).splitlines()[0], do=do) from error
 
 

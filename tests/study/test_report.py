@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.study import report, report_tables
 from bn_affine_adapters.study.claims import bounds
 from bn_affine_adapters.study.networks import parameter_table
@@ -245,20 +244,6 @@ def test_a_figure_asked_for_without_its_runs_is_an_error(tmp_path, capsys):
     assert [path.name for path in tmp_path.rglob("docs/**/*.*")] == ["figure2.png"]
     assert make(tmp_path / "results", tmp_path, "--only", "runs") == 0
     assert "| cifar10 | ResNet-14 | bn |" in capsys.readouterr().out
-
-
-def test_two_results_of_one_run_in_two_files_are_an_error(tmp_path):
-    write(tmp_path, [line(40.0)], "one.jsonl")
-    write(tmp_path, [line(41.0)], "other.jsonl")
-    with pytest.raises(ConfigError, match="two results of one run"):
-        runs_of(tmp_path)
-
-
-def test_a_run_in_two_files_counts_once_and_keeps_its_analysis(tmp_path):
-    write(tmp_path, [line(40.0)], "one.jsonl")
-    write(tmp_path, [line(40.0, analysis=analysis(20.0, 40.0, 30.0))], "other.jsonl")
-    (run,) = runs_of(tmp_path)
-    assert "analysis" in run.line
 
 
 def test_a_run_whose_dead_channels_could_not_be_counted_leaves_a_gap(tmp_path):

@@ -52,8 +52,7 @@ def test_lines_come_back_in_their_order(written):
 def test_a_run_that_is_there_twice_counts_once_whatever_it_took(written):
     again = changed(seconds=9.0, images_per_second=1.0, hardware={}, versions={}, commit=None, command="")
     assert sum(again[key] != LINE[key] for key in TIMES) == len(TIMES) == 6
-    assert read_results(path := written(LINE, other(), again)) == [LINE, other()]
-    assert read_results(path, path) == [LINE, other()]
+    assert read_results(written(LINE, other(), again)) == [LINE, other()]
 
 
 def test_how_often_a_run_was_evaluated_is_no_difference(written):
@@ -80,6 +79,14 @@ def test_two_results_of_one_run_are_an_error_that_names_both_lines(written, refu
 def test_two_analyses_of_one_run_that_differ_are_an_error(written, refused):
     with refused(ConfigError, "line 1, and ", "line 3", "analysis"):
         read_results(written(changed(analysis=1), other(), changed(analysis=2)))
+
+
+def test_a_run_in_two_files_counts_once_unless_its_results_differ(written, refused):
+    first = written(LINE)
+    first = first.rename(first.with_name("first.jsonl"))
+    assert read_results(first, written(changed(analysis=1))) == [changed(analysis=1)]
+    with refused(ConfigError, "first.jsonl, line 1, and ", "results.jsonl, line 1", "50.0 and 51.0"):
+        read_results(first, written(changed(top1=51.0)))
 
 
 @pytest.mark.parametrize(
