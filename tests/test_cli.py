@@ -222,7 +222,7 @@ def test_every_command_has_help_with_an_example_that_is_understood(run):
 def test_a_script_that_is_a_command_has_its_own_help(run, name):
     code, text, _ = run(name, "--help")
     assert code == 0
-    assert f"Usage: bn-adapters {name} [OPTIONS] FILE" in text
+    assert f"Usage: bn-adapters {name} [OPTIONS] NAME|FILE.yaml" in text
 
 
 def test_configs_lists_every_file_with_its_first_line(run):

@@ -1,8 +1,8 @@
 """Train conditions x networks x replicates, as one YAML file lists them; one JSON line a run, and no run twice.
 
-    python recipes/sweep.py NAME|FILE.yaml [key=value ...] [--dry-run] [--workers 2] [--ray]
+    bn-adapters sweep NAME|FILE.yaml [key=value ...] [--dry-run] [--workers 2] [--ray]
 
-NAME is a packaged sweep, such as `paper` or `digits`. A sweep that was killed continues with the same command: runs in
+In a checkout, `python recipes/sweep.py` does the same. NAME is a packaged sweep, such as `paper` or `digits`. A sweep that was killed continues with the same command: runs in
 the results file are finished, and interrupted runs resume from their checkpoints. key=value arguments change the
 recipe of every run. `--help` lists the options.
 """

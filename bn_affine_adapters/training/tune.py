@@ -1,8 +1,8 @@
 """Choose hyper-parameters on images held out of the training split, with Optuna.
 
-    python recipes/tune.py NAME|FILE.yaml [key=value ...] [--trials N] [--output runs/tune/NAME]
+    bn-adapters tune NAME|FILE.yaml [key=value ...] [--trials N] [--output runs/tune/NAME]
 
-NAME is a packaged tuning: `digits` or `cifar10`. A trial is one run of recipes/train.py. Trials are kept in
+In a checkout, `python recipes/tune.py` does the same. NAME is a packaged tuning: `digits` or `cifar10`. A trial is one run of recipes/train.py. Trials are kept in
 OUTPUT/study.db: the same command continues where it stopped. Prints the best trial as one JSON line, with the command
 that trains its settings by the whole recipe.
 """
