@@ -2,9 +2,9 @@
 
     bn-adapters sweep NAME|FILE.yaml [key=value ...] [--dry-run] [--workers 2] [--ray]
 
-In a checkout, `python recipes/sweep.py` does the same. NAME is a packaged sweep, such as `paper` or `digits`. A sweep that was killed continues with the same command: runs in
-the results file are finished, and interrupted runs resume from their checkpoints. key=value arguments change the
-recipe of every run. `--help` lists the options.
+In a checkout, `python recipes/sweep.py` does the same. NAME is a packaged sweep, such as `paper` or `digits`. A sweep
+that was killed continues with the same command: runs in the results file are finished, and interrupted runs resume
+from their checkpoints. key=value arguments change the recipe of every run. `--help` lists the options.
 """
 
 import asyncio

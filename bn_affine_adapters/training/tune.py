@@ -2,9 +2,9 @@
 
     bn-adapters tune NAME|FILE.yaml [key=value ...] [--trials N] [--output runs/tune/NAME]
 
-In a checkout, `python recipes/tune.py` does the same. NAME is a packaged tuning: `digits` or `cifar10`. A trial is one run of recipes/train.py. Trials are kept in
-OUTPUT/study.db: the same command continues where it stopped. Prints the best trial as one JSON line, with the command
-that trains its settings by the whole recipe.
+In a checkout, `python recipes/tune.py` does the same. NAME is a packaged tuning: `digits` or `cifar10`. A trial is one
+run of training. Trials are kept in OUTPUT/study.db: the same command continues where it stopped. Prints the best trial
+as one JSON line, with the command that trains its settings by the whole recipe.
 """
 
 import json
