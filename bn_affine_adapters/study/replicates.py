@@ -1,4 +1,4 @@
-"""Result lines as replicates: which runs differ in nothing but their seeds, and what was measured of them together."""
+"""Group result lines into replicates, the runs that differ only in their seeds, and summarise what was measured."""
 
 import json
 import math
@@ -8,25 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError
 from ..training.lines import read_results
 from ..training.recipe import Recipe, run_key
 
 FULL = "the full recipe"
-# The settings that make another variant of a condition, with the usual values.
-SETTINGS: dict[str, Any] = {
-    "weight_decay": 1e-4,
-    "norm_init": "uniform",
-    "weight_init": "kaiming_normal",
-    "running_statistics": "update",
-    "pretrained": False,
-    "model_args": {},
-    "train_split": "train",
-    "held_out": 0,
-    "accumulation": 1,
-    "precision": "no",
-    "lean": None,
-}
+# What a recipe leaves to its defaults. With a seed, None as norm_init means "uniform".
+USUAL: dict[str, Any] = {**asdict(Recipe()), "norm_init": "uniform"}
+# The settings that make another variant of a condition.
+SETTINGS = (
+    "weight_decay", "norm_init", "weight_init", "running_statistics", "pretrained", "model_args", "train_split",
+    "held_out", "accumulation", "precision", "lean",
+)  # fmt: skip
 # What a schedule is, besides its epochs and drops; named where it is not the full recipe's, or else the default.
 SCHEDULE = ("lr", "lr_decay", "warmup_epochs", "batch_size", "sgd_momentum", "flip", "crop_padding", "image_size")
 Pick = Callable[[Mapping[str, Any]], Any]  # a number of a result line, or None
@@ -34,7 +26,7 @@ Spread = tuple[float, float, int]  # mean, standard deviation, n
 
 
 class Run(NamedTuple):
-    """A result line and what it is a run of; runs that differ in nothing but the replicate are one cell."""
+    """A result line and its cell: data set, network, variant and schedule. Runs of one cell are replicates."""
 
     line: dict[str, Any]
     dataset: str
@@ -51,30 +43,22 @@ def read_runs(
 
     Args:
         folder: of files that recipes/train.py wrote.
-        recipes: by data set, the settings that make a run one of the full recipe.
+        recipes: by data set, the settings of the full recipe.
         names: other names of networks, with the name that stands for both.
 
     Raises:
-        ConfigError: a file cannot be read, is torn, or two lines tell different results of one run.
+        ConfigError: as `read_results` does.
     """
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in read_results(path):
-            other, before = found.setdefault(key := run_key(line["recipe"]), (path.name, line))
-            if before["top1"] != line["top1"]:
-                what, do = f"{other} and {path.name} tell two results of one run.", f"keep the right one; it is {key}"
-                raise ConfigError(what, seen=f"top1 {before['top1']} and {line['top1']}", do=do)
-            if "analysis" not in before:
-                found[key] = path.name, line
-    return [run_of(line, recipes, names or {}) for _, (_, line) in sorted(found.items())]
+    lines = read_results(*sorted(folder.glob("*.jsonl")))
+    return [run_of(line, recipes, names or {}) for line in sorted(lines, key=lambda line: run_key(line["recipe"]))]
 
 
 def run_of(line: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> Run:
-    """Return what a result line is a run of. Args: as `read_runs`."""
-    recipe = {**asdict(Recipe()), **line["recipe"]}
+    """Return a result line with its cell; see `read_runs`."""
+    recipe = {**USUAL, **line["recipe"]}
     recipe["norm_init"] = recipe["norm_init"] or "uniform"
     dataset = Path(recipe["dataset"]).name
-    differ = [f"{key}={shown(recipe[key])}" for key, usual in SETTINGS.items() if recipe[key] != usual]
+    differ = [f"{key}={shown(recipe[key])}" for key in SETTINGS if recipe[key] != USUAL[key]]
     differ += [f"test_split={recipe['test_split']}"] * (recipe["test_split"] not in ("test", "validation"))
     network = names.get(recipe["model"], recipe["model"])
     variant, replicate = ", ".join([recipe["condition"], *differ]), f"{recipe['seed']}/{recipe['data_seed']}"
@@ -82,14 +66,14 @@ def run_of(line: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], names
 
 
 def schedule_name(recipe: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> str:
-    """Return FULL where a recipe has every setting of ``full``, or else in words how long and how it trains.
+    """Return FULL if a recipe has every setting of ``full``, or else a description of its schedule.
 
     >>> schedule_name({**asdict(Recipe()), "epochs": 12, "milestones": [6, 9], "lr": 0.2})
     '12 epochs, drops at 6 and 9, lr=0.2'
     """
     if full and all(recipe[key] == value for key, value in full.items()):
         return FULL
-    usual = {**{key: getattr(Recipe(), key) for key in SCHEDULE}, **(full or {})}
+    usual = {**USUAL, **(full or {})}
     drops = " and ".join(shown(drop) for drop in recipe["milestones"] if drop < recipe["epochs"])
     steps = recipe["schedule"] if recipe["schedule"] != "multistep" else f"drops at {drops}" if drops else "no drop"
     differ = [f"{key}={shown(recipe[key])}" for key in SCHEDULE if recipe[key] != usual[key]]
@@ -97,7 +81,7 @@ def schedule_name(recipe: Mapping[str, Any], full: Mapping[str, Any] | None = No
 
 
 def shown(value: Any) -> str:
-    """Return a setting as a recipe's argument has it."""
+    """Return a setting for a person: numbers without trailing zeros, other values as a recipe's argument."""
     return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
@@ -115,7 +99,7 @@ def by_schedule(runs: Sequence[Run], dataset: str) -> list[tuple[str, list[Run]]
 
 
 def analysed(*path: str) -> Pick:
-    """Return what takes an entry of a line's analysis; None where there is none."""
+    """Return a function from a line to an entry of its analysis, None where there is none."""
 
     def pick(line: Mapping[str, Any]) -> Any:
         value: Any = line.get("analysis")
@@ -127,7 +111,7 @@ def analysed(*path: str) -> Pick:
 
 
 def clamp_change(threshold: str) -> Pick:
-    """Return what takes the change of accuracy, in points, when |gamma| < threshold is set to zero."""
+    """Return a function from a line to the change of accuracy, in points, when |gamma| < threshold is set to zero."""
     pick, whole = analysed("clamped", threshold, "top1"), analysed("top1")
 
     def change(line: Mapping[str, Any]) -> float | None:
@@ -152,7 +136,7 @@ MEASURES: dict[str, Pick] = {
 
 
 def picked(runs: Iterable[Run], network: str, variant: str, pick: Pick) -> list[tuple[str, Any]]:
-    """Return (replicate, what a run has) of one cell, without the runs that do not have it."""
+    """Return (replicate, value) of one cell, without the runs that lack the value."""
     cell = [(run.replicate, pick(run.line)) for run in runs if (run.network, run.variant) == (network, variant)]
     return [(replicate, value) for replicate, value in cell if value is not None]
 
@@ -176,8 +160,8 @@ def paired(runs: Sequence[Run], network: str, variants: Sequence[str], pick: Pic
     """Return {variant: spread} over the replicates that all variants have; nothing where there is none."""
     values = {variant: measured(runs, network, variant, pick) for variant in variants}
     same = set.intersection(*(set(own) for own in values.values()))
-    found = {variant: spread(own[replicate] for replicate in sorted(same)) for variant, own in values.items()}
-    return {variant: value for variant, value in found.items() if value}
+    spreads = {variant: spread(own[replicate] for replicate in sorted(same)) for variant, own in values.items()}
+    return {variant: value for variant, value in spreads.items() if value}
 
 
 def spread_text(values: Spread, digits: int = 2) -> str:

@@ -1,4 +1,4 @@
-"""Result lines, as training writes them: read back, each run once, or refused."""
+"""Read the result lines that training writes: each run once; torn or contradictory files are refused."""
 
 import json
 import os
@@ -9,30 +9,31 @@ from typing import Any
 from ..errors import ConfigError
 from .recipe import run_key
 
-# What may come out otherwise when a run is done again: times, and where, with what and how it was started.
+# These may differ when a run is repeated: times, hardware, versions, the commit, the command.
 TIMES = ("seconds", "images_per_second", "hardware", "versions", "commit", "command")
 
 
-def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the result lines of a .jsonl file, each run once; of equal lines the one that was also analysed.
+def read_results(*paths: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the result lines of .jsonl files, each run once; of equal lines the one that was also analysed.
 
     Raises:
-        ConfigError: the file cannot be read, a line is not a run's result, the last line was not written to its
-            end, or two lines tell different results of one run.
+        ConfigError: a file cannot be read, a line is not a run's result, the last line was not written to its
+            end, or two lines have different results of one run.
     """
-    found: dict[str, tuple[int, dict[str, Any]]] = {}
-    for number, line in enumerate(_lines(Path(path)), 1):
-        key = run_key(line["recipe"])
-        first, before = found.setdefault(key, (number, line))
-        if differing := _differing(before, line):
-            raise ConfigError(
-                f"{path} tells two results of one run, in lines {first} and {number}.",
-                seen=", ".join(f"{k}: {_shown(before.get(k))} and {_shown(line.get(k))}" for k in differing),
-                do=f"keep the line that is right; the run is {key}",
-            )
-        if "analysis" in line and "analysis" not in before:
-            found[key] = number, line
-    return [line for _, line in found.values()]
+    runs: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in map(Path, paths):
+        for number, line in enumerate(_lines(path), 1):
+            place, key = f"{path}, line {number}", run_key(line["recipe"])
+            first, before = runs.setdefault(key, (place, line))
+            if differing := _differing(before, line):
+                raise ConfigError(
+                    f"{first}, and {place}, have two results of one run.",
+                    seen=", ".join(f"{k}: {_shown(before.get(k))} and {_shown(line.get(k))}" for k in differing),
+                    do=f"keep the line that is right; the run is {key}",
+                )
+            if "analysis" in line and "analysis" not in before:
+                runs[key] = place, line
+    return [line for _, line in runs.values()]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -46,7 +47,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(
             f"{path} has a torn last line, {len(whole) + 1}: it was not written to its end.",
             seen=f"{len(rest)} characters without a newline: {rest[:80]}",
-            do="cut it off, or run the sweep that wrote it again, which does that",
+            do="remove that line, or repeat the command of the sweep, which does so",
         )
     return [_line(path, number, line) for number, line in enumerate(whole, 1)]
 
@@ -65,19 +66,17 @@ def _line(path: Path, number: int, text: str) -> dict[str, Any]:
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Return in which results two lines of one run differ; one may be analysed alone or evaluated more often."""
-    keys = sorted((a.keys() | b.keys()) - {*TIMES, "recipe"} - ({"analysis"} - (a.keys() & b.keys())))
+    """Return the keys whose values differ; only one line may be analysed, and one may be evaluated more often."""
     if a is b:
         return []
-    # As text, in which a loss that is no number equals itself.
-    return [key for key in keys if _text(a.get(key)) != _text(b.get(key)) and not (key == "epochs" and _alike(a, b))]
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    keys = sorted((a.keys() | b.keys()) - {*TIMES, "recipe"} - ({"analysis"} - (a.keys() & b.keys())))
+    # Compared as text, since a loss of NaN is not equal to itself.
+    texts = {key: [json.dumps(line.get(key), sort_keys=True) for line in (a, b)] for key in keys}
+    return [key for key, (x, y) in texts.items() if x != y and not (key == "epochs" and _alike(a, b))]
 
 
 def _alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Tell whether the epochs of two lines agree in the keys that both have."""
     epochs = a.get("epochs", []), b.get("epochs", [])
     pairs = zip(*epochs, strict=False)
     return len(epochs[0]) == len(epochs[1]) and all(x[k] == y[k] for x, y in pairs for k in x.keys() & y.keys())

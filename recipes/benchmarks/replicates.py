@@ -1,22 +1,17 @@
-"""Images per second of R single training runs, and of the R replicates side by side in one process.
+"""Measure images per second of R single training runs, and of the R replicates side by side in one process.
 
-    python recipes/benchmarks/replicates.py [--write] [--compile] [--model cifar_resnet14] [--batch 128]
+    python recipes/benchmarks/replicates.py [--write] [--captured] [--model cifar_resnet14] [--batch 128]
         [--replicates 5] [--steps 20] [--rounds 5]
 
-On a GPU if there is one. A step is forward, loss, backward and SGD in float32. In each round the sides take turns, each
-with R x STEPS single steps or STEPS stacked ones, hence equally many images; ratios are of one round, and their median
-is printed. With --compile both also run captured, by torch.compile(mode="reduce-overhead"): CUDA graphs, on a GPU.
-One network stands for the single runs, one after another. One JSON line, then a table.
+Uses a GPU if there is one. A step is forward, loss, backward and SGD in float32. The sides take turns in each round,
+with R x STEPS single steps or STEPS stacked ones, so that both see equally many images; ratios are of one round, and
+their median is printed. With --captured both sides also run by torch.compile(mode="reduce-overhead"), which captures
+CUDA graphs on a GPU. One network stands for the single runs, one after another. Prints one JSON line, then a table.
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -25,8 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.study.pages import write_section
+from bn_affine_adapters.study.pages import benchmark, machine
 from bn_affine_adapters.training.stacked import Stacked
+from bn_affine_adapters.training.tables import markdown_table
 
 CLASSES, SIZE, WARMUP = 10, 32, 3
 
@@ -113,57 +109,30 @@ Rates are medians, ratios the median over rounds.{captured}
 {where}
 """
 CAPTURED = '\nCaptured: `torch.compile(mode="reduce-overhead")`.'
-NO_GPU = """On a GPU: not yet measured. Stacking saves the time in which a device waits for its host, a CPU
-does not wait: where the ratio is under 1, train the replicates one after another, or in a process each."""
-
-
-def table(result: dict[str, Any]) -> str:
-    """Return the rates and ratios as a Markdown table."""
-    rates, ratios = result["images_per_second"], result["stacked_over_single"]
-    head = "| network | batch | replicates | step | single, images/s | stacked, images/s | stacked / single |"
-    what = f"| {result['model']} | {result['batch']} | {result['replicates']} "
-    lines = [
-        f"{what}| {way} | {rates[f'single {way}']} | {rates[f'stacked {way}']} | {ratio} |"
-        for way, ratio in sorted(ratios.items(), reverse=True)
-    ]
-    return "\n".join([head, "|---" * 7 + "|", *lines])
+NO_GPU = """On a GPU: not yet measured. Stacking saves the time in which a GPU waits for the CPU; a CPU does not wait.
+If the ratio is under 1, train the replicates one after another, or each in a process of its own."""
 
 
 def page(result: dict[str, Any]) -> str:
     """Return the section of docs/performance.md."""
-    cuda, captured = result["device"] != "cpu", "captured" in result["stacked_over_single"]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used"
+    rates, ratios = result["images_per_second"], result["stacked_over_single"]
     keys = ("model", "batch", "replicates", "steps", "rounds")
+    head = ["network", "batch", "replicates", "step", "single, images/s", "stacked, images/s", "stacked / single"]
+    run, ways = [result[key] for key in keys[:3]], sorted(ratios, reverse=True)
+    rows = [[*run, way, rates[f"single {way}"], rates[f"stacked {way}"], ratios[way]] for way in ways]
+    captured = "captured" in ratios
     return TEXT.format(
-        arguments=" ".join(["--write", *["--compile"] * captured, *(f"--{key} {result[key]}" for key in keys)]),
-        hardware=f"{result['device'] if cuda else machine}, torch {torch.__version__}, timm {timm.__version__}",
+        arguments=" ".join(["--write", *["--captured"] * captured, *(f"--{key} {result[key]}" for key in keys)]),
+        hardware=machine(),
         size=SIZE,
         rounds=result["rounds"],
         steps=result["steps"],
         captured=CAPTURED if captured else "",
-        table=table(result),
-        where="" if cuda else NO_GPU,
+        table=markdown_table(head, rows),
+        where=NO_GPU if result["device"] == "cpu" else "",
     )
 
 
-def main() -> None:
-    """Print one JSON line, then the table; with --write, into docs/performance.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="cifar_resnet14")
-    for name, default in (("batch", 128), ("replicates", 5), ("steps", 20), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--compile", action="store_true", dest="captured")
-    parser.add_argument("--write", action="store_true")
-    options = vars(parser.parse_args())
-    write = options.pop("write")
-    result = compare(**options)
-    print(json.dumps(result))
-    print(table(result))
-    if not torch.cuda.is_available():
-        print("on a GPU: not yet measured, there is none")
-    if write:
-        write_section(Path(__file__).parents[2] / "docs" / "performance.md", "replicates", page(result))
-
-
 if __name__ == "__main__":
-    main()
+    usual = {"model": "cifar_resnet14", "batch": 128, "replicates": 5, "steps": 20, "rounds": 5, "captured": False}
+    benchmark(__file__, __doc__, compare, page, **usual)
