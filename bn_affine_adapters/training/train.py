@@ -99,9 +99,9 @@ def announce(recipe: Recipe, first: Replicate, accelerator: Accelerator) -> None
     if recipe.lean:
         accelerator.print(first.network.lean, file=sys.stderr)
     if recipe.tracker:
-        atexit.register(leave_stdout)
         with redirect_stdout(sys.stderr):
             accelerator.init_trackers("bn_affine_adapters", config={k: str(v) for k, v in recorded(recipe).items()})
+        atexit.register(leave_stdout)  # after theirs, hence called before
 
 
 def leave_stdout() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import signal
 import sqlite3
 import subprocess
@@ -98,8 +99,10 @@ def test_a_person_sees_a_summary_and_a_program_one_line_of_json(train, validate,
 
 
 def test_a_run_takes_all_cores_unless_told(train, tmp_path):
-    result = train.run(train.read_recipe([*TINY, "threads=0", f"output_dir={tmp_path / 'run'}"]))
-    assert result["hardware"]["threads"] == len(os.sched_getaffinity(0))
+    train.start(train.read_recipe(["threads=0", f"output_dir={tmp_path / 'run'}"]))
+    assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    train.start(train.read_recipe(["threads=1", f"output_dir={tmp_path / 'run'}"]))
+    assert torch.get_num_threads() == 1
 
 
 def test_the_same_seed_twice_gives_the_same_adapter_bytes(train, tmp_path):
@@ -199,7 +202,7 @@ def test_a_run_that_diverges_has_a_line_and_what_it_came_to(condition, train, tm
     assert Path(result["network" if condition == "all" else "adapter"]).is_dir()
 
 
-@pytest.mark.parametrize("kind", ["condition=bn", "condition=all", "condition=random2", "optimizer=adamw"])
+@pytest.mark.parametrize("kind", ["condition=bn", "condition=all", "condition=random2"])
 def test_a_run_that_was_stopped_resumes_to_the_result_of_one_never_stopped(kind, train, tmp_path):
     options = (kind, "checkpoint_every=1", "resume=true")
     whole = tiny(train, tmp_path / "whole", *options, "epochs=2")
@@ -377,12 +380,12 @@ def test_a_wrong_class_count_is_refused_before_anything_is_written(train, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_is_three_lines_and_no_traceback():
-    command = [sys.executable, "recipes/train.py", "epoch=3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-3].startswith("UnknownKeyError: The recipe has no key 'epoch'.")
-    assert "Traceback" not in done.stderr
+def test_an_error_ends_a_launcher_with_three_lines_and_no_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes/train.py", "epoch=3"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "recipes" / "train.py"), run_name="__main__")
+    assert ended.value.code.startswith("UnknownKeyError: The recipe has no key 'epoch'.\n  seen:  ")
+    assert len(ended.value.code.splitlines()) == 3
 
 
 def test_validate_refuses_what_it_does_not_know(validate, tmp_path):
