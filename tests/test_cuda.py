@@ -1,6 +1,7 @@
 """On a GPU: the CPU's bits, training through Accelerate in float32 and bfloat16, and back from the file."""
 
 import math
+from importlib import import_module
 
 import pytest
 import timm
@@ -165,7 +166,7 @@ def test_five_captured_replicates_side_by_side_have_twice_the_throughput_of_capt
 
 @pytest.mark.parametrize("replicates", [1, 3])
 def test_a_captured_run_of_the_recipe_has_the_losses_of_an_eager_one(replicates, tmp_path):
-    train = script("train")
+    train = import_module("bn_affine_adapters.training.train")
     # A small learning rate, where rounding does not grow; three epochs, so that the last, smaller batch is met again.
     words = ["image_size=16", "batch_size=128", "epochs=3", "lr=0.001", f"replicates={replicates}"]
     found = {}

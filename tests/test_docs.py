@@ -7,6 +7,7 @@ import pkgutil
 import re
 import shlex
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def check_launch(line):
         parsed = get_args_parser().parse_args(words[1:])
     assert (ROOT / parsed.training_script).is_file(), parsed.training_script
     if parsed.training_script == "recipes/train.py":
-        script("train").read_recipe(parsed.training_script_args)
+        import_module("bn_affine_adapters.training.train").read_recipe(parsed.training_script_args)
 
 
 @pytest.mark.parametrize("code", blocks("bash"))

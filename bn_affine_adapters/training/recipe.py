@@ -25,6 +25,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "input-affine": {**_NORMS_OFF, "control": "input_affine"},
     "filter-affine": {"running_statistics": "frozen"},
 }
+CONFIGS = Path(__file__).parent / "configs"
 COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FULL_CONDITIONS = ("all", "no-affine")  # train the network itself, and save it whole
 
@@ -74,6 +75,17 @@ WHERE_ONLY = {
 }  # fmt: skip
 
 
+def find_config(name: str, folder: str = "") -> Path:
+    """Return a YAML file: the one of that path if it is there, or else the packaged one of that name.
+
+    Args:
+        name: a path, or e.g. "cifar10".
+        folder: of the packaged ones, "sweeps", "tune", or none for recipes.
+    """
+    packaged = CONFIGS / folder / f"{Path(name).stem}.yaml"
+    return packaged if not Path(name).is_file() and name in (packaged.stem, packaged.name) else Path(name)
+
+
 def help_text() -> str:
     """Return every key with its default, a line each."""
     return "\n".join(f"  {f.name}={json.dumps(getattr(Recipe(), f.name))}" for f in fields(Recipe))
@@ -94,7 +106,7 @@ def read_recipe(arguments: list[str], default: Path) -> Recipe:
         if "--config" in arguments:
             at = arguments.index("--config")
             file, arguments = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
-        layers = [OmegaConf.load(file), OmegaConf.from_cli(arguments)]
+        layers = [OmegaConf.load(find_config(file)), OmegaConf.from_cli(arguments)]
         for layer in layers:
             check_keys(dict(layer), {f.name for f in fields(Recipe)}, "the recipe")
         merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Recipe), *layers))

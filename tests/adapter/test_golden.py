@@ -1,11 +1,11 @@
 """Adapters of every format version that was ever written stay readable, and mean the same network."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import script
 
 from bn_affine_adapters import load_bn_only_model
 from bn_affine_adapters.adapter.config import FORMAT_VERSION
@@ -32,7 +32,7 @@ def test_an_old_adapter_rebuilds_the_network_that_was_saved(version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_an_old_adapter_is_as_accurate_as_it_was(version):
-    evaluate = script("evaluate")
+    evaluate = import_module("bn_affine_adapters.training.validate")
     result = evaluate.run(evaluate.read_options([f"adapter={GOLDEN / f'adapter-v{version}'}"]))
     expected = json.loads((GOLDEN / f"adapter-v{version}.json").read_text())
     assert result["images"] == 359

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ import timm
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from conftest import script
 from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
@@ -356,7 +356,7 @@ def test_each_process_computes_what_it_does_without_lean(processes, synchronised
 @pytest.fixture
 def train():
     threads = torch.get_num_threads()
-    yield script("train")
+    yield import_module("bn_affine_adapters.training.train")
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
 

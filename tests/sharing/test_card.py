@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from importlib import import_module
 from pathlib import Path
 from string import Template
 
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import timm
 import yaml
-from conftest import script
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
@@ -32,7 +32,7 @@ TINY = ("epochs=2", "image_size=8", "threads=1")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of an adapter after a real short training, and its result line."""
-    train = script("train")
+    train = import_module("bn_affine_adapters.training.train")
     result = train.run(train.read_recipe([*TINY, f"output_dir={tmp_path_factory.mktemp('card') / 'run'}"]))
     return Path(result["adapter"]), result
 

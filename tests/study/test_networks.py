@@ -2,6 +2,7 @@
 
 import copy
 import json
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,6 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from conftest import script
 from torch import nn
 from torch.nn import functional as F
 
@@ -467,7 +467,7 @@ def test_every_integer_of_the_papers_table_comes_out():
 
 @pytest.fixture(scope="module")
 def analyse():
-    return script("analyse")
+    return import_module("bn_affine_adapters.study.analyse")
 
 
 @pytest.fixture(autouse=True)
@@ -525,7 +525,7 @@ def test_the_recipe_tells_of_an_adapter_what_the_functions_tell(golden):
 
 def test_the_recipe_measures_what_evaluate_measures_and_clamping_changes_it(golden):
     result, _ = golden
-    evaluate = script("evaluate")
+    evaluate = import_module("bn_affine_adapters.training.validate")
     again = evaluate.run(evaluate.read_options([f"adapter={GOLDEN}"]))
     assert (result["top1"], result["top5"], result["images"]) == (again["top1"], again["top5"], again["images"])
     top1 = {key: entry["top1"] for key, entry in result["analysis"]["clamped"].items()}

@@ -207,7 +207,7 @@ def test_without_results_everything_is_a_gap_with_a_command(tmp_path, capsys):
     assert not list((tmp_path / "docs").rglob("*.png"))
     assert {found[-1].split(":")[0] for found in claims(tmp_path / "results").values()} == {"not run"}
     assert "**No run here follows it.**" in text
-    assert "python recipes/sweep.py recipes/configs/sweeps/paper.yaml" in text
+    assert "python recipes/sweep.py bn_affine_adapters/training/configs/sweeps/paper.yaml" in text
     assert (
         "Figure 7: no run with an analysis of dead channels; run: `python recipes/sweep.py" in capsys.readouterr().out
     )

@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import script
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -29,7 +29,7 @@ DISTILLED = "model_args={img_size: 16, patch_size: 8, embed_dim: 32, depth: 1, n
 
 @pytest.fixture(scope="module")
 def train():
-    return script("train")
+    return import_module("bn_affine_adapters.training.train")
 
 
 @pytest.fixture(autouse=True)

@@ -4,19 +4,18 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
-from conftest import script
 from test_lines import LINE
 
 from bn_affine_adapters.errors import ConfigError, NetworkError, UnknownKeyError
@@ -25,7 +24,7 @@ from bn_affine_adapters.training.recipe import recorded, run_key
 from bn_affine_adapters.training.sweeps import plan, read_sweep
 
 ROOT = Path(__file__).parents[2]
-SWEEPS = sorted((ROOT / "recipes" / "configs" / "sweeps").glob("*.yaml"))
+SWEEPS = sorted((ROOT / "bn_affine_adapters" / "training" / "configs" / "sweeps").glob("*.yaml"))
 TINY = {"image_size": 8, "epochs": 2, "batch_size": 128, "threads": 1}
 # What stands in for recipes/train.py where nothing has to be learnt: it writes the result and a line of its log.
 STAND_IN = """
@@ -60,7 +59,7 @@ def writer(folder):
 
     def write(name="sweep", **changes):
         sweep = {
-            "config": str(ROOT / "recipes/configs/digits.yaml"),
+            "config": str(ROOT / "bn_affine_adapters/training/configs/digits.yaml"),
             "set": TINY,
             "conditions": {"bn": {}, "the head, only": {"condition": "head"}},
             "networks": ["cifar_resnet14"],
@@ -84,7 +83,9 @@ def scripts(tmp_path):
     """The sweep beside stand-ins for the scripts that it starts; return what writes them."""
     folder = tmp_path / "recipes"
     folder.mkdir()
-    shutil.copy(ROOT / "recipes" / "sweep.py", folder)
+    words = {name: [str(folder / f"{name}.py")] for name in ("train", "analyse")}
+    launcher = f"from bn_affine_adapters.training import sweep\nsweep.SCRIPTS.update({words!r})\nsweep.main()\n"
+    folder.joinpath("sweep.py").write_text(launcher, encoding="utf-8")
     folder.joinpath("analyse.py").write_text(ANALYSIS, encoding="utf-8")
 
     def prepare(path, fails="", slow=False):
@@ -101,10 +102,11 @@ def scripts(tmp_path):
 def inside(scripts, monkeypatch):
     """Return a function that runs a sweep of stand-ins in this process, and returns what it printed."""
     before = signal.getsignal(signal.SIGTERM)
-    sweep = script("sweep")
+    sweep = import_module("bn_affine_adapters.training.sweep")
 
     def run(path, status=0, workers=2, **how):
-        monkeypatch.setattr(sweep, "RECIPES", scripts(path, **how))
+        folder = scripts(path, **how)
+        monkeypatch.setattr(sweep, "SCRIPTS", {name: [str(folder / f"{name}.py")] for name in ("train", "analyse")})
         words = [str(path), "--output", str(path.with_suffix("")), "--workers", str(workers)]
         result = CliRunner().invoke(sweep.main, words)
         printed = result.output + (str(result.exception) if result.exit_code else "")
@@ -340,7 +342,7 @@ def dry():
 
     def run(path, *options):
         arguments = [str(path), "--output", str(path.with_suffix("")), "--dry-run", *options]
-        result = CliRunner().invoke(script("sweep").main, arguments)
+        result = CliRunner().invoke(import_module("bn_affine_adapters.training.sweep").main, arguments)
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout) if "--json" in options else result.stdout
 

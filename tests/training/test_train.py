@@ -1,4 +1,4 @@
-"""recipes/train.py and recipes/evaluate.py, run as their users run them."""
+"""recipes/train.py and recipes/validate.py, run as their users run them."""
 
 import json
 import math
@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from conftest import script
 from safetensors.torch import load_file
 
 from bn_affine_adapters import reinit_
@@ -31,12 +31,12 @@ TINY = ("image_size=8", "batch_size=128", "epochs=1", "threads=1")
 
 @pytest.fixture(scope="module")
 def train():
-    return script("train")
+    return import_module("bn_affine_adapters.training.train")
 
 
 @pytest.fixture(scope="module")
 def evaluate():
-    return script("evaluate")
+    return import_module("bn_affine_adapters.training.validate")
 
 
 @pytest.fixture(autouse=True)
@@ -309,7 +309,7 @@ def test_every_condition_was_counted():
 
 
 def test_every_recipe_in_configs_reads(train):
-    found = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+    found = sorted((ROOT / "bn_affine_adapters" / "training" / "configs").glob("*.yaml"))
     recipes = {path.stem: train.read_recipe(["--config", str(path)]) for path in found}
     assert sorted(recipes) == ["adapt", "cifar10", "digits", "fashion_mnist", "imagenet"]
     assert recipes["digits"] == train.read_recipe([])
@@ -318,10 +318,10 @@ def test_every_recipe_in_configs_reads(train):
 
 
 def test_the_papers_schedules_come_out(train):
-    cifar = train.read_recipe(["--config", str(ROOT / "recipes/configs/cifar10.yaml")])
+    cifar = train.read_recipe(["--config", str(ROOT / "bn_affine_adapters/training/configs/cifar10.yaml")])
     at = {epoch: train.lr_at(cifar, epoch * 391, 391) for epoch in (0, 79, 80, 119, 120, 159)}
     assert at == pytest.approx({0: 0.1, 79: 0.1, 80: 0.01, 119: 0.01, 120: 0.001, 159: 0.001})
-    imagenet = train.read_recipe(["--config", str(ROOT / "recipes/configs/imagenet.yaml")])
+    imagenet = train.read_recipe(["--config", str(ROOT / "bn_affine_adapters/training/configs/imagenet.yaml")])
     at = {epoch: train.lr_at(imagenet, int(epoch * 1251), 1251) for epoch in (0, 2.5, 5, 29, 30, 60, 80)}
     assert at == pytest.approx({0: 0, 2.5: 0.2, 5: 0.4, 29: 0.4, 30: 0.04, 60: 0.004, 80: 0.0004}, rel=1e-3)
 

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import optuna
 import pytest
 from click.testing import CliRunner
-from conftest import script
 
 from bn_affine_adapters.errors import BNAdapterError, ConfigError, UnknownKeyError
 from bn_affine_adapters.study.claims import tuned
@@ -29,13 +29,13 @@ results: {results}
 
 @pytest.fixture(scope="module")
 def tune():
-    return script("tune")
+    return import_module("bn_affine_adapters.training.tune")
 
 
 @pytest.fixture
 def plan(tmp_path):
     file = tmp_path / "tiny.yaml"
-    config = ROOT / "recipes" / "configs" / "digits.yaml"
+    config = ROOT / "bn_affine_adapters" / "training" / "configs" / "digits.yaml"
     file.write_text(PLAN.format(config=config, results=tmp_path / "results.jsonl"))
     return file
 
@@ -96,7 +96,7 @@ def test_a_trial_that_fails_costs_only_itself(tune, plan):
 
 
 def test_the_plans_in_configs_read(tune):
-    found = sorted((ROOT / "recipes" / "configs" / "tune").glob("*.yaml"))
+    found = sorted((ROOT / "bn_affine_adapters" / "training" / "configs" / "tune").glob("*.yaml"))
     plans = {path.stem: tune.read_plan(path) for path in found}
     assert set(plans) == {"digits", "cifar10"}
     for plan in plans.values():

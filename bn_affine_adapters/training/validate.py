@@ -1,6 +1,6 @@
 """Measure a saved adapter's accuracy: rebuild its network, verify it, run a test split through it.
 
-    accelerate launch recipes/evaluate.py adapter=runs/digits/adapter [dataset=digits] [key=value ...]
+    accelerate launch recipes/validate.py adapter=runs/digits/adapter [dataset=digits] [key=value ...]
 
 The adapter is a folder or a Hub id; image size, mean and std are its own. One on pretrained weights that does not
 name them on the Hub needs pretrained_file=FILE or pretrained=true. `--help` lists every key. Prints one JSON line.
@@ -9,21 +9,17 @@ name them on the Hub needs pretrained_file=FILE or pretrained=true. `--help` lis
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-# Else recipes/evaluate.py hides the library `evaluate`.
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import torch
 from accelerate import Accelerator
 
-from bn_affine_adapters import BNAdapterError, load_bn_only_model
-from bn_affine_adapters.sharing.folder import check_files, read_config
-from bn_affine_adapters.sharing.hub import fetch
-from bn_affine_adapters.training import scripts as runs
-from bn_affine_adapters.training.data import check_classes
-from bn_affine_adapters.training.feed import DataOptions, Feed, accuracy, own_options
+from .. import BNAdapterError, load_bn_only_model
+from ..sharing.folder import check_files, read_config
+from ..sharing.hub import fetch
+from . import scripts as runs
+from .data import check_classes
+from .feed import DataOptions, Feed, accuracy, own_options
 
 
 @dataclass
@@ -61,8 +57,13 @@ def run(options: Options) -> dict[str, Any]:
     return result
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run from the command line."""
     try:
         run(read_options(sys.argv[1:]))
     except BNAdapterError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Analyse a trained network: gamma and beta, accuracy with small gammas set to zero, dead activations, on a test split.
+
+    accelerate launch recipes/analyse.py adapter=runs/digits/adapter [dataset=digits] [key=value ...]
+
+``adapter`` is an adapter's folder or Hub id, as for recipes/validate.py, or the folder of a plain timm network,
+config.json and model.safetensors, as `export` writes it. Image size, mean and std are its own. Prints one JSON line,
+and writes it to output=FILE. One process. `--help` lists every key.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .. import BNAdapterError, load_bn_only_model
+from ..errors import ConfigError, NetworkError, RebuildError
+from ..sharing.folder import check_files, read_config
+from ..sharing.hub import fetch
+from ..training import scripts as runs
+from ..training.data import check_classes
+from ..training.feed import DataOptions, Feed, accuracy, own_options
+from .networks import DEAD, GRID, clamped, dead_activations, dead_share, distribution, norm_values
+
+DIGITS = 4  # after the point, of every number in the line
+
+
+@dataclass
+class Options(DataOptions):
+    """Every key: the network, its base if it has one, the data, and what to tell."""
+
+    adapter: str = "runs/digits/adapter"
+    pretrained: bool = False
+    pretrained_file: str | None = None
+    clamp: list[float] = field(default_factory=lambda: [0.01, 0.05])  # thresholds of |gamma|
+    layers: bool = False  # tell mean, std and near zero of each layer too: about 130 bytes a layer
+    output: str | None = None
+
+
+def is_plain(adapter: str) -> bool:
+    """Tell whether this is a folder with a plain timm network, and no adapter."""
+    here = {path.name for path in Path(adapter).iterdir()} if Path(adapter).is_dir() else set()
+    return {"config.json", "model.safetensors"} <= here and "adapter_config.json" not in here
+
+
+def own(adapter: str) -> dict[str, Any]:
+    """Return the data options that the network says for itself."""
+    if is_plain(adapter):
+        return own_options(json.loads(Path(adapter, "config.json").read_text(encoding="utf-8"))["pretrained_cfg"])
+    check_files(folder := fetch(adapter))
+    return own_options(read_config(folder).data_config or {})
+
+
+def read_options(arguments: list[str]) -> Options:
+    """Merge the network's own data configuration with the key=value arguments."""
+    return runs.read_options(arguments, Options, "analyse.py", __doc__, own)
+
+
+def load(options: Options, feed: Feed) -> nn.Module:
+    """Return the network, wrapped or plain; refuse one with another number of classes than the data."""
+    if is_plain(options.adapter):
+        model = load_plain(Path(options.adapter).resolve())
+        check_classes(feed.test, model.num_classes)
+        return model.to(feed.accelerator.device)
+    config = read_config(fetch(options.adapter))
+    check_classes(feed.test, config.model_args.get("num_classes", len(feed.label_names)))
+    base = runs.given_base(config, options.pretrained, options.pretrained_file)
+    return load_bn_only_model(options.adapter, base, device=feed.accelerator.device)
+
+
+def load_plain(folder: Path) -> Any:
+    """Return the network that timm loads from a folder."""
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:  # every architecture takes arguments and converts tensors in its own way
+        raise RebuildError(
+            f"timm does not load the network in {folder}.",
+            seen=f"{type(error).__name__}: {error}",
+            do="give a folder that bn_affine_adapters.export(model, folder) or timm's save_for_hf wrote",
+        ) from error
+
+
+def analyse(model: nn.Module, feed: Feed, options: Options, top1: float) -> dict[str, Any]:
+    """Return what the line holds under "analysis"; ``top1`` is the accuracy that clamping changes."""
+    found: dict[str, Any] = {"top1": top1}
+    for kind, values in norm_values(model).items():
+        found[kind] = distribution(values, digits=DIGITS)
+        if not options.layers:
+            found[kind].pop("layers", None)
+    found["clamped"] = {}
+    for threshold in options.clamp:
+        with clamped(model, threshold) as count:
+            top1 = accuracy(model, feed)["top1"]
+        found["clamped"][f"{threshold:g}"] = {"set": count, "top1": round(top1, DIGITS)}
+    try:
+        found["dead"] = dead(model, feed)
+    except NetworkError as error:
+        print(error, file=sys.stderr)
+        found["dead"] = None
+    return found
+
+
+def dead(model: nn.Module, feed: Feed) -> dict[str, Any]:
+    """Return the share of dead channels, in %, at every threshold of the grid and at the paper's."""
+    counts = dead_activations(model, (batch.images for batch in feed.evaluation()))
+    share = [round(value, DIGITS) for value in dead_share(counts)]
+    channels = sum(len(entry["zeros"]) for entry in counts.values())
+    return {"thresholds": list(GRID), "share": share, f"{DEAD:g}": share[GRID.index(DEAD)], "channels": channels}
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Load, evaluate, analyse; return the result line."""
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:  # their shares of the last batch overlap, and would be counted twice
+        seen, do = f"{accelerator.num_processes} processes", "accelerate launch --num_processes 1 recipes/analyse.py"
+        raise ConfigError("Activations are counted by one process.", seen=seen, do=do)
+    feed = Feed(options, accelerator)
+    model = load(options, feed).to(memory_format=feed.format)
+    scores = {key: round(value, DIGITS) for key, value in accuracy(model, feed).items()}
+    with torch.inference_mode():
+        result = {**scores, "images": len(feed.test.dataset), "analysis": analyse(model, feed, options, scores["top1"])}
+    line = json.dumps(result)
+    print(line)
+    if options.output:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.output).write_text(f"{line}\n", encoding="utf-8")
+    return result
+
+
+def main() -> None:
+    """Run from the command line."""
+    try:
+        run(read_options(sys.argv[1:]))
+    except BNAdapterError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()
