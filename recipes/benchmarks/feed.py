@@ -93,10 +93,10 @@ def compare(size: int = 32, batch: int = 128, workers: Iterable[int] = (0, 2, 4)
 
 TEXT = """Written by `python recipes/benchmarks/feed.py --write`; {hardware}.
 
-Training takes its batches from uint8 tensors on the device ("feed"). The other side is a `DataLoader` with workers
-over the same decoded images, with torchvision's transforms of one image. Both flip, crop with padding {padding} and
-normalise, at {size} px in batches of {batch}. Medians of {rounds} rounds in which the sides take turns; workers are
-started before.
+The feed of `recipes/train.py` cuts its batches out of uint8 tensors on the device; the other side is a `DataLoader`
+with workers over the same decoded images, through torchvision's transforms of one image. Both flip, crop with padding
+{padding} and normalise, {size} px, batches of {batch}; medians of {rounds} rounds in which the sides take turns, their
+workers started before.
 
 {table}
 {gpu}"""

@@ -102,20 +102,19 @@ def compare(
     }
 
 
-TEXT = """Written by `python recipes/benchmarks/replicates.py {arguments}`;
-{hardware}.
+TEXT = """Written by `python recipes/benchmarks/replicates.py {arguments}`; {hardware}.
 
 A step is forward, loss, backward and SGD in float32 at {size} px. "Single" trains the replicates one after another,
-"stacked" trains them side by side. The sides take turns: {rounds} rounds of {steps} stacked steps, and as many images
-on the other side. Rates are medians, ratios the median over rounds.{captured}
+"stacked" side by side; the sides take turns, {rounds} rounds of {steps} stacked steps and as many images the other way.
+Rates are medians, ratios the median over rounds.{captured}
 
 {table}
 
 {where}
 """
 CAPTURED = '\nCaptured: `torch.compile(mode="reduce-overhead")`.'
-NO_GPU = """On a GPU: not yet measured. Stacking saves the time in which a device waits for its host; a CPU
-does not wait. If the ratio is under 1, train the replicates one after another, or in a process each."""
+NO_GPU = """On a GPU: not yet measured. Stacking saves the time in which a device waits for its host, a CPU
+does not wait: where the ratio is under 1, train the replicates one after another, or in a process each."""
 
 
 def table(result: dict[str, Any]) -> str:
