@@ -22,7 +22,7 @@ from .. import BNAdapterError, load_bn_only_model
 from ..errors import ConfigError, NetworkError, RebuildError
 from ..sharing.folder import check_files, read_config
 from ..sharing.hub import fetch
-from ..training import scripts as runs
+from ..training import scripts
 from ..training.data import check_classes
 from ..training.feed import DataOptions, Feed, accuracy, own_options
 from .networks import DEAD, GRID, clamped, dead_activations, dead_share, distribution, norm_values
@@ -32,13 +32,13 @@ DIGITS = 4  # after the point, of every number in the line
 
 @dataclass
 class Options(DataOptions):
-    """Every key: the network, its base if it has one, the data, and what to tell."""
+    """Every key: the network, its base if it has one, the data, and what to analyse."""
 
     adapter: str = "runs/digits/adapter"
     pretrained: bool = False
     pretrained_file: str | None = None
     clamp: list[float] = field(default_factory=lambda: [0.01, 0.05])  # thresholds of |gamma|
-    layers: bool = False  # tell mean, std and near zero of each layer too: about 130 bytes a layer
+    layers: bool = False  # also mean, std and near zero of each layer: about 130 bytes a layer
     output: str | None = None
 
 
@@ -49,7 +49,7 @@ def is_plain(adapter: str) -> bool:
 
 
 def own(adapter: str) -> dict[str, Any]:
-    """Return the data options that the network says for itself."""
+    """Return the data options in the network's own configuration."""
     if is_plain(adapter):
         return own_options(json.loads(Path(adapter, "config.json").read_text(encoding="utf-8"))["pretrained_cfg"])
     check_files(folder := fetch(adapter))
@@ -58,7 +58,7 @@ def own(adapter: str) -> dict[str, Any]:
 
 def read_options(arguments: list[str]) -> Options:
     """Merge the network's own data configuration with the key=value arguments."""
-    return runs.read_options(arguments, Options, "analyse.py", __doc__, own)
+    return scripts.read_options(arguments, Options, "analyse.py", __doc__, own)
 
 
 def load(options: Options, feed: Feed) -> nn.Module:
@@ -69,7 +69,7 @@ def load(options: Options, feed: Feed) -> nn.Module:
         return model.to(feed.accelerator.device)
     config = read_config(fetch(options.adapter))
     check_classes(feed.test, config.model_args.get("num_classes", len(feed.label_names)))
-    base = runs.given_base(config, options.pretrained, options.pretrained_file)
+    base = scripts.given_base(config, options.pretrained, options.pretrained_file)
     return load_bn_only_model(options.adapter, base, device=feed.accelerator.device)
 
 
@@ -86,23 +86,23 @@ def load_plain(folder: Path) -> Any:
 
 
 def analyse(model: nn.Module, feed: Feed, options: Options, top1: float) -> dict[str, Any]:
-    """Return what the line holds under "analysis"; ``top1`` is the accuracy that clamping changes."""
-    found: dict[str, Any] = {"top1": top1}
+    """Return the result line's "analysis"; ``top1`` is the accuracy without clamping."""
+    analysis: dict[str, Any] = {"top1": top1}
     for kind, values in norm_values(model).items():
-        found[kind] = distribution(values, digits=DIGITS)
+        analysis[kind] = distribution(values, digits=DIGITS)
         if not options.layers:
-            found[kind].pop("layers", None)
-    found["clamped"] = {}
+            analysis[kind].pop("layers", None)
+    analysis["clamped"] = {}
     for threshold in options.clamp:
         with clamped(model, threshold) as count:
             top1 = accuracy(model, feed)["top1"]
-        found["clamped"][f"{threshold:g}"] = {"set": count, "top1": round(top1, DIGITS)}
+        analysis["clamped"][f"{threshold:g}"] = {"set": count, "top1": round(top1, DIGITS)}
     try:
-        found["dead"] = dead(model, feed)
+        analysis["dead"] = dead(model, feed)
     except NetworkError as error:
         print(error, file=sys.stderr)
-        found["dead"] = None
-    return found
+        analysis["dead"] = None
+    return analysis
 
 
 def dead(model: nn.Module, feed: Feed) -> dict[str, Any]:

@@ -1,8 +1,6 @@
-"""A claim of a paper: what was measured of it, between which values it is confirmed, and the verdict. Plain data.
+"""A claim of the paper: the measured value, the range in which the claim is confirmed, and the verdict.
 
-A claim is a mapping: ``measure``, one of `replicates.MEASURES` or "slopes"; ``of``, a variant; ``minus``, another one;
-``paper``, [low, high] of which an end may be None, or a value, which then holds ``within``, or None; without it the
-paper's accuracy of the network; ``source``; ``than``, from where the claim has a direction. See recipes/paper.yaml.
+A claim is a mapping with the keys that paper.yaml explains; ``measure`` is one of `replicates.MEASURES` or "slopes".
 """
 
 import math
@@ -18,7 +16,7 @@ Networks = Mapping[str, Mapping[str, Any]]  # by name: "bn", gammas and betas; "
 
 
 def slopes(runs: Sequence[Run], variant: str, networks: Networks) -> dict[str, Any] | None:
-    """Return the depth and width lines through a variant's runs, or None where there is not enough for both."""
+    """Return the depth and width lines through a variant's runs, or None if there are too few runs for both."""
     lines = on_lines(runs, variant, networks)
     try:
         return depth_width_slopes([(size, y, name) for name, points in lines.items() for size, y in points])
@@ -28,18 +26,18 @@ def slopes(runs: Sequence[Run], variant: str, networks: Networks) -> dict[str, A
 
 def on_lines(runs: Sequence[Run], variant: str, networks: Networks) -> dict[str, list[tuple[int, float]]]:
     """Return (gammas and betas, accuracy in %) of every replicate of a variant, under "depth" and "width"."""
-    found: dict[str, list[tuple[int, float]]] = {"depth": [], "width": []}
+    points: dict[str, list[tuple[int, float]]] = {"depth": [], "width": []}
     for network, entry in networks.items():
         for accuracy in measured(runs, network, variant, MEASURES["accuracy"]).values():
             for name in entry["lines"]:
-                found[name].append((entry["bn"], accuracy))
-    return found
+                points[name].append((entry["bn"], accuracy))
+    return points
 
 
 def value_of(claim: Mapping[str, Any], network: str, runs: Sequence[Run], networks: Networks) -> Spread | None:
-    """Return what was measured of a claim, a difference between replicates of the same seeds; None if nothing was.
+    """Return the measured value of a claim, or None if it was not run; a difference is between the same seeds.
 
-    Of a ratio of slopes n is the number of runs, and there is no deviation: it is not a number.
+    For a ratio of slopes, n is the number of runs and the deviation is NaN.
     """
     if claim["measure"] == "slopes":
         if not (lines := slopes(runs, claim["of"], networks)) or lines["ratio"] is None:
@@ -57,11 +55,11 @@ def value_of(claim: Mapping[str, Any], network: str, runs: Sequence[Run], networ
 
 
 def findings(entry: Mapping[str, Any], runs: Sequence[Run], label: Callable[[str], str] = str) -> list[str]:
-    """Return what was measured of a question, a sentence for each data set, network and schedule.
+    """Return the answer to a question, a sentence for each data set, network and schedule.
 
     Args:
         entry: ``variants``, the first of which the others are compared with, run by run of the same seeds;
-            ``measures``, a text for each of `replicates.MEASURES` to tell besides the accuracy; ``networks``, or all.
+            ``measures``, a text for each of `replicates.MEASURES` to report besides the accuracy; ``networks``, or all.
         runs: of all data sets.
         label: a network's name in a text.
     """
@@ -69,7 +67,7 @@ def findings(entry: Mapping[str, Any], runs: Sequence[Run], label: Callable[[str
     for run in runs:
         if run.network in entry.get("networks", (run.network,)):
             groups.setdefault((run.dataset, run.network, run.schedule), []).append(run)
-    told = []
+    answers = []
     for (dataset, network, schedule), group in sorted(groups.items()):
         parts = _compared(entry["variants"], group, network, "accuracy")
         if len(parts) < 2:
@@ -78,25 +76,25 @@ def findings(entry: Mapping[str, Any], runs: Sequence[Run], label: Callable[[str
         for measure, text in entry.get("measures", {}).items():
             if parts := _compared(entry["variants"], group, network, measure):
                 sentences.append(f"{text}: {'; '.join(parts)}")
-        told.append(f"*{dataset}, {label(network)}, {schedule}*: {'. '.join(sentences)}.")
-    return told
+        answers.append(f"*{dataset}, {label(network)}, {schedule}*: {'. '.join(sentences)}.")
+    return answers
 
 
 def _compared(variants: Sequence[str], group: Sequence[Run], network: str, measure: str) -> list[str]:
-    """Return each variant with its mean, deviation and n, and how far it is from the first one."""
+    """Return each variant with its mean, deviation, n and difference to the first one."""
     values = {variant: measured(group, network, variant, MEASURES[measure]) for variant in variants}
     first, parts = values[variants[0]], []
     digits = 4 if measure == "loss" else 2
     for variant, own in values.items():
-        if (found := spread(own.values())) and first:
+        if (total := spread(own.values())) and first:
             pairs = [value - first[replicate] for replicate, value in own.items() if replicate in first]
             apart = f", {sum(pairs) / len(pairs):+.{digits}f}" if variant != variants[0] and pairs else ""
-            parts.append(f"{variant} {spread_text(found, digits)} (n = {found[2]}{apart})")
+            parts.append(f"{variant} {spread_text(total, digits)} (n = {total[2]}{apart})")
     return parts
 
 
 def tuned(trials: Sequence[Mapping[str, Any]], label: Callable[[str], str] = str) -> str:
-    """Return in a sentence what tuning found: the best trial, beside that of the recipe's own settings."""
+    """Return a sentence with the best trial and the trial of the recipe's own settings."""
     best = max(trials, key=lambda line: line["top1"])
     own = next((line for line in trials if line.get("own")), None)
     if own is None:
@@ -104,12 +102,12 @@ def tuned(trials: Sequence[Mapping[str, Any]], label: Callable[[str], str] = str
     recipe = own["recipe"]
     differ = [f"{key}={shown(value)}" for key, value in best["recipe"].items() if value != recipe[key]]
     where = f"*{Path(recipe['dataset']).name}, {label(recipe['model'])}, {recipe['epochs']} epochs*"
-    told = f"best of {len(trials)} trials {best['top1']:.2f} % with {', '.join(differ) or 'those'}"
-    return f"{where}, accuracy on {own['split']}: the recipe's own settings {own['top1']:.2f} %; {told}."
+    found = f"best of {len(trials)} trials {best['top1']:.2f} % with {', '.join(differ) or 'the same settings'}"
+    return f"{where}, accuracy on {own['split']}: the recipe's own settings {own['top1']:.2f} %; {found}."
 
 
 def bounds(claim: Mapping[str, Any], network: str, paper: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return between which values a claim is confirmed, or None where the paper has none."""
+    """Return the range in which a claim is confirmed, or None if the paper has none."""
     value = claim["paper"] if "paper" in claim else paper["accuracy"][claim["of"]][network]
     if isinstance(value, list):
         low, high = value
@@ -118,7 +116,7 @@ def bounds(claim: Mapping[str, Any], network: str, paper: Mapping[str, Any]) -> 
 
 
 def paper_text(claim: Mapping[str, Any], network: str, paper: Mapping[str, Any]) -> str:
-    """Return the paper's value with its source, and how far from it is still confirmed."""
+    """Return the paper's value or range with its source, and the tolerance."""
     if "paper" not in claim:
         stated = network in paper["stated"].get(claim["of"], ())
         about = "about " if network in paper["about"].get(claim["of"], ()) else ""
@@ -132,7 +130,7 @@ def paper_text(claim: Mapping[str, Any], network: str, paper: Mapping[str, Any])
 
 
 def verdict(claim: Mapping[str, Any], limits: tuple[float, float] | None, value: float, schedule: str) -> str:
-    """Say what a measurement says of a claim; of a short schedule only the direction counts."""
+    """Return the verdict on a claim; a short schedule is judged by its direction alone."""
     than: Any = claim.get("than")
     short = "" if schedule == FULL else ", short schedule"
     if limits is None:

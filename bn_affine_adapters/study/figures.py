@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .replicates import Spread
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Spread = tuple[float, float, int]  # mean, standard deviation, n
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222255", "#999933", "#882255")
 
 
@@ -52,11 +53,11 @@ def accuracy_by_network(
     Source: the paper's Figure 2.
     """
     places = {network: index for index, network in enumerate(networks)}
-    for index, (condition, found) in enumerate(ours.items()):
+    for index, (condition, spreads) in enumerate(ours.items()):
         theirs = {places[network]: value for network, value in paper.get(condition, {}).items() if network in places}
         color = _color(index)
         ax.plot(list(theirs), list(theirs.values()), "o", color=color, markerfacecolor="none", markersize=7)
-        here = [(places[network], *spread[:2]) for network, spread in found.items() if network in places]
+        here = [(places[network], *spread[:2]) for network, spread in spreads.items() if network in places]
         if here:
             x, y, deviations = zip(*sorted(here), strict=True)
             ax.errorbar(x, y, deviations, color=color, marker=".", capsize=2, linewidth=1, label=condition)
@@ -79,7 +80,7 @@ def accuracy_by_parameters(
         ax: to draw on.
         ours: (gammas and betas, accuracy in %) of every run, under "depth" and "width".
         paper: the same.
-        slopes: what `analysis.depth_width_slopes` says of ours, or None.
+        slopes: what `networks.depth_width_slopes` returns for ours, or None.
 
     Source: the paper's Figure 3.
     """
@@ -214,9 +215,9 @@ def memory_against_time(ax: "Axes", points: Mapping[str, Mapping[str, tuple[floa
 
     Source: none.
     """
-    ways = list(dict.fromkeys(way for found in points.values() for way in found))
-    for marker, (network, found) in zip(cycle("osD^vPX*"), points.items(), strict=False):
-        for way, (time, saved) in found.items():
+    ways = list(dict.fromkeys(way for measured in points.values() for way in measured))
+    for marker, (network, measured) in zip(cycle("osD^vPX*"), points.items(), strict=False):
+        for way, (time, saved) in measured.items():
             ax.plot([time], [saved], marker, color=_color(ways.index(way)), markersize=6)
         ax.plot([], [], marker, color="black", markerfacecolor="none", label=network)
     for index, way in enumerate(ways):

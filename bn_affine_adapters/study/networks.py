@@ -7,7 +7,7 @@ Source: the paper's Figures 3 to 7 and its table of parameters.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypedDict
@@ -43,21 +43,21 @@ def norm_values(model: nn.Module) -> dict[str, dict[str, NDArray[np.float64]]]:
         NoNormLayerError: there is no norm layer with gamma or beta.
     """
     return {
-        kind: {name: tensor.detach().double().cpu().numpy().copy() for name, tensor in found.items()}
-        for kind, found in _parameters(model).items()
+        kind: {name: tensor.detach().double().cpu().numpy().copy() for name, tensor in tensors.items()}
+        for kind, tensors in _parameters(model).items()
     }
 
 
 def _parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Return the gammas and betas that run now by layer; one that several layers share comes once."""
-    found: dict[str, dict[str, nn.Parameter]] = {"gamma": {}, "beta": {}}
+    parameters: dict[str, dict[str, nn.Parameter]] = {"gamma": {}, "beta": {}}
     seen: set[int] = set()
     for name, module in norm_layers(model, active=True).items():
         for kind, attribute in affine(module)._asdict().items():
             if attribute and id(parameter := module.get_parameter(attribute)) not in seen:
                 seen.add(id(parameter))
-                found[kind][name] = parameter
-    return found
+                parameters[kind][name] = parameter
+    return parameters
 
 
 def distribution(values: Mapping[str, ArrayLike], below: Sequence[float] = BELOW, digits: int = 6) -> dict[str, Any]:
@@ -78,37 +78,48 @@ def distribution(values: Mapping[str, ArrayLike], below: Sequence[float] = BELOW
 
     Source: the paper's Figures 4 and 5.
 
-    >>> found = distribution({"bn1": [-0.5, 0.0, 0.5, 2.0]})
-    >>> found["mean"], found["negative"], found["below"]["0.01"], found["layers"]["bn1"]["near_zero"]
+    >>> gamma = distribution({"bn1": [-0.5, 0.0, 0.5, 2.0]})
+    >>> gamma["mean"], gamma["negative"], gamma["below"]["0.01"], gamma["layers"]["bn1"]["near_zero"]
     (0.5, 25.0, 25.0, 25.0)
     """
-    arrays = {name: np.ravel(np.asarray(array, dtype=np.float64)) for name, array in values.items()}
-    arrays = {name: array for name, array in arrays.items() if array.size}
-    if strange := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
-        what, do = "Values that are not finite have no distribution.", "train again: the run diverged"
-        raise AdapterTensorError(what, seen=f"{len(strange)} layers, the first is {strange[0][:200]}", do=do)
+    arrays = _finite_arrays(values)
     if not arrays:
         return {"count": 0}
     joined = np.concatenate(list(arrays.values()))
-
-    def share(chosen: NDArray[np.bool_]) -> float:
-        return round(100 * float(chosen.mean()), digits)
-
-    def moments(array: NDArray[np.float64]) -> dict[str, float]:
-        return {"mean": round(float(array.mean()), digits), "std": round(float(array.std()), digits)}
-
-    edges = _edges(joined, digits)
-    counts = np.histogram(joined.clip(edges[0], edges[-1]), edges)[0]
     return {
         "count": joined.size,
-        **moments(joined),
-        "negative": share(joined < 0),
-        "below": {f"{threshold:g}": share(np.abs(joined) < threshold) for threshold in below},
-        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+        **_moments(joined, digits),
+        "negative": _percent(joined < 0, digits),
+        "below": {f"{threshold:g}": _percent(np.abs(joined) < threshold, digits) for threshold in below},
+        "histogram": _histogram(joined, digits),
         "layers": {
-            name: {**moments(array), "near_zero": share(np.abs(array) < NEAR_ZERO)} for name, array in arrays.items()
+            name: {**_moments(array, digits), "near_zero": _percent(np.abs(array) < NEAR_ZERO, digits)}
+            for name, array in arrays.items()
         },
     }
+
+
+def _finite_arrays(values: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float64]]:
+    """Return the values of each layer as one flat array, without layers that have none."""
+    arrays = {name: np.ravel(np.asarray(array, dtype=np.float64)) for name, array in values.items()}
+    if strange := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        what, do = "Values that are not finite have no distribution.", "train again: the run diverged"
+        raise AdapterTensorError(what, seen=f"{len(strange)} layers, the first is {strange[0][:200]}", do=do)
+    return {name: array for name, array in arrays.items() if array.size}
+
+
+def _moments(values: NDArray[np.float64], digits: int) -> dict[str, float]:
+    return {"mean": round(float(values.mean()), digits), "std": round(float(values.std()), digits)}
+
+
+def _percent(chosen: NDArray[np.bool_], digits: int) -> float:
+    return round(100 * float(chosen.mean()), digits)
+
+
+def _histogram(values: NDArray[np.float64], digits: int) -> dict[str, list[Any]]:
+    edges = _edges(values, digits)
+    counts = np.histogram(values.clip(edges[0], edges[-1]), edges)[0]
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
 def _edges(values: NDArray[np.float64], digits: int) -> NDArray[Any]:
@@ -170,47 +181,70 @@ def dead_activations(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[
 
     Source: the paper's Figure 7.
     """
+    relus, counter, looked = _relus(model), _ZeroCounter(), 0
+    first = next(model.parameters(), torch.empty(0))
+    with _evaluation_mode(model), _hooks(relus, counter.count), torch.no_grad():
+        for images in batches:
+            counter.runs.clear()
+            model(images.to(first.device, first.dtype))
+            looked += 1
+    if not looked:
+        raise DataError("There is no image to run through the network.", seen="0 batches", do="give batches of images")
+    if not counter.zeros:
+        raise NetworkError(
+            f"{type(model).__name__} runs no module nn.ReLU or nn.ReLU6, whose zeros could be counted.",
+            seen=f"{len(relus)} such modules, none of which ran",
+            do="choose a network whose ReLUs are modules; other activations are never exactly zero",
+        )
+    return {key: {"zeros": zeros.tolist(), "total": counter.totals[key]} for key, zeros in counter.zeros.items()}
+
+
+def _relus(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the ReLUs that run now with their names; one that stands in several places has its first name."""
     names: dict[nn.Module, str] = {}
     for name, module in plain_modules(model, active=True):
         if isinstance(module, ACTIVATIONS):
             names.setdefault(module, name)
-    zeros: dict[str, torch.Tensor] = {}
-    totals: Counter[str] = Counter()
-    runs: Counter[str] = Counter()
+    return names
 
-    def count(name: str, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        runs[name] += 1
-        key = name if runs[name] == 1 else f"{name}, run {runs[name]}"
+
+class _ZeroCounter:
+    """Adds up the zeros of each channel, and how many values each channel had, by module and run within a batch."""
+
+    def __init__(self) -> None:
+        self.zeros: dict[str, torch.Tensor] = {}
+        self.totals: Counter[str] = Counter()
+        self.runs: Counter[str] = Counter()  # in this batch
+
+    def count(self, name: str, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self.runs[name] += 1
+        key = name if self.runs[name] == 1 else f"{name}, run {self.runs[name]}"
         channel = 2 if output.ndim == 3 else 1
-        found = (output == 0).sum([i for i in range(output.ndim) if i != channel])  # int64
-        zeros[key] = zeros[key] + found if key in zeros else found
-        totals[key] += output.numel() // output.shape[channel]
+        zeros = (output == 0).sum([dim for dim in range(output.ndim) if dim != channel])  # int64
+        self.zeros[key] = self.zeros[key] + zeros if key in self.zeros else zeros
+        self.totals[key] += output.numel() // output.shape[channel]
 
-    first = next(model.parameters(), torch.empty(0))
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    handles = [module.register_forward_hook(partial(count, name)) for module, name in names.items()]
-    looked = 0
     try:
         model.eval()
-        with torch.no_grad():
-            for images in batches:
-                runs.clear()
-                model(images.to(first.device, first.dtype))
-                looked += 1
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _hooks(names: Mapping[nn.Module, str], hook: Callable[..., None]) -> Iterator[None]:
+    """Call ``hook(name, module, inputs, output)`` after each forward of the modules within the block."""
+    handles = [module.register_forward_hook(partial(hook, name)) for module, name in names.items()]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
-    if not looked:
-        raise DataError("There is no image to run through the network.", seen="0 batches", do="give batches of images")
-    if not zeros:
-        raise NetworkError(
-            f"{type(model).__name__} runs no module nn.ReLU or nn.ReLU6, whose zeros could be counted.",
-            seen=f"{len(names)} such modules, none of which ran",
-            do="choose a network whose ReLUs are modules; other activations are never exactly zero",
-        )
-    return {key: {"zeros": found.tolist(), "total": totals[key]} for key, found in zeros.items()}
 
 
 def dead_share(counts: Mapping[str, Zeros], thresholds: Sequence[float] = GRID) -> list[float]:
@@ -250,9 +284,9 @@ def depth_width_slopes(points: Iterable[tuple[int, float, str]]) -> dict[str, An
             what, do = "A point is not on the figure.", 'give (parameters > 0, accuracy in %, "depth" or "width")'
             raise ConfigError(what, seen=f"{(parameters, accuracy, group)}", do=do)
         groups[group].append((parameters, accuracy))
-    found: dict[str, Any] = {name: _line(name, group) for name, group in groups.items()}
-    width = found["width"]["slope"]
-    return {**found, "ratio": found["depth"]["slope"] / width if width else None}
+    lines: dict[str, Any] = {name: _line(name, group) for name, group in groups.items()}
+    width = lines["width"]["slope"]
+    return {**lines, "ratio": lines["depth"]["slope"] / width if width else None}
 
 
 def _line(name: str, points: list[tuple[int, float]]) -> dict[str, float | int]:
@@ -290,7 +324,7 @@ def _row(name: str, model: nn.Module) -> dict[str, str | int]:
     return {
         "network": name,
         "all": size(model.parameters()),
-        "bn": sum(size(found.values()) for found in _parameters(model).values()),
+        "bn": sum(size(tensors.values()) for tensors in _parameters(model).values()),
         "head": sum(size(module.parameters()) for module in head_layers(model).values()),
         "shortcut": sum(size(model.get_submodule(conv).parameters()) for conv in shortcut_convs(model)),
     }

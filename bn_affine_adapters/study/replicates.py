@@ -1,4 +1,4 @@
-"""Result lines as replicates: which runs differ in nothing but their seeds, and what was measured of them together."""
+"""Group result lines into replicates, the runs that differ only in their seeds, and summarise what was measured."""
 
 import json
 import math
@@ -34,7 +34,7 @@ Spread = tuple[float, float, int]  # mean, standard deviation, n
 
 
 class Run(NamedTuple):
-    """A result line and what it is a run of; runs that differ in nothing but the replicate are one cell."""
+    """A result line and its cell: data set, network, variant and schedule. Runs of one cell are replicates."""
 
     line: dict[str, Any]
     dataset: str
@@ -57,20 +57,26 @@ def read_runs(
     Raises:
         ConfigError: a file cannot be read, is torn, or two lines tell different results of one run.
     """
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    lines: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in read_results(path):
-            other, before = found.setdefault(key := run_key(line["recipe"]), (path.name, line))
+            other, before = lines.setdefault(key := run_key(line["recipe"]), (path.name, line))
             if before["top1"] != line["top1"]:
                 what, do = f"{other} and {path.name} tell two results of one run.", f"keep the right one; it is {key}"
                 raise ConfigError(what, seen=f"top1 {before['top1']} and {line['top1']}", do=do)
             if "analysis" not in before:
-                found[key] = path.name, line
-    return [run_of(line, recipes, names or {}) for _, (_, line) in sorted(found.items())]
+                lines[key] = path.name, line
+    return [run_of(line, recipes, names or {}) for _, (_, line) in sorted(lines.items())]
 
 
 def run_of(line: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> Run:
-    """Return what a result line is a run of. Args: as `read_runs`."""
+    """Return a result line with its cell.
+
+    Args:
+        line: what recipes/train.py wrote.
+        recipes: by data set, the settings of the full recipe.
+        names: other names of networks, with the name that stands for both.
+    """
     recipe = {**asdict(Recipe()), **line["recipe"]}
     recipe["norm_init"] = recipe["norm_init"] or "uniform"
     dataset = Path(recipe["dataset"]).name
@@ -82,7 +88,7 @@ def run_of(line: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], names
 
 
 def schedule_name(recipe: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> str:
-    """Return FULL where a recipe has every setting of ``full``, or else in words how long and how it trains.
+    """Return FULL if a recipe has every setting of ``full``, or else a description of its schedule.
 
     >>> schedule_name({**asdict(Recipe()), "epochs": 12, "milestones": [6, 9], "lr": 0.2})
     '12 epochs, drops at 6 and 9, lr=0.2'
@@ -97,7 +103,7 @@ def schedule_name(recipe: Mapping[str, Any], full: Mapping[str, Any] | None = No
 
 
 def shown(value: Any) -> str:
-    """Return a setting as a recipe's argument has it."""
+    """Return a setting for a person: numbers without trailing zeros, other values as a recipe's argument."""
     return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
@@ -115,7 +121,7 @@ def by_schedule(runs: Sequence[Run], dataset: str) -> list[tuple[str, list[Run]]
 
 
 def analysed(*path: str) -> Pick:
-    """Return what takes an entry of a line's analysis; None where there is none."""
+    """Return a function from a line to an entry of its analysis, None where there is none."""
 
     def pick(line: Mapping[str, Any]) -> Any:
         value: Any = line.get("analysis")
@@ -127,7 +133,7 @@ def analysed(*path: str) -> Pick:
 
 
 def clamp_change(threshold: str) -> Pick:
-    """Return what takes the change of accuracy, in points, when |gamma| < threshold is set to zero."""
+    """Return a function from a line to the change of accuracy, in points, when |gamma| < threshold is set to zero."""
     pick, whole = analysed("clamped", threshold, "top1"), analysed("top1")
 
     def change(line: Mapping[str, Any]) -> float | None:
@@ -152,7 +158,7 @@ MEASURES: dict[str, Pick] = {
 
 
 def picked(runs: Iterable[Run], network: str, variant: str, pick: Pick) -> list[tuple[str, Any]]:
-    """Return (replicate, what a run has) of one cell, without the runs that do not have it."""
+    """Return (replicate, value) of one cell, without the runs that lack the value."""
     cell = [(run.replicate, pick(run.line)) for run in runs if (run.network, run.variant) == (network, variant)]
     return [(replicate, value) for replicate, value in cell if value is not None]
 
@@ -176,8 +182,8 @@ def paired(runs: Sequence[Run], network: str, variants: Sequence[str], pick: Pic
     """Return {variant: spread} over the replicates that all variants have; nothing where there is none."""
     values = {variant: measured(runs, network, variant, pick) for variant in variants}
     same = set.intersection(*(set(own) for own in values.values()))
-    found = {variant: spread(own[replicate] for replicate in sorted(same)) for variant, own in values.items()}
-    return {variant: value for variant, value in found.items() if value}
+    spreads = {variant: spread(own[replicate] for replicate in sorted(same)) for variant, own in values.items()}
+    return {variant: value for variant, value in spreads.items() if value}
 
 
 def spread_text(values: Spread, digits: int = 2) -> str:

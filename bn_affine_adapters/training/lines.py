@@ -1,4 +1,4 @@
-"""Result lines, as training writes them: read back, each run once, or refused."""
+"""Read the result lines that training writes: each run once; torn or contradictory files are refused."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ConfigError
 from .recipe import run_key
 
-# What may come out otherwise when a run is done again: times, and where, with what and how it was started.
+# These may differ when a run is repeated: times, hardware, versions, the commit, the command.
 TIMES = ("seconds", "images_per_second", "hardware", "versions", "commit", "command")
 
 
@@ -20,10 +20,10 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ConfigError: the file cannot be read, a line is not a run's result, the last line was not written to its
             end, or two lines tell different results of one run.
     """
-    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    runs: dict[str, tuple[int, dict[str, Any]]] = {}
     for number, line in enumerate(_lines(Path(path)), 1):
         key = run_key(line["recipe"])
-        first, before = found.setdefault(key, (number, line))
+        first, before = runs.setdefault(key, (number, line))
         if differing := _differing(before, line):
             raise ConfigError(
                 f"{path} tells two results of one run, in lines {first} and {number}.",
@@ -31,8 +31,8 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 do=f"keep the line that is right; the run is {key}",
             )
         if "analysis" in line and "analysis" not in before:
-            found[key] = number, line
-    return [line for _, line in found.values()]
+            runs[key] = number, line
+    return [line for _, line in runs.values()]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(
             f"{path} has a torn last line, {len(whole) + 1}: it was not written to its end.",
             seen=f"{len(rest)} characters without a newline: {rest[:80]}",
-            do="cut it off, or run the sweep that wrote it again, which does that",
+            do="remove that line, or repeat the command of the sweep, which does so",
         )
     return [_line(path, number, line) for number, line in enumerate(whole, 1)]
 
@@ -65,11 +65,11 @@ def _line(path: Path, number: int, text: str) -> dict[str, Any]:
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Return in which results two lines of one run differ; one may be analysed alone or evaluated more often."""
+    """Return the keys whose values differ; only one line may be analysed, and one may be evaluated more often."""
     keys = sorted((a.keys() | b.keys()) - {*TIMES, "recipe"} - ({"analysis"} - (a.keys() & b.keys())))
     if a is b:
         return []
-    # As text, in which a loss that is no number equals itself.
+    # Compared as text, since a loss of NaN is not equal to itself.
     return [key for key in keys if _text(a.get(key)) != _text(b.get(key)) and not (key == "epochs" and _alike(a, b))]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from yaml import YAMLError
 
 from ..errors import BNAdapterError, ConfigError, check_keys
 from .network import forward_cost
-from .recipe import Recipe, read_recipe, recorded, run_key
+from .recipe import CONFIGS, Recipe, find_config, read_recipe, recorded, run_key
 
-OWN = {"model", "replicates", "output_dir", "overwrite", "resume", "checkpoint_every", "results"}  # set by the sweep
+# The sweep sets these keys itself.
+OWN = {"model", "replicates", "output_dir", "overwrite", "resume", "checkpoint_every", "results"}
 
 
 @dataclass
@@ -31,15 +33,15 @@ class Sweep:
 
 
 @dataclass
-class Run:
-    """One run: its place in the sweep, the arguments of recipes/train.py, what they mean, its folder."""
+class PlannedRun:
+    """One run of a sweep: its place, the arguments of recipes/train.py, the recipe that they give, its folder."""
 
     condition: str
     network: str
     replicate: int
-    words: list[str]
+    arguments: list[str]
     recipe: Recipe
-    key: str
+    key: str  # see `run_key`
     folder: Path
 
     def __str__(self) -> str:
@@ -47,8 +49,11 @@ class Run:
         return f"{self.condition}, {self.network}, replicate {self.replicate}"
 
 
-def read_sweep(path: Path) -> Sweep:
-    """Return what a YAML file says.
+def read_sweep(name: str | Path) -> Sweep:
+    """Return the sweep in a YAML file.
+
+    Args:
+        name: a file, or a packaged sweep such as "paper".
 
     Raises:
         ConfigError: the file is not a sweep.
@@ -58,7 +63,7 @@ def read_sweep(path: Path) -> Sweep:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(find_config(str(name), "sweeps"))
         if not isinstance(loaded, DictConfig):
             raise ValueError("a list, not keys with values")
         check_keys(dict(loaded), set(Sweep.__dataclass_fields__), "the sweep")
@@ -70,66 +75,86 @@ def read_sweep(path: Path) -> Sweep:
         if isinstance(error, BNAdapterError):
             raise
         raise ConfigError(
-            f"{path} is not a sweep.",
+            f"{name} is not a sweep.",
             seen=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            do="give config, conditions, networks and results, as the files in recipes/configs/sweeps do",
+            do=f"give a YAML file with config, conditions, networks and results, or one of {packaged('sweeps')}",
         ) from error
     return sweep
 
 
-def plan(sweep: Sweep, arguments: list[str], output: Path, threads: int = 0) -> list[Run]:
+def packaged(folder: str) -> str:
+    """Return the names of the packaged YAML files of a kind, "sweeps" or "tune"."""
+    return ", ".join(sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml")))
+
+
+def planned_runs(sweep: Sweep, arguments: list[str], output: Path, threads: int = 0) -> list[PlannedRun]:
     """Return all runs in their order: replicate by replicate, in it cheap networks first, then as the file says.
 
+    Args:
+        sweep: what to run.
+        arguments: key=value, for every run.
+        output: the folder in which each run has a folder.
+        threads: of each run whose recipe sets none; 0 leaves it to training.
+
     Raises:
-        ConfigError: a recipe is not usable, sets what the sweep sets itself, or two runs are the same.
+        ConfigError: a recipe is not usable, sets a key that the sweep sets itself, or two runs are the same.
     """
-    runs: dict[str, Run] = {}
-    first = [one_run(sweep, arguments, output, next(iter(sweep.conditions)), name, 0, 0) for name in sweep.networks]
-    costs = {run.network: forward_cost(run.recipe) for run in first}
+    runs: dict[str, PlannedRun] = {}
+    first = next(iter(sweep.conditions))
+    costs = {name: forward_cost(planned_run(sweep, arguments, output, first, name).recipe) for name in sweep.networks}
     for replicate in range(sweep.replicates):
         for network in sorted(sweep.networks, key=costs.__getitem__):
             for condition in sweep.conditions:
-                run = one_run(sweep, arguments, output, condition, network, replicate, threads)
+                run = planned_run(sweep, arguments, output, condition, network, replicate, threads)
                 if run.key in runs:
                     raise ConfigError(
                         "Two runs of the sweep are the same.",
                         seen=f"{runs[run.key]} and {run}: {run.key}",
-                        do="leave one out, and seed= and data_seed= to the replicates",
+                        do="remove one of them, and leave seed= and data_seed= to the replicates",
                     )
                 runs[run.key] = run
     return list(runs.values())
 
 
-def one_run(
-    sweep: Sweep, arguments: list[str], output: Path, condition: str, network: str, replicate: int, threads: int
-) -> Run:
-    """Return a run: the recipe, then the changes for all, the replicate, the condition and the command line."""
+def planned_run(
+    sweep: Sweep,
+    arguments: list[str],
+    output: Path,
+    condition: str,
+    network: str,
+    replicate: int = 0,
+    threads: int = 0,
+) -> PlannedRun:
+    """Return one run: the recipe, then the changes for all, the replicate, the condition and the command line."""
     changes = {**sweep.set, "seed": replicate, "data_seed": replicate, **sweep.conditions[condition]}
-    given = {*changes, *(word.partition("=")[0] for word in arguments)}
+    given = {*changes, *(argument.partition("=")[0] for argument in arguments)}
     if given & OWN:
         do = "name networks under networks:, and choose --output and results:"
         raise ConfigError("The sweep sets this itself.", seen=", ".join(sorted(given & OWN)), do=do)
-    words = ["--config", sweep.config, *(f"{key}={shown(value)}" for key, value in changes.items()), *arguments]
-    words.append(f"model={network}")
-    recipe = read_recipe(words, Path(sweep.config))
+    arguments = ["--config", sweep.config, *words(changes), *arguments, f"model={network}"]
+    recipe = read_recipe(arguments, Path(sweep.config))
     key = run_key(json.loads(json.dumps(recorded(recipe))))
     if not recipe.threads and threads:
-        words.append(f"threads={threads}")
+        arguments.append(f"threads={threads}")
         recipe.threads = threads
     name = "-".join(re.sub(r"[^\w.+]+", "-", part) for part in (network, condition))
-    # Another recipe is another folder: the checkpoint in the old one would be refused.
+    # Another recipe has another folder: training refuses the checkpoint of another recipe.
     folder = output / f"{name}-r{replicate}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    words += [f"output_dir={folder}", "checkpoint_every=1", "resume=true"]
-    return Run(condition, network, replicate, words, recipe, key, folder)
+    arguments += [f"output_dir={folder}", "checkpoint_every=1", "resume=true"]
+    return PlannedRun(condition, network, replicate, arguments, recipe, key, folder)
 
 
-def shown(value: Any) -> str:
-    """Return a value as a key=value argument gives it."""
-    return value if isinstance(value, str) else json.dumps(value)
+def words(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as key=value arguments.
+
+    >>> words({"condition": "head", "milestones": [6, 9]})
+    ['condition=head', 'milestones=[6, 9]']
+    """
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
 
 
-def result_of(run: Run) -> dict[str, Any] | None:
-    """Return what a run's folder tells of its end, or None where it has not come to it."""
+def result_of(run: PlannedRun) -> dict[str, Any] | None:
+    """Return the result line in a run's folder, or None where training has not ended."""
     try:
         result = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or killed while it was written
@@ -137,8 +162,8 @@ def result_of(run: Run) -> dict[str, Any] | None:
     return result if run_key(result["recipe"]) == run.key else None
 
 
-def epochs_done(run: Run) -> int:
-    """Return the epochs of a run's checkpoint."""
+def epochs_done(run: PlannedRun) -> int:
+    """Return the number of epochs in a run's checkpoint."""
     path = run.folder / "checkpoint.pt"
     if not path.exists():
         return 0

@@ -1,9 +1,10 @@
 """Choose hyper-parameters on images held out of the training split, with Optuna.
 
-    python recipes/tune.py recipes/configs/tune/NAME.yaml [key=value ...] [--trials N] [--output runs/tune/NAME]
+    python recipes/tune.py NAME|FILE.yaml [key=value ...] [--trials N] [--output runs/tune/NAME]
 
-A trial is one run of recipes/train.py. Trials are kept in OUTPUT/study.db: the same command goes on where it stopped.
-Prints the best trial as one JSON line, with the command that trains its settings by the whole recipe.
+NAME is a packaged tuning: `digits` or `cifar10`. A trial is one run of recipes/train.py. Trials are kept in
+OUTPUT/study.db: the same command continues where it stopped. Prints the best trial as one JSON line, with the command
+that trains its settings by the whole recipe.
 """
 
 import json
@@ -17,45 +18,49 @@ import click
 import optuna
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
+from yaml import YAMLError
 
 from .. import BNAdapterError
 from ..errors import ConfigError, check_keys
 from .lines import read_results
-from .recipe import Recipe, read_recipe, recorded
+from .recipe import Recipe, find_config, read_recipe, recorded
+from .sweeps import packaged, words
 
 KEYS = {"config", "set", "space", "trials", "results"}
 
 
-def read_plan(file: Path) -> dict[str, Any]:
-    """Read a tuning plan.
+def read_tuning(name: str | Path) -> dict[str, Any]:
+    """Return the tuning in a YAML file: a recipe, changes, the space of settings, trials, the results file.
+
+    Args:
+        name: a file, or a packaged tuning such as "cifar10".
 
     Raises:
-        ConfigError: it is no such plan, or its trials would look at the test split.
-        UnknownKeyError: it has a key that no plan or no recipe has.
+        ConfigError: it cannot be read, is no tuning, or its trials would use the test split.
+        UnknownKeyError: it has a key that no tuning or no recipe has.
     """
-    plan: Any = OmegaConf.to_container(OmegaConf.load(file))
-    if not isinstance(plan, dict) or KEYS - plan.keys():
-        seen = ", ".join(map(str, plan)) if isinstance(plan, dict) else type(plan).__name__
-        raise ConfigError(f"{file} is no tuning plan.", seen=seen, do=f"give the keys {', '.join(sorted(KEYS))}")
-    check_keys(plan, KEYS, str(file))
-    check_keys(plan["space"], set(vars(Recipe())), "the space")
-    start = recipe(plan, {}, [])
+    try:
+        tuning: Any = OmegaConf.to_container(OmegaConf.load(find_config(str(name), "tune")))
+    except (OSError, YAMLError) as error:
+        do = f"give a YAML file, or one of {packaged('tune')}"
+        raise ConfigError(f"{name} cannot be read.", seen=str(error), do=do) from error
+    if not isinstance(tuning, dict) or KEYS - tuning.keys():
+        seen = ", ".join(map(str, tuning)) if isinstance(tuning, dict) else type(tuning).__name__
+        raise ConfigError(f"{name} is no tuning.", seen=seen, do=f"give the keys {', '.join(sorted(KEYS))}")
+    check_keys(tuning, KEYS, str(name))
+    check_keys(tuning["space"], set(vars(Recipe())), "the space")
+    start = recipe(tuning, [])
     if start.replicates != 1:
         raise ConfigError("A trial is one run.", seen=f"replicates={start.replicates}", do="leave it out")
     if not start.held_out:
         do = "set: {held_out: 5000}"
         raise ConfigError("Hyper-parameters would be chosen on the test split.", seen="held_out=0", do=do)
-    return plan
+    return tuning
 
 
-def words(settings: dict[str, Any]) -> list[str]:
-    """Return settings as the key=value arguments of recipes/train.py."""
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
-
-
-def recipe(plan: dict[str, Any], chosen: dict[str, Any], more: list[str]) -> Recipe:
-    """Return the recipe of a trial's settings."""
-    return read_recipe(["--config", plan["config"], *words({**plan["set"], **chosen}), *more], Path(plan["config"]))
+def recipe(tuning: dict[str, Any], arguments: list[str]) -> Recipe:
+    """Return the recipe that the trials change."""
+    return read_recipe(["--config", tuning["config"], *words(tuning["set"]), *arguments], Path(tuning["config"]))
 
 
 def suggest(trial: optuna.Trial, space: dict[str, Any]) -> dict[str, Any]:
@@ -68,27 +73,29 @@ def suggest(trial: optuna.Trial, space: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_trial(trial: optuna.Trial, plan: dict[str, Any], more: list[str], output: Path, own: dict[str, Any]) -> float:
+def run_trial(
+    trial: optuna.Trial, tuning: dict[str, Any], arguments: list[str], output: Path, own: dict[str, Any]
+) -> float:
     """Train with the trial's settings, add its result line, return the accuracy on the images held out, in %."""
-    folder, chosen = output / f"trial-{trial.number}", suggest(trial, plan["space"])
+    folder, chosen = output / f"trial-{trial.number}", suggest(trial, tuning["space"])
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = [*words({**plan["set"], **chosen}), *more, f"output_dir={folder}", "overwrite=true"]
+    command = [sys.executable, "-m", "bn_affine_adapters.training.train", "--config", tuning["config"]]
+    command += [*words({**tuning["set"], **chosen}), *arguments, f"output_dir={folder}", "overwrite=true"]
     with open(folder / "log.txt", "w") as log:
-        command = [sys.executable, "-m", "bn_affine_adapters.training.train", "--config", plan["config"], *arguments]
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         raise optuna.TrialPruned(f"exit status {done.returncode}, see {folder / 'log.txt'}")
     result = json.loads((folder / "result.json").read_text())
     line = {key: value for key, value in result.items() if key not in ("adapter", "network")}
-    with open(plan["results"], "a") as file:
+    with open(tuning["results"], "a") as file:
         file.write(json.dumps({**line, "trial": trial.number, "own": chosen == own}) + "\n")
     return result["top1"]
 
 
-def own_settings(plan: dict[str, Any], start: Recipe) -> dict[str, Any]:
+def own_settings(tuning: dict[str, Any], start: Recipe) -> dict[str, Any]:
     """Return the recipe's own value of every key of the space."""
     usual = {"norm_init": "uniform"}  # what None means with a seed
-    values = {key: getattr(start, key) for key in plan["space"]}
+    values = {key: getattr(start, key) for key in tuning["space"]}
     return {key: usual.get(key) if value is None else value for key, value in values.items()}
 
 
@@ -98,19 +105,19 @@ def inside(settings: dict[str, Any], space: dict[str, Any]) -> bool:
     return all(v in a if isinstance(a, list) else a["low"] <= v <= a["high"] for v, a in values)
 
 
-def open_study(name: str, output: Path, plan: dict[str, Any], start: Recipe) -> optuna.Study:
-    """Open the study, or make it with the recipe's own settings first; a trial that was killed comes next again.
+def open_study(name: str, output: Path, tuning: dict[str, Any], start: Recipe) -> optuna.Study:
+    """Open the study, or create it with the recipe's own settings as its first trial; repeat a killed trial first.
 
     Raises:
-        ConfigError: the study there is one of another plan.
+        ConfigError: the study there has another recipe or another space.
     """
     output.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name=name, storage=f"sqlite:///{output / 'study.db'}", direction="maximize", load_if_exists=True
     )
-    about, own = json.dumps([recorded(start), plan["space"]], sort_keys=True), own_settings(plan, start)
+    about, own = json.dumps([recorded(start), tuning["space"]], sort_keys=True), own_settings(tuning, start)
     if study.user_attrs.get("plan", about) != about:
-        do = "--output for another folder, or the settings that it was begun with"
+        do = "--output for another folder, or the settings of the first call"
         raise ConfigError(f"The study in {output} has other settings or another space.", seen=about[:200], do=do)
     study.set_user_attr("plan", about)
     # With a fixed seed the sampler would draw the same first trials again after a restart.
@@ -119,53 +126,53 @@ def open_study(name: str, output: Path, plan: dict[str, Any], start: Recipe) -> 
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)
     alive = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING])
-    if inside(own, plan["space"]) and own not in [
-        trial.params or trial.system_attrs.get("fixed_params") for trial in alive
-    ]:
+    tried = [trial.params or trial.system_attrs.get("fixed_params") for trial in alive]
+    if inside(own, tuning["space"]) and own not in tried:
         study.enqueue_trial(own)
     return study
 
 
-def summary(study: optuna.Study, plan: dict[str, Any], more: list[str]) -> dict[str, Any]:
-    """Return the best trial, what mattered, and the command that trains its settings by the whole recipe."""
+def summary(study: optuna.Study, tuning: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
+    """Return the best trial, the importance of each key, and the command that trains its settings by the recipe."""
     done = study.get_trials(states=[TrialState.COMPLETE])
-    model = {key: value for key, value in plan["set"].items() if key == "model"}
+    model = {key: value for key, value in tuning["set"].items() if key == "model"}
     several = len(done) > 1 and len({trial.value for trial in done}) > 1
     importance = optuna.importance.get_param_importances(study) if several else {}
-    arguments = [*words({**model, **study.best_params}), *more]
+    command = ["accelerate", "launch", "recipes/train.py", "--config", tuning["config"]]
     return {
         "top1": study.best_value,
         "trials": len(done),
         "best": study.best_params,
         "importance": {key: round(value, 3) for key, value in importance.items()},
-        "command": shlex.join(["accelerate", "launch", "recipes/train.py", "--config", plan["config"], *arguments]),
+        "command": shlex.join([*command, *words({**model, **study.best_params}), *arguments]),
     }
 
 
 @click.command(help=__doc__)
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("settings", nargs=-1)
+@click.argument("file", metavar="NAME|FILE.yaml")
+@click.argument("changes", nargs=-1)
 @click.option("--trials", type=click.IntRange(min=1), help="How many in all; by default the file's.")
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="By default runs/tune/NAME.")
-def main(file: Path, settings: tuple[str, ...], trials: int | None, output: Path | None) -> None:
-    """Tune."""
+def main(file: str, changes: tuple[str, ...], trials: int | None, output: Path | None) -> None:
+    """Run the trials that are left, and print the best."""
     try:
-        plan, more = read_plan(file), list(settings)
-        start = recipe(plan, {}, more)
-        output = output or Path("runs", "tune", file.stem)
-        study = open_study(file.stem, output, plan, start)
-        finished = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
-        left = (trials or plan["trials"]) - len(finished)
-        Path(plan["results"]).parent.mkdir(parents=True, exist_ok=True)
-        own = own_settings(plan, start)
-        study.optimize(lambda trial: run_trial(trial, plan, more, output, own), n_trials=left) if left > 0 else None
+        tuning, arguments = read_tuning(file), list(changes)
+        start = recipe(tuning, arguments)
+        name = Path(file).stem
+        output = output or Path("runs", "tune", name)
+        study, own = open_study(name, output, tuning, start), own_settings(tuning, start)
+        ended = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
+        left = (trials or tuning["trials"]) - len(ended)
+        Path(tuning["results"]).parent.mkdir(parents=True, exist_ok=True)
+        if left > 0:
+            study.optimize(lambda trial: run_trial(trial, tuning, arguments, output, own), n_trials=left)
         if not study.get_trials(states=[TrialState.COMPLETE]):
             do = f"read {output}/trial-*/log.txt"
             raise ConfigError("No trial came to its end.", seen=f"{len(study.trials)} trials", do=do)
-        read_results(Path(plan["results"]))
+        read_results(Path(tuning["results"]))
     except BNAdapterError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    click.echo(json.dumps(summary(study, plan, more)))
+    click.echo(json.dumps(summary(study, tuning, arguments)))
 
 
 if __name__ == "__main__":

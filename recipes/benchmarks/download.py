@@ -1,6 +1,6 @@
-"""Bytes and seconds to load a network from the Hub: as an adapter, and as its weights.
+"""Measure bytes and seconds to load a network from the Hub: as an adapter, and as its weights.
 
-    python recipes/benchmarks/download.py [--write] [ARCHITECTURE]
+    python recipes/benchmarks/download.py [--write] [--architecture resnet50]
 
 Both sides load from a Hub on loopback through the real client, each time in a fresh process with an empty cache,
 imports excluded, the sides taking turns. Bytes are counted by the server, headers included.
@@ -8,7 +8,6 @@ imports excluded, the sides taking turns. Bytes are counted by the server, heade
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from bn_affine_adapters.study.pages import write_section
+from bn_affine_adapters.study.pages import benchmark_options, machine, write_benchmark
+from bn_affine_adapters.training.tables import markdown_table
 
 RUNS = 3
 SERVER = Path(__file__).parents[2] / "tests" / "hub" / "server.py"
@@ -31,7 +31,7 @@ if side == "push":
     from huggingface_hub import HfApi
     model = b.get_bn_only_model(timm.create_model(architecture), b.BNOnlyConfig(seed=0))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
-    model.train()(torch.randn(8, 3, 64, 64)).square().mean().backward()  # constants as at first could be compressed
+    model.train()(torch.randn(8, 3, 64, 64)).square().mean().backward()  # the initial constants would compress
     optimizer.step()
     model.push_to_hub("alice/adapter")
     folder = tempfile.mkdtemp()
@@ -94,28 +94,26 @@ client's own compression. Medians of {runs} runs.
 
 {table}
 
-The wire here is faster than any other. On a real one, each side takes these seconds, and its bytes over the rate
-besides.
+A loopback connection is faster than any network. On a network, add the bytes divided by its rate to the seconds.
 """
 
 
 def table(row: dict[str, Any]) -> str:
     """Return the row as a Markdown table."""
-    keys = [key for key in row if key != "architecture"]
-    head = f"| network | {' | '.join(key.replace('_', ', ') for key in keys)} |"
-    return "\n".join([head, "|---" * (len(keys) + 1) + "|", f"| {' | '.join(str(row[k]) for k in row)} |"])
+    head = ["network" if key == "architecture" else key.replace("_", ", ") for key in row]
+    return markdown_table(head, [list(row.values())])
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Print one JSON line, then the table; with --write, into docs/performance.md."""
-    row = compare(*([name for name in arguments if name != "--write"] or ["resnet50"]))
+    options = benchmark_options(__doc__, architecture="resnet50")
+    row = compare(options["architecture"])
     print(json.dumps(row))
     print(table(row))
-    if "--write" in arguments:
-        hardware = f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, timm {version('timm')}"
-        text = TEXT.format(hardware=hardware, client=version("huggingface_hub"), runs=RUNS, table=table(row))
-        write_section(Path(__file__).parents[2] / "docs" / "performance.md", "download", text)
+    if options["write"]:
+        text = TEXT.format(hardware=machine(), client=version("huggingface_hub"), runs=RUNS, table=table(row))
+        write_benchmark(__file__, text)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

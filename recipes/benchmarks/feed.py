@@ -1,19 +1,15 @@
-"""Images per second of the data path: uint8 tensors on the device, and a DataLoader's workers over the same images.
+"""Measure images per second of the data path: uint8 tensors on the device, and a DataLoader over the same images.
 
     python recipes/benchmarks/feed.py [--write] [--size 32] [--batch 128] [--workers 0 2 4] [--rounds 5]
 
-Both sides flip, crop with padding 4 and normalise the embedded digits, decoded once, and end in batches on the device.
-In each round they take turns; what is printed is the median over rounds. One JSON line, then a table.
+Both sides flip, crop with padding 4 and normalise the embedded digits, decoded once, and put batches on the device.
+They take turns in each round; printed is the median over rounds. One JSON line, then a table.
 """
 
-import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from bn_affine_adapters.study.pages import write_section
+from bn_affine_adapters.study.pages import benchmark_options, machine, write_benchmark
 from bn_affine_adapters.training.data import TensorData, decode
 from bn_affine_adapters.training.feed import DataOptions, Feed
+from bn_affine_adapters.training.tables import markdown_table
 
-PADDING, REPEATS = 4, 5  # the digits are few: that often through in an epoch
+PADDING = 4
+REPEATS = 5  # passes over the data set that are timed together: the digits are few
 
 
 class Decoded(Dataset):
@@ -66,7 +64,7 @@ def rate(epoch: Callable[[], Iterable[Any]], device: torch.device) -> float:
     return count / (time.perf_counter() - start)
 
 
-def compare(size: int = 32, batch: int = 128, workers: Iterable[int] = (0, 2, 4), rounds: int = 5) -> dict[str, Any]:
+def compare(size: int, batch: int, workers: Iterable[int], rounds: int) -> dict[str, Any]:
     """Return each side's median images per second, and the loaders' median ratios to the feed."""
     options = DataOptions(image_size=size, batch_size=batch, flip=True, crop_padding=PADDING)
     accelerator = Accelerator()
@@ -104,39 +102,30 @@ workers started before.
 
 def table(result: dict[str, Any]) -> str:
     """Return the rates and ratios as a Markdown table."""
-    lines = [f"| {side} | {r} | {result['over_feed'][side]} |" for side, r in result["images_per_second"].items()]
-    return "\n".join(["| data path | images/s | / feed |", "|---|---|---|", *lines])
+    rows = [[side, rate, result["over_feed"][side]] for side, rate in result["images_per_second"].items()]
+    return markdown_table(["data path", "images/s", "/ feed"], rows)
 
 
 def page(result: dict[str, Any]) -> str:
     """Return the section of docs/performance.md."""
-    cpu = result["device"] == "cpu"
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used" if cpu else result["device"]
-    )
     return TEXT.format(
-        hardware=f"{machine}, torch {torch.__version__}",
+        hardware=machine(),
         padding=PADDING,
         table=table(result),
-        gpu="\nOn a GPU: not yet measured.\n" if cpu else "",
+        gpu="\nOn a GPU: not yet measured.\n" if result["device"] == "cpu" else "",
         **{key: result[key] for key in ("size", "batch", "rounds")},
     )
 
 
 def main() -> None:
     """Print one JSON line, then the table; with --write, into docs/performance.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("size", 32), ("batch", 128), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--workers", type=int, nargs="+", default=(0, 2, 4))
-    parser.add_argument("--write", action="store_true")
-    options = vars(parser.parse_args())
+    options = benchmark_options(__doc__, size=32, batch=128, workers=[0, 2, 4], rounds=5)
     write = options.pop("write")
     result = compare(**options)
     print(json.dumps(result))
     print(table(result))
     if write:
-        write_section(Path(__file__).parents[2] / "docs" / "performance.md", "feed", page(result))
+        write_benchmark(__file__, page(result))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Time and memory of rebuilding a network from its adapter, against torch's own random initialisation.
+"""Measure time and memory of rebuilding a network from its adapter, against torch's own random initialisation.
 
-    python recipes/benchmarks/rebuild.py [--write] [ARCHITECTURE ...]
+    python recipes/benchmarks/rebuild.py [--write] [--architectures cifar_resnet110 resnet50]
 
 Every figure comes from a process of its own, imports excluded; the two sides take turns, and what is printed is the
 median of the ratios of neighbouring runs. One JSON line an architecture, then a table.
 """
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.study.pages import write_section
+from bn_affine_adapters.study.pages import benchmark_options, machine, write_benchmark
+from bn_affine_adapters.training.tables import markdown_table
 
 RUNS = 5
 CHILD = """
 import ctypes, gc, json, sys, time
 import timm
 import bn_affine_adapters as b
-from bn_affine_adapters import draws
 def kilobytes(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 side, architecture, folder = sys.argv[1:]
@@ -96,28 +93,29 @@ Most of the verified time is SHAKE-128 and SHA-256 for large networks, and PEFT'
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
-    head = "| network | adapter | seconds, verified | time / torch's init | unverified | memory / model | torch's |"
-    lines = [
-        f"| {r['architecture']} | {r['adapter_kilobytes']} kB | {r['adapter_seconds']} | {r['time_ratio']} "
-        f"| {r['unverified_time_ratio']} | {r['memory_over_model']} | {r['torch_memory_over_model']} |"
-        for r in rows
-    ]
-    return "\n".join([head, "|---" * 7 + "|", *lines])
+    columns = {
+        "architecture": "network",
+        "adapter_kilobytes": "adapter, kB",
+        "adapter_seconds": "seconds, verified",
+        "time_ratio": "time / torch's init",
+        "unverified_time_ratio": "unverified",
+        "memory_over_model": "memory / model",
+        "torch_memory_over_model": "torch's",
+    }
+    return markdown_table(list(columns.values()), [[row[key] for key in columns] for row in rows])
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Print one JSON line an architecture, then the table; with --write, into docs/performance.md."""
-    architectures = [name for name in arguments if name != "--write"] or ["cifar_resnet110", "resnet50"]
+    options = benchmark_options(__doc__, architectures=["cifar_resnet110", "resnet50"])
     rows = []
-    for architecture in architectures:
+    for architecture in options["architectures"]:
         rows.append(compare(architecture))
         print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
-    if "--write" in arguments:
-        hardware = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, timm {timm.__version__}"
-        text = TEXT.format(hardware=hardware, runs=RUNS, table=table(rows))
-        write_section(Path(__file__).parents[2] / "docs" / "performance.md", "rebuild", text)
+    if options["write"]:
+        write_benchmark(__file__, TEXT.format(hardware=machine(), runs=RUNS, table=table(rows)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,4 +1,4 @@
-"""Images per second of R single training runs, and of the R replicates side by side in one process.
+"""Measure images per second of R single training runs, and of the R replicates side by side in one process.
 
     python recipes/benchmarks/replicates.py [--write] [--compile] [--model cifar_resnet14] [--batch 128]
         [--replicates 5] [--steps 20] [--rounds 5]
@@ -9,14 +9,10 @@ is printed. With --compile both also run captured, by torch.compile(mode="reduce
 One network stands for the single runs, one after another. One JSON line, then a table.
 """
 
-import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -25,8 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.study.pages import write_section
+from bn_affine_adapters.study.pages import benchmark_options, machine, write_benchmark
 from bn_affine_adapters.training.stacked import Stacked
+from bn_affine_adapters.training.tables import markdown_table
 
 CLASSES, SIZE, WARMUP = 10, 32, 3
 
@@ -113,56 +110,49 @@ Rates are medians, ratios the median over rounds.{captured}
 {where}
 """
 CAPTURED = '\nCaptured: `torch.compile(mode="reduce-overhead")`.'
-NO_GPU = """On a GPU: not yet measured. Stacking saves the time in which a device waits for its host, a CPU
-does not wait: where the ratio is under 1, train the replicates one after another, or in a process each."""
+NO_GPU = """On a GPU: not yet measured. Stacking saves the time in which a GPU waits for the CPU; a CPU does not wait.
+If the ratio is under 1, train the replicates one after another, or each in a process of its own."""
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the rates and ratios as a Markdown table."""
     rates, ratios = result["images_per_second"], result["stacked_over_single"]
-    head = "| network | batch | replicates | step | single, images/s | stacked, images/s | stacked / single |"
-    what = f"| {result['model']} | {result['batch']} | {result['replicates']} "
-    lines = [
-        f"{what}| {way} | {rates[f'single {way}']} | {rates[f'stacked {way}']} | {ratio} |"
-        for way, ratio in sorted(ratios.items(), reverse=True)
-    ]
-    return "\n".join([head, "|---" * 7 + "|", *lines])
+    head = ["network", "batch", "replicates", "step", "single, images/s", "stacked, images/s", "stacked / single"]
+    run = [result[key] for key in ("model", "batch", "replicates")]
+    ways = sorted(ratios, reverse=True)
+    rows = [[*run, way, rates[f"single {way}"], rates[f"stacked {way}"], ratios[way]] for way in ways]
+    return markdown_table(head, rows)
 
 
 def page(result: dict[str, Any]) -> str:
     """Return the section of docs/performance.md."""
-    cuda, captured = result["device"] != "cpu", "captured" in result["stacked_over_single"]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used"
+    captured = "captured" in result["stacked_over_single"]
     keys = ("model", "batch", "replicates", "steps", "rounds")
     return TEXT.format(
         arguments=" ".join(["--write", *["--compile"] * captured, *(f"--{key} {result[key]}" for key in keys)]),
-        hardware=f"{result['device'] if cuda else machine}, torch {torch.__version__}, timm {timm.__version__}",
+        hardware=machine(),
         size=SIZE,
         rounds=result["rounds"],
         steps=result["steps"],
         captured=CAPTURED if captured else "",
         table=table(result),
-        where="" if cuda else NO_GPU,
+        where=NO_GPU if result["device"] == "cpu" else "",
     )
 
 
 def main() -> None:
     """Print one JSON line, then the table; with --write, into docs/performance.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="cifar_resnet14")
-    for name, default in (("batch", 128), ("replicates", 5), ("steps", 20), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--compile", action="store_true", dest="captured")
-    parser.add_argument("--write", action="store_true")
-    options = vars(parser.parse_args())
-    write = options.pop("write")
-    result = compare(**options)
+    options = benchmark_options(
+        __doc__, model="cifar_resnet14", batch=128, replicates=5, steps=20, rounds=5, compile=False
+    )
+    write, captured = options.pop("write"), options.pop("compile")
+    result = compare(**options, captured=captured)
     print(json.dumps(result))
     print(table(result))
     if not torch.cuda.is_available():
         print("on a GPU: not yet measured, there is none")
     if write:
-        write_section(Path(__file__).parents[2] / "docs" / "performance.md", "replicates", page(result))
+        write_benchmark(__file__, page(result))
 
 
 if __name__ == "__main__":
