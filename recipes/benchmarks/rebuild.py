@@ -82,8 +82,8 @@ TEXT = """Written by `python recipes/benchmarks/rebuild.py --write`; {hardware}.
 
 The adapter's side builds the architecture, redraws every weight from the seed, checks the sha256 of all of them and
 loads the adapter. torch's side is `timm.create_model` with its own random initialisation. Each number is the median of
-{runs} fresh processes, without imports. The sides take turns, and ratios compare neighbouring runs. Memory is the growth
-of peak resident memory over the model's bytes.
+{runs} fresh processes, without imports. The sides take turns, and ratios compare neighbouring runs. Memory is the
+growth of peak resident memory over the model's bytes.
 
 {table}
 
