@@ -109,7 +109,7 @@ def test_the_commands_of_the_sharing_page_run_after_its_python(me, capsys):
     Image.new("RGB", (40, 30)).save("cat.png")
     shutil.rmtree("plain")
     ran = run_commands(code(page, "bash"))
-    assert set(ran) == set(main.commands) - {"train", "validate", "configs"}
+    assert set(ran) == set(main.commands) - {"train", "validate", "configs", "sweep", "tune"}
 
 
 def test_the_commands_of_the_command_line_page_run(me):
@@ -145,13 +145,14 @@ def test_a_block_that_is_wrong_would_be_noticed():
 
 
 def check_script(line):
-    """Parse a script's line with its own options, and read the file that it names."""
+    """Look for the launcher that a line of a checkout runs."""
     _, path, *words = shlex.split(line)
-    name = re.fullmatch(r"recipes/(\w+)\.py", path)[1]
     assert (ROOT / path).is_file(), line
-    if name == "report":
-        assert words == [], line  # a test of its own runs it
-        return
+    assert (path, words) == ("recipes/report.py", []), line  # a test of its own runs it
+
+
+def check_plan(name, words):
+    """Parse a sweep's or a search's line with its own options, and read the file that it names."""
     module = importlib.import_module(f"bn_affine_adapters.training.{name}")
     file = module.main.make_context(name, words).params["file"]
     read_sweep(file) if name == "sweep" else module.read_tuning(file)
@@ -189,6 +190,8 @@ def check_command(line):
         assert words[0] in main.commands, line
         if words[0] == "train":
             check_recipe(shlex.split(line)[2:])
+        elif words[0] in ("sweep", "tune"):
+            check_plan(words[0], words[1:])
     elif program == "python":
         check_script(line)
     elif program in ("accelerate", "ACCELERATE_USE_CPU=true"):
@@ -226,7 +229,8 @@ WRONG = {
     "bn-adapters trian": (AssertionError, "trian"),
     "accelerate launch -m bn_affine_adapters.training.trian": (AssertionError, "trian"),
     "accelerate launch --num_process_count 1 recipes/train.py": (SystemExit, "2"),
-    "python recipes/sweep.py no_such_sweep": (ValueError, "no_such_sweep"),
+    "bn-adapters sweep no_such_sweep": (ValueError, "no_such_sweep"),
+    "python recipes/reports.py": (AssertionError, "reports"),
 }
 
 
