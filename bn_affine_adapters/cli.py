@@ -1,4 +1,4 @@
-"""The command line: bn-adapters inspect | verify | predict | push | card | export | diff.
+"""The command line: bn-adapters inspect | verify | predict | push | card | export | diff, and what trains.
 
 Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2 where something could not be done.
 """
@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import reduce
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .adapter.config import BNOnlyConfig
 from .adapter.limits import MAX_PARAMETERS, bounded
 from .adapter.rebuild import create_pretrained, frozen_tensors
 from .deploy.exporting import export
-from .errors import BNAdapterError, FingerprintError, printable
+from .errors import BNAdapterError, FingerprintError, OutputFolderError, check_choice, printable
 from .model.loading import load_bn_only_model
 from .model.peft_model import BNOnlyPeftModel
 from .model.prediction import predict
@@ -25,6 +26,8 @@ from .sharing.card import write_card
 from .sharing.contents import compare, describe, read_tensors
 from .sharing.folder import check_files, read_config
 from .sharing.hub import fetch, push_folder
+from .training.recipe import config_files
+from .training.scripts import installed
 
 
 class _Commands(click.Group):
@@ -39,7 +42,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="bn-affine-adapters")
 def main() -> None:
-    """Look at, verify, use and share adapters of norm layers.
+    """Train, look at, verify, use and share adapters of norm layers.
 
     ADAPTER is a folder or a Hub id. The token is that of `hf auth login`, or HF_TOKEN.
 
@@ -90,6 +93,68 @@ def _table(rows: list[list[Any]]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _script(name: str, about: str, function: str = "command", extra: str = "train", **how: Any) -> None:
+    """Make a script of training, which `python -m bn_affine_adapters.training.NAME` runs too, a command."""
+
+    # The script has a --help of its own.
+    @main.command(name, help=about, context_settings={"ignore_unknown_options": True, "help_option_names": []})
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def run(arguments: tuple[str, ...]) -> None:
+        with installed(extra):
+            getattr(import_module(f".training.{name}", __package__), function)(list(arguments), **how)
+
+
+_script("train", "Train norm parameters by a recipe, and save them as an adapter.")
+_script("validate", "Measure an adapter's accuracy on a test split.")
+_script("sweep", "Train many recipes, as a YAML file lists them.", "main", prog_name="bn-adapters sweep")
+_script("tune", "Choose hyper-parameters with Optuna.", "main", "tune", prog_name="bn-adapters tune")
+
+
+@main.group(invoke_without_command=True)
+@click.pass_context
+def configs(context: click.Context) -> None:
+    """List the YAML files that come with the package: recipes, sweeps/NAME, tune/NAME.
+
+    `bn-adapters train NAME` finds a recipe by its name, `bn-adapters sweep NAME` a sweep, `bn-adapters tune NAME` a
+    tuning plan; a file that is here comes first.
+
+    \b
+    Example:
+      bn-adapters configs copy cifar10 mine.yaml && bn-adapters train mine.yaml
+    """
+    if context.invoked_subcommand is None:
+        for name, path in config_files().items():
+            first = path.read_text(encoding="utf-8").splitlines()[0]
+            click.echo(f"{name:24}  {first.lstrip('# ')}")
+
+
+def _config_text(name: str) -> str:
+    check_choice("NAME", name, config_files())
+    return config_files()[name].read_text(encoding="utf-8")
+
+
+@configs.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Print a file."""
+    click.echo(_config_text(name), nl=False)
+
+
+@configs.command()
+@click.argument("name")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+def copy(name: str, file: Path | None) -> None:
+    """Copy a file here, or to FILE, to change it; nothing is overwritten."""
+    text, file = _config_text(name), file or Path(f"{Path(name).name}.yaml")
+    try:
+        with file.open("x", encoding="utf-8") as target:
+            target.write(text)
+    except FileExistsError as error:
+        do = f"bn-adapters configs copy {name} another.yaml"
+        raise OutputFolderError(f"{file} exists.", seen=str(error), do=do) from error
+    click.echo(str(file))
 
 
 @main.command()

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.cli import main
+from bn_affine_adapters.training.recipe import CONFIGS, config_files
 
-COMMANDS = {"inspect", "verify", "predict", "push", "card", "export", "diff"}
+COMMANDS = {"inspect", "verify", "predict", "push", "card", "export", "diff", "configs", "train", "validate"}
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -201,8 +203,9 @@ def test_export_and_card_write_their_files(run, folder, tmp_path):
 
 
 def test_every_command_has_help_with_an_example_that_is_understood(run):
-    assert set(main.commands) == COMMANDS
-    for name, command in main.commands.items():
+    assert set(main.commands) == COMMANDS | {"sweep", "tune"}
+    for name in COMMANDS:
+        command = main.commands[name]
         code, text, _ = run(name, "--help")
         assert code == 0
         line = text.partition("Example:")[2].strip().partition("\n")[0].partition("&&")[0]
@@ -212,7 +215,67 @@ def test_every_command_has_help_with_an_example_that_is_understood(run):
         swapped = [str(Path(__file__).parent) if word.startswith("runs/") else word for word in words[2:]]
         swapped = [__file__ if word.endswith(".png") else word for word in swapped]
         with command.make_context(name, swapped) as context:
-            assert context.params
+            assert context.params or context.args or context.protected_args
+
+
+@pytest.mark.parametrize("name", ["sweep", "tune"])
+def test_a_script_that_is_a_command_has_its_own_help(run, name):
+    code, text, _ = run(name, "--help")
+    assert code == 0
+    assert f"Usage: bn-adapters {name} [OPTIONS] FILE" in text
+
+
+def test_configs_lists_every_file_with_its_first_line(run):
+    code, text, _ = run("configs")
+    assert code == 0
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines] == list(config_files())
+    assert {"digits", "sweeps/paper", "tune/digits"} <= set(config_files())
+    assert len(lines) == len(list(CONFIGS.rglob("*.yaml"))) >= 16
+    assert all(len(line.split()) > 5 for line in lines)
+    assert "handwritten digits" in next(line for line in lines if line.startswith("digits "))
+
+
+def test_configs_shows_and_copies_and_overwrites_nothing(run, here):
+    text = (CONFIGS / "sweeps" / "digits.yaml").read_text()
+    assert run("configs", "show", "sweeps/digits") == (0, text, "")
+    assert run("configs", "copy", "sweeps/digits") == (0, "digits.yaml\n", "")
+    assert run("configs", "copy", "cifar10", "mine.yaml") == (0, "mine.yaml\n", "")
+    assert (here / "digits.yaml").read_text() == text
+    (here / "mine.yaml").write_text("epochs: 2\n")
+    code, out, err = run("configs", "copy", "cifar10", "mine.yaml")
+    assert (code, out) == (2, "")
+    assert "OutputFolderError: mine.yaml exists." in err
+    assert (here / "mine.yaml").read_text() == "epochs: 2\n"
+    code, _, err = run("configs", "show", "digit")
+    assert code == 2
+    assert "tune/digits" in err
+
+
+def test_train_and_validate_hand_their_arguments_to_the_scripts(run, here, monkeypatch):
+    handed = []
+    for name in ("train", "validate"):
+        script = import_module(f"bn_affine_adapters.training.{name}")
+        monkeypatch.setattr(script, "command", lambda words, name=name: handed.append((name, words)))
+    assert run("train", "mine.yaml", "epochs=2", "--json", "--config", "x", "-h")[0] == 0
+    assert run("validate", "runs/a b", "held_out=3")[0] == 0
+    expected = ["mine.yaml", "epochs=2", "--json", "--config", "x", "-h"]
+    assert handed == [("train", expected), ("validate", ["runs/a b", "held_out=3"])]
+
+
+def test_train_without_its_extra_says_what_to_install(run, here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "omegaconf", None)  # as if it was not installed
+    code, out, err = run("train", "epochs=1")
+    assert (code, out) == (2, "")
+    assert "ConfigError: This needs a package that is not installed." in err
+    assert "pip install 'bn-affine-adapters[train]'" in err
+
+
+def test_train_with_a_wrong_recipe_exits_with_2(run, here):
+    code, out, err = run("train", "epochs=0")
+    assert (code, out) == (2, "")
+    assert "epochs is out of range" in err
+    assert not list(here.iterdir())
 
 
 def test_an_option_that_does_not_exist_exits_with_2(run, folder):

@@ -20,6 +20,7 @@ from ..norms.find import affine, norm_layers, shortcut_convs
 from ..seed.rules import reinit_
 from .data import check_classes
 from .feed import Feed
+from .optimizer import create_optimizer
 from .recipe import CONDITIONS, FULL_CONDITIONS, Recipe
 
 WARM_UP, TIMED, LONGEST = 2, 5, 20.0  # steps, steps, and the seconds after which no further step is timed
@@ -47,7 +48,7 @@ def configuration(recipe: Recipe, feed: Feed) -> BNOnlyConfig:
     )
 
 
-def build_model(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module:
+def build_network(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module:
     """Create the timm network, redraw or load it, and freeze what the condition does not train.
 
     Raises:
@@ -99,10 +100,9 @@ def forward_cost(recipe: Recipe) -> float:
 def measured_step(recipe: Recipe, feed: Feed) -> tuple[int, float]:
     """Return the parameters that a recipe trains, and the median seconds of an optimiser step on random images."""
     device, config = feed.accelerator.device, configuration(recipe, feed)
-    model = build_model(recipe, config, feed).to(device).to(memory_format=feed.format).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
-    step = torch.compile(model, mode=recipe.compile, dynamic=False) if recipe.compile else model
+    network = build_network(recipe, config, feed).to(device).to(memory_format=feed.format).train()
+    optimizer = create_optimizer(recipe, network)
+    model = torch.compile(network, mode=recipe.compile, dynamic=False) if recipe.compile else network
     size = recipe.batch_size // recipe.accumulation
     images = torch.randn(size, 3, recipe.image_size, recipe.image_size, device=device).to(memory_format=feed.format)
     labels = torch.randint(len(feed.label_names), (size,), device=device)
@@ -114,11 +114,11 @@ def measured_step(recipe: Recipe, feed: Feed) -> tuple[int, float]:
             if recipe.compile:
                 torch.compiler.cudagraph_mark_step_begin()
             with torch.autocast(device.type, dtype, enabled=recipe.precision != "no"):
-                loss = F.cross_entropy(step(images), labels)
+                loss = F.cross_entropy(model(images), labels)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return count(model)[0], statistics.median(seconds[WARM_UP:] or seconds)
+    return count(network)[0], statistics.median(seconds[WARM_UP:] or seconds)

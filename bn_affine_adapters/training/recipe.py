@@ -1,14 +1,18 @@
-"""What a training recipe says: every key, the conditions, the YAML file and key=value arguments that set them."""
+"""A training recipe: every key with its default and its range, the conditions, and the YAML files that set keys."""
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from timm.optim import list_optimizers
 
 from ..errors import ConfigError, check_choice, check_keys
 from .feed import DataOptions
+
+Options = TypeVar("Options")
 
 # What trains. The first seven are the paper's; those with shortcuts name them in extra_trainable_modules besides.
 # "filter-affine" is gamma and beta without normalisation: the running statistics stay 0 and 1.
@@ -26,13 +30,15 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "filter-affine": {"running_statistics": "frozen"},
 }
 CONFIGS = Path(__file__).parent / "configs"
-COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FULL_CONDITIONS = ("all", "no-affine")  # train the network itself, and save it whole
 
 
 @dataclass
 class Recipe(DataOptions):
-    """Every key of a recipe; a YAML file and key=value arguments change them, in this order."""
+    """Every key of a recipe, with those of its data; a YAML file and key=value arguments change them, in this order.
+
+    A new key needs a default here, and a range or choices below.
+    """
 
     # The network
     model: str = "cifar_resnet14"
@@ -44,14 +50,16 @@ class Recipe(DataOptions):
     weight_init: str = "kaiming_normal"
     norm_init: str | None = None
     running_statistics: str = "update"
-    # The optimiser: SGD without Nesterov
+    # The optimiser
+    optimizer: str = "sgd"  # without Nesterov; or one of timm's: adamw, lamb, muon, ...
+    optimizer_args: dict[str, Any] = field(default_factory=dict)  # more for timm's, e.g. {betas: [0.9, 0.99]}
     epochs: int = 160
     lr: float = 0.1
     schedule: str = "multistep"  # or "cosine"
     milestones: list[float] = field(default_factory=list)  # epochs at which lr is multiplied by lr_decay
     lr_decay: float = 0.1
     warmup_epochs: float = 0.0
-    sgd_momentum: float = 0.9
+    sgd_momentum: float = 0.9  # of every optimiser that has a momentum
     weight_decay: float = 1e-4
     # The run
     precision: str = "no"  # or bf16, fp16
@@ -60,7 +68,7 @@ class Recipe(DataOptions):
     replicates: int = 1  # trained side by side, with seed, seed + 1, ... and data_seed, data_seed + 1, ...
     sync_norm: bool = True  # with several processes: batch statistics over all of them
     threads: int = 0  # CPU threads a process; 0: all cores over the local processes
-    tracker: str | None = None  # e.g. tensorboard, wandb: any that Accelerate knows
+    tracker: str | None = None  # e.g. tensorboard, trackio, wandb: any that Accelerate knows
     output_dir: str = "runs/latest"
     overwrite: bool = False
     resume: bool = False  # go on from OUTPUT/checkpoint.pt, if it is there
@@ -69,6 +77,31 @@ class Recipe(DataOptions):
     results: str | None = None  # a .jsonl file to append the result line to
 
 
+# The values that a number, or each number of a list, may have.
+RANGES = {
+    "held_out": "[0, inf)", "workers": "[0, inf)", "image_size": "[1, inf)", "mean": "(-inf, inf)", "std": "(0, inf)",
+    "crop_padding": "[0, inf)", "crop_scale": "(0, inf)", "crop_ratio": "(0, inf)", "test_crop": "(0, inf)",
+    "batch_size": "[1, inf)", "accumulation": "[1, inf)",
+    "epochs": "[1, inf)", "lr": "[0, inf)", "milestones": "[0, inf)", "lr_decay": "[0, inf)",
+    "warmup_epochs": "[0, inf)", "sgd_momentum": "[0, 1)", "weight_decay": "[0, inf)",
+    "replicates": "[1, inf)", "threads": "[0, inf)", "checkpoint_every": "[0, inf)", "eval_every": "[1, inf)",
+}  # fmt: skip
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "condition": (*CONDITIONS, *FULL_CONDITIONS),
+    "schedule": ("multistep", "cosine"),
+    "precision": ("no", "bf16", "fp16"),
+    "compile": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "lean": (None, "exact", "rounded", "smallest"),
+}
+# What an optimiser would get besides from its own keys of a recipe.
+SET_ELSEWHERE = {"lr": "lr", "momentum": "sgd_momentum", "weight_decay": "weight_decay"}
+ELEMENTWISE = ("sgd", "momentum", "nesterov", "adam", "adamw")  # each value's update depends on its own gradients alone
+
+# What decides on which images, and in what precision, an adapter is tested.
+TEST_KEYS = (
+    "dataset", "dataset_config", "train_split", "test_split", "held_out", "image_column", "label_column", "streaming",
+    "test_crop", "pretrained", "pretrained_file", "precision",
+)  # fmt: skip
 # Where and how a run is done, not what comes out of it.
 WHERE_ONLY = {
     "output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every", "replicates",
@@ -82,45 +115,94 @@ def find_config(name: str, folder: str = "") -> Path:
         name: a path, or e.g. "cifar10".
         folder: of the packaged ones, "sweeps", "tune", or none for recipes.
     """
-    packaged = CONFIGS / folder / f"{Path(name).stem}.yaml"
-    return packaged if not Path(name).is_file() and name in (packaged.stem, packaged.name) else Path(name)
+    packaged = CONFIGS / folder / f"{name.removesuffix('.yaml')}.yaml"
+    return packaged if packaged.is_file() and not Path(name).is_file() else Path(name)
+
+
+def config_files() -> dict[str, Path]:
+    """Return the packaged YAML files by name: recipes, sweeps/NAME and tune/NAME."""
+    found = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in CONFIGS.rglob("*.yaml")}
+    return dict(sorted(found.items(), key=lambda entry: (entry[0].count("/"), entry[0])))
 
 
 def help_text() -> str:
-    """Return every key with its default, a line each."""
-    return "\n".join(f"  {f.name}={json.dumps(getattr(Recipe(), f.name))}" for f in fields(Recipe))
+    """Return every key with its default, and its range if it is a number, a line each."""
+    lines = [(f"  {f.name}={json.dumps(getattr(Recipe(), f.name))}", RANGES.get(f.name, "")) for f in fields(Recipe)]
+    return "\n".join(f"{line:40}{text}".rstrip() for line, text in lines)
 
 
-def read_recipe(arguments: list[str], default: Path) -> Recipe:
-    """Merge the defaults, a YAML file (that after ``--config``, or ``default``) and the key=value arguments.
+def read(options: type[Options], *sources: Path | Sequence[str] | Mapping[str, Any], what: str, do: str) -> Options:
+    """Return a dataclass of options from its defaults and what sources change, the last one winning.
+
+    Args:
+        options: its fields all have defaults.
+        sources: YAML files, key=value arguments, or settings.
+        what: the name of all this in messages.
+        do: the advice in a message.
+
+    Raises:
+        UnknownKeyError: there is no such key.
+        ConfigError: a file cannot be read, or a value is of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    names, layers = {f.name for f in fields(options)}, []  # type: ignore[arg-type]  # a dataclass
+    try:
+        for source in sources:
+            if isinstance(source, Path):
+                layer: Any = OmegaConf.load(source)
+            else:
+                layer = source if isinstance(source, Mapping) else OmegaConf.from_cli(list(source))
+            if not isinstance(layer, Mapping):
+                raise ConfigError(f"{source} is a list, not keys with values.", seen=str(layer)[:80], do=do)
+            check_keys(dict(layer), names, what)
+            layers.append(layer)
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(options), *layers))
+        return options(**merged)  # type: ignore[arg-type]  # OmegaConf promises no str keys
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise ConfigError(f"{what} cannot be read.", seen=str(error).splitlines()[0], do=do) from error
+
+
+def read_recipe(arguments: Sequence[str], default: Path) -> Recipe:
+    """Merge the defaults, a YAML file and the key=value arguments, and check the values.
+
+    The file is the first argument if that has no ``=``, or the one after ``--config``, or else ``default``.
 
     Raises:
         ConfigError: the file cannot be read, or a value is not usable.
         UnknownKeyError: there is no such key.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    file, changes = str(default), list(arguments)
+    if "--config" in changes:
+        at = changes.index("--config")
+        file, changes = (changes[at + 1 : at + 2] or ["--config"])[0], changes[:at] + changes[at + 2 :]
+    elif changes and "=" not in changes[0]:
+        file, changes = changes[0], changes[1:]
+    do = f"give key=value arguments, after a FILE.yaml or one of {', '.join(n for n in config_files() if '/' not in n)}"
+    recipe = read(Recipe, find_config(file), changes, what="The recipe", do=do)
+    check_values(recipe)
+    return recipe
 
-    try:
-        file = str(default)
-        if "--config" in arguments:
-            at = arguments.index("--config")
-            file, arguments = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
-        layers = [OmegaConf.load(find_config(file)), OmegaConf.from_cli(arguments)]
-        for layer in layers:
-            check_keys(dict(layer), {f.name for f in fields(Recipe)}, "the recipe")
-        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Recipe), *layers))
-        recipe = Recipe(**merged)  # type: ignore[arg-type]  # OmegaConf promises no str keys
-    except (OmegaConfBaseException, OSError, IndexError) as error:
-        raise ConfigError(
-            "The recipe cannot be read.",
-            seen=str(error).splitlines()[0],
-            do="accelerate launch recipes/train.py --config recipes/configs/NAME.yaml key=value ...",
-        ) from error
-    check_choice("condition", recipe.condition, (*CONDITIONS, *FULL_CONDITIONS))
-    check_choice("schedule", recipe.schedule, ("multistep", "cosine"))
-    check_choice("compile", recipe.compile, COMPILE_MODES)
-    check_choice("lean", recipe.lean, (None, "exact", "rounded", "smallest"))
+
+def in_range(value: Any, interval: str) -> bool:
+    """Tell whether a number lies in an interval, e.g. "[0, 1)"; a list, whether all its numbers do; nan never does."""
+    if isinstance(value, list):
+        return all(in_range(each, interval) for each in value)
+    low, high = map(float, interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def check_values(recipe: Recipe) -> None:
+    """Raise ConfigError for a value that is out of its range, none of the choices, or excluded by another."""
+    for key, interval in RANGES.items():
+        if not in_range(value := getattr(recipe, key), interval):
+            raise ConfigError(f"{key} is out of range.", seen=f"{key}={value}", do=f"choose {key} from {interval}")
+    for key, choices in CHOICES.items():
+        check_choice(key, getattr(recipe, key), choices)
+    check_optimizer(recipe)
     if recipe.lean and (recipe.condition in FULL_CONDITIONS or recipe.replicates > 1):
         seen = f"lean={recipe.lean}, condition={recipe.condition}, replicates={recipe.replicates}"
         do = "leave lean out, or train one replicate of a condition that freezes the convolutions"
@@ -131,7 +213,20 @@ def read_recipe(arguments: list[str], default: Path) -> Recipe:
             seen=f"pretrained={recipe.pretrained}, seed={recipe.seed}",
             do="pretrained=true seed=null, or pretrained=false seed=0",
         )
-    return recipe
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """Raise ConfigError for an optimiser that timm does not have, or an argument that it must not get."""
+    # AdaHessian takes second derivatives, which the loop does not compute.
+    check_choice("optimizer", recipe.optimizer, [name for name in list_optimizers() if name != "adahessian"])
+    for key in recipe.optimizer_args:
+        seen = f"optimizer_args={recipe.optimizer_args}"
+        if key in SET_ELSEWHERE:
+            do = f"give {SET_ELSEWHERE[key]}={recipe.optimizer_args[key]}"
+            raise ConfigError(f"{key} is a key of the recipe, and no further argument.", seen=seen, do=do)
+        if key.startswith("layer_decay"):
+            do = "leave it out: every layer learns at the rate that lr and schedule say"
+            raise ConfigError("layer_decay is not supported.", seen=seen, do=do)
 
 
 def recorded(recipe: Recipe) -> dict[str, Any]:
@@ -152,11 +247,11 @@ def members(recipe: Recipe) -> list[Recipe]:
     if recipe.replicates == 1:
         return [recipe]
     # In fp16 the overflow of one would skip the step of all.
-    if recipe.replicates < 1 or recipe.seed is None or recipe.streaming or recipe.precision == "fp16":
-        keys = ("replicates", "seed", "streaming", "precision")
+    if recipe.seed is None or recipe.streaming or recipe.precision == "fp16" or recipe.optimizer not in ELEMENTWISE:
+        keys = ("replicates", "seed", "streaming", "precision", "optimizer")
         seen = ", ".join(f"{key}={getattr(recipe, key)}" for key in keys)
-        do = "replicates=5 with a seed, a data set in memory, and precision no or bf16"
-        raise ConfigError("So many replicates cannot train side by side.", seen=seen, do=do)
+        do = f"a seed, data in memory, precision no or bf16, and optimizer {', '.join(ELEMENTWISE)}"
+        raise ConfigError("Such replicates cannot train side by side.", seen=seen, do=do)
     seeds = [recipe.seed + i for i in range(recipe.replicates)]
     first = recipe.data_seed - recipe.seed
     folders = [str(Path(recipe.output_dir, f"seed-{seed}")) for seed in seeds]
@@ -166,12 +261,22 @@ def members(recipe: Recipe) -> list[Recipe]:
     ]
 
 
+def words(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as key=value arguments."""
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+
+
 def command(recipe: Recipe, default: Recipe) -> str:
     """Return the line that trains a recipe again, from the keys in which it differs from the script's default."""
     usual, own = recorded(default), recorded(recipe)
-    changed = {key: value for key, value in own.items() if value != usual[key]}
-    words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
-    return shlex.join(["accelerate", "launch", "recipes/train.py", *words])
+    return shlex.join(["bn-adapters", "train", *words({k: v for k, v in own.items() if v != usual[k]})])
+
+
+def validate_command(recipe: Recipe, adapter: str) -> str:
+    """Return the line that measures a recipe's adapter on its test images; size, mean and std are the adapter's own."""
+    usual, own = Recipe(), {key: getattr(recipe, key) for key in TEST_KEYS}
+    changed = {key: value for key, value in own.items() if value != getattr(usual, key)}
+    return shlex.join(["bn-adapters", "validate", adapter, *words(changed)])
 
 
 def run_key(recorded: Mapping[str, Any]) -> str:

@@ -1,13 +1,14 @@
-"""A script's options, the base of its adapter, and what it ran on."""
+"""How a script starts and ends: its options, the base of its adapter, what it ran on, its errors."""
 
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
-from dataclasses import fields
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 import torch
@@ -15,9 +16,44 @@ from torch import nn
 
 from ..adapter.config import BNOnlyConfig
 from ..adapter.rebuild import versions
-from ..errors import ConfigError, check_keys
+from ..errors import BNAdapterError, ConfigError
+from .recipe import Options, read
 
-Options = TypeVar("Options")
+PACKAGE = Path(__file__).parents[1]
+
+
+@contextmanager
+def installed(extra: str) -> Generator[None, None, None]:
+    """Run what needs the packages of an extra.
+
+    Raises:
+        ConfigError: one of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        do = f"pip install 'bn-affine-adapters[{extra}]'"
+        raise ConfigError("This needs a package that is not installed.", seen=str(error), do=do) from error
+
+
+def run_script(command: Callable[[list[str]], None]) -> None:
+    """Run a command with the arguments of this process; an error ends it with its three parts and status 1."""
+    try:
+        with installed("train"):
+            command(sys.argv[1:])
+    except BNAdapterError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def table(rows: dict[str, str]) -> str:
+    """Return a short summary for people: a name and what it is on each line."""
+    return "\n".join(f"{name:12}  {text}" for name, text in rows.items())
+
+
+def accuracy_text(options: Any, top1: float, images: int) -> str:
+    """Return an accuracy as people read it, with the images that it was measured on."""
+    split = f"{options.held_out} of {options.train_split}" if options.held_out else options.test_split
+    return f"{top1:.2f} % top-1 on {Path(options.dataset).name}/{split} ({images:,} images)"
 
 
 def read_options(
@@ -26,9 +62,9 @@ def read_options(
     """Merge the defaults, what the adapter says for itself, and the key=value arguments; print ``--help`` and exit.
 
     Args:
-        arguments: of the command line.
+        arguments: of the command line; the first may be the adapter itself, without ``adapter=``.
         options: a dataclass whose fields all have defaults, ``adapter`` among them.
-        script: its name in messages, e.g. "evaluate.py".
+        script: its name in messages, e.g. "validate.py".
         about: what ``--help`` prints above the keys.
         own: from ``adapter`` to the options that it sets unless they are given.
 
@@ -36,23 +72,14 @@ def read_options(
         UnknownKeyError: an argument's key is no field.
         ConfigError: the arguments are no key=value, or a value is of the wrong type.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    defaults, names = vars(options()), [field.name for field in fields(options)]  # type: ignore[arg-type]  # a dataclass
     if "-h" in arguments or "--help" in arguments:
-        print(about, *(f"  {name}={json.dumps(defaults[name])}" for name in names), sep="\n")
+        print(about, *(f"  {key}={json.dumps(value)}" for key, value in vars(options()).items()), sep="\n")
         raise SystemExit(0)
-    try:
-        given = OmegaConf.from_cli(arguments)
-        check_keys(dict(given), set(names), script)
-        adapter = given.get("adapter", defaults["adapter"])
-        merged = OmegaConf.merge(OmegaConf.structured(options), own(adapter), given)
-        return options(**OmegaConf.to_container(merged))  # type: ignore[arg-type]  # OmegaConf promises no str keys
-    except OmegaConfBaseException as error:
-        raise ConfigError(
-            "The arguments cannot be read.", seen=str(error).splitlines()[0], do=f"recipes/{script} --help"
-        ) from error
+    if arguments and "=" not in arguments[0]:
+        arguments = [f"adapter={arguments[0]}", *arguments[1:]]
+    messages = {"what": script, "do": f"give key=value arguments; {script} --help lists them"}
+    given: Any = read(options, arguments, **messages)
+    return read(options, own(given.adapter), arguments, **messages)
 
 
 def given_base(config: BNOnlyConfig, pretrained: bool, file: str | None) -> nn.Module | None:
@@ -74,10 +101,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def provenance(accelerator: Any, checkout: Path) -> dict[str, Any]:
-    """Return what a run ran on: hardware, versions, and the commit of its script's checkout, if that is one."""
+def commit(package: Path = PACKAGE) -> str | None:
+    """Return the commit of a package, if it lies in a git checkout that tracks it, and not just in one's folder."""
+    git = ["git", "-C", str(package)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=True)
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def provenance(accelerator: Any) -> dict[str, Any]:
+    """Return what a run ran on: hardware, versions, and this package's commit, if it is a checkout."""
     cuda = accelerator.device.type == "cuda"
-    git = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
     return {
         "hardware": {
             "device": accelerator.device.type,
@@ -87,5 +124,5 @@ def provenance(accelerator: Any, checkout: Path) -> dict[str, Any]:
             "cores": cores(),
         },
         "versions": {"python": platform.python_version(), **versions()},
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None,
+        "commit": commit(),
     }

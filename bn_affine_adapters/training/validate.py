@@ -1,20 +1,26 @@
 """Measure a saved adapter's accuracy: rebuild its network, verify it, run a test split through it.
 
-    accelerate launch recipes/validate.py adapter=runs/digits/adapter [dataset=digits] [key=value ...]
+    bn-adapters validate [ADAPTER] [dataset=digits] [key=value ...] [--json]
 
-The adapter is a folder or a Hub id; image size, mean and std are its own. One on pretrained weights that does not
-name them on the Hub needs pretrained_file=FILE or pretrained=true. `--help` lists every key. Prints one JSON line.
+ADAPTER is a folder or a Hub id; image size, mean and std are its own. One on pretrained weights that does not name
+them on the Hub needs pretrained_file=FILE or pretrained=true.
+Several processes: accelerate launch -m bn_affine_adapters.training.validate ADAPTER [key=value ...]
+Prints a summary, or with --json one JSON line.
+
+Example:
+  bn-adapters validate runs/digits/adapter
+
+Keys and their defaults:
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
-from .. import BNAdapterError, load_bn_only_model
+from ..model.loading import load_bn_only_model
 from ..sharing.folder import check_files, read_config
 from ..sharing.hub import fetch
 from . import scripts as runs
@@ -39,11 +45,11 @@ def read_options(arguments: list[str]) -> Options:
         check_files(folder := fetch(adapter))
         return own_options(read_config(folder).data_config or {})
 
-    return runs.read_options(arguments, Options, "evaluate.py", __doc__, own)
+    return runs.read_options(arguments, Options, "validate.py", __doc__, own)
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Rebuild, verify, evaluate; return the result line."""
+    """Rebuild, verify, evaluate; return the accuracy, the number of images and the adapter's seed."""
     accelerator = Accelerator(mixed_precision=options.precision)
     config = read_config(fetch(options.adapter))
     feed = Feed(options, accelerator)
@@ -52,17 +58,31 @@ def run(options: Options) -> dict[str, Any]:
     model = load_bn_only_model(options.adapter, base, device=accelerator.device)
     with torch.inference_mode():
         scores = accuracy(model.to(memory_format=feed.format), feed)
-    result = {**{k: round(v, 4) for k, v in scores.items()}, "images": len(feed.test.dataset), "seed": config.seed}
-    accelerator.print(json.dumps(result))
-    return result
+    return {**{k: round(v, 4) for k, v in scores.items()}, "images": len(feed.test.dataset), "seed": config.seed}
+
+
+def command(arguments: list[str]) -> None:
+    """Measure as the arguments ask; print a summary, or with ``--json`` the result line."""
+    options = read_options([word for word in arguments if word != "--json"])
+    result = run(options)
+    if PartialState().is_main_process:
+        print(json.dumps(result) if "--json" in arguments else summary(options, result))
+
+
+def summary(options: Options, result: dict[str, Any]) -> str:
+    """Return what a person wants to know."""
+    weights = "pretrained weights" if result["seed"] is None else f"the weights of seed {result['seed']}"
+    return runs.table(
+        {
+            "accuracy": runs.accuracy_text(options, result["top1"], result["images"]),
+            "adapter": f"{options.adapter}, on {weights}, verified",
+        }
+    )
 
 
 def main() -> None:
     """Run from the command line."""
-    try:
-        run(read_options(sys.argv[1:]))
-    except BNAdapterError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    runs.run_script(command)
 
 
 if __name__ == "__main__":

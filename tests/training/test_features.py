@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from bn_affine_adapters.lean import native
-from bn_affine_adapters.training import features
+from bn_affine_adapters.training import features, loop
 from bn_affine_adapters.training.features import FEW, LARGEST, head_only
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +109,7 @@ def test_the_network_sees_each_image_once_however_many_epochs_there_are(train, t
         seen.clear()  # what building and tracing the network took
         return head_only(*arguments)
 
-    monkeypatch.setattr(train, "head_only", from_here_on)
+    monkeypatch.setattr(loop, "head_only", from_here_on)
     handle = register_module_forward_pre_hook(count)
     try:
         run(train, tmp_path / "ours", FROZEN, "lean=exact", "epochs=3")
@@ -126,7 +127,7 @@ def test_the_network_sees_each_image_once_however_many_epochs_there_are(train, t
 def test_a_resumed_run_ends_with_the_adapter_of_one_never_stopped(train, tmp_path, monkeypatch):
     options = (FROZEN, "lean=exact", "epochs=3", "checkpoint_every=1", "resume=true")
     whole = run(train, tmp_path / "whole", *options)
-    train_epoch, epochs = train.train_epoch, []
+    train_epoch, epochs = loop.train_epoch, []
 
     def interrupted(*arguments):
         epochs.append(arguments[-1])
@@ -134,7 +135,7 @@ def test_a_resumed_run_ends_with_the_adapter_of_one_never_stopped(train, tmp_pat
             raise KeyboardInterrupt
         return train_epoch(*arguments)
 
-    monkeypatch.setattr(train, "train_epoch", interrupted)
+    monkeypatch.setattr(loop, "train_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(train, tmp_path / "cut", *options)
     resumed = run(train, tmp_path / "cut", *options)
@@ -173,7 +174,7 @@ def test_an_epoch_on_features_is_a_fraction_of_one_on_images(train, tmp_path):
 def built(train, *arguments):
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe = train.read_recipe([*TINY, *arguments])
-    (replicate,) = train.build(recipe, train.Accelerator(mixed_precision=recipe.precision))
+    (replicate,) = loop.build(recipe, Accelerator(mixed_precision=recipe.precision))
     return replicate.network, replicate.feed
 
 
