@@ -18,8 +18,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .. import BNAdapterError, load_bn_only_model
-from ..errors import ConfigError, NetworkError, RebuildError
+from ..errors import BNAdapterError, ConfigError, NetworkError, RebuildError
+from ..model.loading import load_bn_only_model
 from ..sharing.folder import check_files, read_config
 from ..sharing.hub import fetch
 from ..training import scripts

@@ -1,6 +1,6 @@
-"""One function a figure: each takes an Axes and plain data, and returns the Axes. Needs matplotlib."""
+"""Draw the panels of figures: each function takes an Axes `ax` to draw on, and plain data. Needs matplotlib."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222255", "#999933", "#882255")
+Curves = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]  # by condition: (x, y) of every replicate
+Points = Mapping[str, Sequence[tuple[int, float]]]  # (gammas and betas, accuracy in %), under "depth" and "width"
 
 
-def affine_gain(ax: "Axes", accuracies: Mapping[str, Mapping[str, Spread]], paper: tuple[float, float]) -> "Axes":
-    """Draw accuracy with and without training gamma and beta, by network, and the gain above each pair.
+def affine_gain(ax: "Axes", accuracies: Mapping[str, Mapping[str, Spread]], paper: tuple[float, float]) -> None:
+    """Draw accuracy in % by network, of "all" and "no-affine", and the gain in points above each pair.
 
-    Args:
-        ax: to draw on.
-        accuracies: in %, by network, of "all" and "no-affine".
-        paper: the paper's range of the gain, in points.
-
-    Source: the paper's Figure 1.
+    Source: the paper's Figure 1, and its range of the gain.
     """
     _bars(ax, accuracies)
     lowest = min(mean for pair in accuracies.values() for mean, _, _ in pair.values())
@@ -33,7 +30,6 @@ def affine_gain(ax: "Axes", accuracies: Mapping[str, Mapping[str, Spread]], pape
         ax.text(index, top + 0.4, f"{gain:+.2f}", ha="center", fontsize=8)
     ax.set_ylabel("test accuracy, %")
     ax.set_title(f"gain in points; the paper's {paper[0]:g} to {paper[1]:g}", fontsize=9)
-    return ax
 
 
 def accuracy_by_network(
@@ -41,14 +37,8 @@ def accuracy_by_network(
     networks: Sequence[str],
     ours: Mapping[str, Mapping[str, Spread]],
     paper: Mapping[str, Mapping[str, float]],
-) -> "Axes":
-    """Draw accuracy by condition against networks in the order given: ours with deviations, the paper's as circles.
-
-    Args:
-        ax: to draw on.
-        networks: from the smallest to the largest.
-        ours: in %, by condition and network.
-        paper: the same; only conditions that are among ours too are drawn.
+) -> None:
+    """Draw accuracy in % by condition, against networks: ours with deviations, the paper's as circles.
 
     Source: the paper's Figure 2.
     """
@@ -65,24 +55,12 @@ def accuracy_by_network(
     ax.set_ylabel("test accuracy, %")
     ax.set_title("dots: ours; circles: the paper's", fontsize=9)
     ax.legend(fontsize=6)
-    return ax
 
 
-def accuracy_by_parameters(
-    ax: "Axes",
-    ours: Mapping[str, Sequence[tuple[int, float]]],
-    paper: Mapping[str, Sequence[tuple[int, float]]],
-    slopes: Mapping[str, Any] | None,
-) -> "Axes":
+def accuracy_by_parameters(ax: "Axes", ours: Points, paper: Points, slopes: Mapping[str, Any] | None) -> None:
     """Draw accuracy against log2 of gamma and beta, along depth and along width, with the lines fitted to ours.
 
-    Args:
-        ax: to draw on.
-        ours: (gammas and betas, accuracy in %) of every run, under "depth" and "width".
-        paper: the same.
-        slopes: what `networks.depth_width_slopes` returns for ours, or None.
-
-    Source: the paper's Figure 3.
+    Source: the paper's Figure 3; ``slopes`` is what `networks.depth_width_slopes` returns for ours.
     """
     for index, name in enumerate(("depth", "width")):
         color = _color(index)
@@ -99,121 +77,74 @@ def accuracy_by_parameters(
     ax.set_title("dots: ours; circles: the paper's", fontsize=9)
     if slopes:
         ax.legend(fontsize=7)
-    return ax
 
 
-def gamma_densities(
-    ax: "Axes", histograms: Mapping[str, Sequence[tuple[Sequence[float], Sequence[int]]]], title: str
-) -> "Axes":
-    """Draw the density of gamma by condition, a line a replicate.
-
-    Args:
-        ax: to draw on.
-        histograms: (edges, counts) of every replicate, by condition.
-        title: the network's name.
+def gamma_densities(ax: "Axes", histograms: Curves, title: str) -> None:
+    """Draw the density of gamma by condition, a line a replicate, from (edges, counts).
 
     Source: the paper's Figure 4.
     """
-    for index, (condition, replicates) in enumerate(histograms.items()):
-        for number, (edges, counts) in enumerate(replicates):
-            widths, total = np.diff(edges), max(1, sum(counts))
-            style: dict[str, Any] = {"color": _color(index), "linewidth": 0.9, "label": "" if number else condition}
-            ax.stairs(np.asarray(counts) / total / widths, edges, **style)
+    for edges, counts, style in _lines(histograms):
+        ax.stairs(np.asarray(counts) / max(1, sum(counts)) / np.diff(edges), edges, **style)
     ax.set_yscale("log")
     ax.set_xlabel(r"$\gamma$")
     ax.set_ylabel("density")
     ax.set_title(title, fontsize=9)
     ax.legend(fontsize=7)
-    return ax
 
 
 def near_zero_shares(
-    ax: "Axes", shares: Mapping[str, Mapping[str, Spread]], title: str, paper: Mapping[str, float] | None = None
-) -> "Axes":
-    """Draw the share of gammas with |gamma| below each threshold, by condition.
-
-    Args:
-        ax: to draw on.
-        shares: in %, by threshold and condition.
-        title: the network's name.
-        paper: its shares below 0.01, in %, by condition.
+    ax: "Axes", shares: Mapping[str, Mapping[str, Spread]], title: str, paper: Mapping[str, float]
+) -> None:
+    """Draw the share of gammas in %, with |gamma| below each threshold, by condition; the paper's is below 0.01.
 
     Source: the paper's Figure 5.
     """
-    _bars(ax, shares, {"0.01": paper or {}})
+    _bars(ax, shares, {"0.01": paper})
     ax.set_xlabel(r"threshold of $|\gamma|$")
     ax.set_ylabel("gammas below, %")
     ax.set_title(title, fontsize=9)
-    return ax
 
 
-def clamped_accuracies(ax: "Axes", changes: Mapping[str, Mapping[str, Spread]]) -> "Axes":
-    """Draw what setting small gammas to zero changes of the accuracy.
-
-    Args:
-        ax: to draw on.
-        changes: in points, by network and by condition and threshold.
+def clamped_accuracies(ax: "Axes", changes: Mapping[str, Mapping[str, Spread]]) -> None:
+    """Draw the change of accuracy in points, by network and by condition and threshold, with small gammas at zero.
 
     Source: the paper's Figure 6.
     """
     _bars(ax, changes)
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_ylabel("change of accuracy, points")
-    return ax
 
 
-def dead_share_curves(
-    ax: "Axes",
-    curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
-    title: str,
-    paper: Mapping[str, tuple[float, float]],
-) -> "Axes":
-    """Draw the share of ReLU channels that are zero more often than a threshold, by condition, a line a replicate.
+def dead_share_curves(ax: "Axes", curves: Curves, title: str, paper: Mapping[str, tuple[float, float]]) -> None:
+    """Draw the share in % of ReLU channels that are zero more often than a threshold, by condition, a line a replicate.
 
-    Args:
-        ax: to draw on.
-        curves: (thresholds of Pr[activation = 0], shares in %) of every replicate, by condition.
-        title: the network's name.
-        paper: its range at 0.99, in %, by condition.
-
-    Source: the paper's Figure 7.
+    Source: the paper's Figure 7, and its range at 0.99 by condition.
     """
-    for index, (condition, replicates) in enumerate(curves.items()):
-        for number, (thresholds, shares) in enumerate(replicates):
-            style: dict[str, Any] = {"color": _color(index), "linewidth": 0.9, "label": "" if number else condition}
-            ax.plot(thresholds, shares, **style)
+    for thresholds, shares, style in _lines(curves):
+        ax.plot(thresholds, shares, **style)
+    for index, condition in enumerate(curves):
         if condition in paper:
             ax.plot([0.99, 0.99], paper[condition], color=_color(index), linewidth=5, alpha=0.35)
     ax.set_xlabel("t")
     ax.set_ylabel("channels with Pr[activation = 0] > t, %")
     ax.set_title(f"{title}; thick: the paper's range at 0.99", fontsize=9)
     ax.legend(fontsize=7)
-    return ax
 
 
-def weight_decay_control(ax: "Axes", values: Mapping[str, Mapping[str, Spread]], label: str) -> "Axes":
-    """Draw a measurement by network, with and without weight decay.
-
-    Args:
-        ax: to draw on.
-        values: by network, and by condition and weight decay.
-        label: of the axis, with its unit.
+def weight_decay_control(ax: "Axes", values: Mapping[str, Mapping[str, Spread]], label: str) -> None:
+    """Draw a measurement by network, and by condition and weight decay; ``label`` names it with its unit.
 
     Source: none; a gamma without gradient shrinks by weight decay alone, which the paper does not control for.
     """
     _bars(ax, values)
     ax.set_ylabel(label)
-    return ax
 
 
 def memory_against_time(ax: "Axes", points: Mapping[str, Mapping[str, tuple[float, float]]]) -> "Axes":
-    """Draw what a training step keeps in memory against its time, a colour a way of training, a marker a network.
+    """Draw saved bytes of a training step against its time, by network and way, as ratios to full training.
 
-    Args:
-        ax: to draw on.
-        points: (time, saved bytes) by network and way, as ratios to full training.
-
-    Source: none.
+    ``points`` holds (time, saved bytes). Each way of training has a colour, each network a marker.
     """
     ways = list(dict.fromkeys(way for measured in points.values() for way in measured))
     for marker, (network, measured) in zip(cycle("osD^vPX*"), points.items(), strict=False):
@@ -231,6 +162,13 @@ def memory_against_time(ax: "Axes", points: Mapping[str, Mapping[str, tuple[floa
 
 def _color(index: int) -> str:
     return COLORS[index % len(COLORS)]
+
+
+def _lines(curves: Curves) -> Iterator[tuple[Sequence[float], Sequence[float], dict[str, Any]]]:
+    """Yield x, y and style of each replicate: a colour a condition, which is named once."""
+    for index, (condition, replicates) in enumerate(curves.items()):
+        for number, (x, y) in enumerate(replicates):
+            yield x, y, {"color": _color(index), "linewidth": 0.9, "label": "" if number else condition}
 
 
 def _bars(

@@ -183,7 +183,7 @@ def dead_activations(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[
     """
     relus, counter, looked = _relus(model), _ZeroCounter(), 0
     first = next(model.parameters(), torch.empty(0))
-    with _evaluation_mode(model), _hooks(relus, counter.count), torch.no_grad():
+    with _watched(model, relus, counter.count), torch.no_grad():
         for images in batches:
             counter.runs.clear()
             model(images.to(first.device, first.dtype))
@@ -226,25 +226,18 @@ class _ZeroCounter:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def _watched(model: nn.Module, names: Mapping[nn.Module, str], hook: Callable[..., None]) -> Iterator[None]:
+    """Evaluate within the block, and call ``hook(name, module, inputs, output)`` after each forward of the modules."""
     modes = [(module, module.training) for module in model.modules()]
+    handles = [module.register_forward_hook(partial(hook, name)) for module, name in names.items()]
     try:
         model.eval()
         yield
     finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _hooks(names: Mapping[nn.Module, str], hook: Callable[..., None]) -> Iterator[None]:
-    """Call ``hook(name, module, inputs, output)`` after each forward of the modules within the block."""
-    handles = [module.register_forward_hook(partial(hook, name)) for module, name in names.items()]
-    try:
-        yield
-    finally:
         for handle in handles:
             handle.remove()
+        for module, training in modes:
+            module.training = training
 
 
 def dead_share(counts: Mapping[str, Zeros], thresholds: Sequence[float] = GRID) -> list[float]:

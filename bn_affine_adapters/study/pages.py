@@ -1,9 +1,11 @@
-"""Pages that a script writes: sections of Markdown, and what the benchmark scripts share to write theirs."""
+"""Pages that a script writes: sections of Markdown, and the command line of the benchmarks that write theirs."""
 
 import argparse
+import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +27,34 @@ def write_section(page: Path, name: str, text: str) -> None:
     page.write_text(changed, encoding="utf-8")
 
 
-def write_benchmark(script: str, text: str) -> None:
-    """Replace the section of docs/performance.md that has the name of a script in recipes/benchmarks."""
-    path = Path(script).resolve()
-    write_section(path.parents[2] / "docs" / "performance.md", path.stem, text)
+def benchmark(
+    script: str, about: str | None, measure: Callable[..., Any], section: Callable[[Any], str], **defaults: Any
+) -> None:
+    """Run a benchmark from the command line: print what it measures as one JSON line, then its section as Markdown.
 
-
-def benchmark_options(about: str | None, **defaults: Any) -> dict[str, Any]:
-    """Return a benchmark's options from the command line, and ``write``: whether to write its section.
+    With --write, the section also replaces that of the script's name in docs/performance.md.
 
     Args:
+        script: its ``__file__``, in recipes/benchmarks.
         about: what ``--help`` prints.
+        measure: takes the options.
+        section: from what was measured to Markdown.
         defaults: of each option; False makes a flag, and a list takes one or more values.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {**defaults, "write": False}.items():
         if default is False:
             parser.add_argument(f"--{name}", action="store_true")
-        elif isinstance(default, list):
-            parser.add_argument(f"--{name}", nargs="+", type=type(default[0]), default=default)
         else:
-            parser.add_argument(f"--{name}", type=type(default), default=default)
-    return vars(parser.parse_args())
+            one, many = (default[0], "+") if isinstance(default, list) else (default, None)
+            parser.add_argument(f"--{name}", nargs=many, type=type(one), default=default)
+    options = vars(parser.parse_args())
+    write, path = options.pop("write"), Path(script).resolve()
+    measured = measure(**options)
+    print(json.dumps(measured))
+    print(section(measured))
+    if write:
+        write_section(path.parents[2] / "docs" / "performance.md", path.stem, section(measured))
 
 
 def machine() -> str:

@@ -8,25 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError
 from ..training.lines import read_results
 from ..training.recipe import Recipe, run_key
 
 FULL = "the full recipe"
-# The settings that make another variant of a condition, with the usual values.
-SETTINGS: dict[str, Any] = {
-    "weight_decay": 1e-4,
-    "norm_init": "uniform",
-    "weight_init": "kaiming_normal",
-    "running_statistics": "update",
-    "pretrained": False,
-    "model_args": {},
-    "train_split": "train",
-    "held_out": 0,
-    "accumulation": 1,
-    "precision": "no",
-    "lean": None,
-}
+# What a recipe leaves to its defaults. With a seed, None as norm_init means "uniform".
+USUAL: dict[str, Any] = {**asdict(Recipe()), "norm_init": "uniform"}
+# The settings that make another variant of a condition.
+SETTINGS = (
+    "weight_decay", "norm_init", "weight_init", "running_statistics", "pretrained", "model_args", "train_split",
+    "held_out", "accumulation", "precision", "lean",
+)  # fmt: skip
 # What a schedule is, besides its epochs and drops; named where it is not the full recipe's, or else the default.
 SCHEDULE = ("lr", "lr_decay", "warmup_epochs", "batch_size", "sgd_momentum", "flip", "crop_padding", "image_size")
 Pick = Callable[[Mapping[str, Any]], Any]  # a number of a result line, or None
@@ -51,36 +43,22 @@ def read_runs(
 
     Args:
         folder: of files that recipes/train.py wrote.
-        recipes: by data set, the settings that make a run one of the full recipe.
+        recipes: by data set, the settings of the full recipe.
         names: other names of networks, with the name that stands for both.
 
     Raises:
-        ConfigError: a file cannot be read, is torn, or two lines tell different results of one run.
+        ConfigError: as `read_results` does.
     """
-    lines: dict[str, tuple[str, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in read_results(path):
-            other, before = lines.setdefault(key := run_key(line["recipe"]), (path.name, line))
-            if before["top1"] != line["top1"]:
-                what, do = f"{other} and {path.name} tell two results of one run.", f"keep the right one; it is {key}"
-                raise ConfigError(what, seen=f"top1 {before['top1']} and {line['top1']}", do=do)
-            if "analysis" not in before:
-                lines[key] = path.name, line
-    return [run_of(line, recipes, names or {}) for _, (_, line) in sorted(lines.items())]
+    lines = read_results(*sorted(folder.glob("*.jsonl")))
+    return [run_of(line, recipes, names or {}) for line in sorted(lines, key=lambda line: run_key(line["recipe"]))]
 
 
 def run_of(line: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> Run:
-    """Return a result line with its cell.
-
-    Args:
-        line: what recipes/train.py wrote.
-        recipes: by data set, the settings of the full recipe.
-        names: other names of networks, with the name that stands for both.
-    """
-    recipe = {**asdict(Recipe()), **line["recipe"]}
+    """Return a result line with its cell; see `read_runs`."""
+    recipe = {**USUAL, **line["recipe"]}
     recipe["norm_init"] = recipe["norm_init"] or "uniform"
     dataset = Path(recipe["dataset"]).name
-    differ = [f"{key}={shown(recipe[key])}" for key, usual in SETTINGS.items() if recipe[key] != usual]
+    differ = [f"{key}={shown(recipe[key])}" for key in SETTINGS if recipe[key] != USUAL[key]]
     differ += [f"test_split={recipe['test_split']}"] * (recipe["test_split"] not in ("test", "validation"))
     network = names.get(recipe["model"], recipe["model"])
     variant, replicate = ", ".join([recipe["condition"], *differ]), f"{recipe['seed']}/{recipe['data_seed']}"
@@ -95,7 +73,7 @@ def schedule_name(recipe: Mapping[str, Any], full: Mapping[str, Any] | None = No
     """
     if full and all(recipe[key] == value for key, value in full.items()):
         return FULL
-    usual = {**{key: getattr(Recipe(), key) for key in SCHEDULE}, **(full or {})}
+    usual = {**USUAL, **(full or {})}
     drops = " and ".join(shown(drop) for drop in recipe["milestones"] if drop < recipe["epochs"])
     steps = recipe["schedule"] if recipe["schedule"] != "multistep" else f"drops at {drops}" if drops else "no drop"
     differ = [f"{key}={shown(recipe[key])}" for key in SCHEDULE if recipe[key] != usual[key]]

@@ -10,12 +10,13 @@ the same bytes. --only draws one figure, or prints one table; it fails if the fi
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from .. import BNAdapterError
+from ..errors import BNAdapterError
 from ..training.lines import read_results
 from .claims import findings, tuned
 from .paper import CIFAR, PAPER, command_of, label
@@ -41,7 +42,7 @@ def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at:
     for name, drawn in figures.items():
         path, text = (None, drawn) if isinstance(drawn, str) else (os.path.relpath(drawn[0], at.parent), drawn[1])
         shown.append((name.replace("figure", "Figure "), PAPER["figures"][name]["title"], path, text))
-    return template.render(
+    text = template.render(
         paper=PAPER,
         full=FULL,
         runs=len(runs),
@@ -52,6 +53,14 @@ def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at:
         tuned=[tuned(read_results(path), label) for path in sorted(tuning.glob("*.jsonl"))],
         command_of=command_of,
     )
+    return "\n".join(map(wrapped, text.split("\n")))
+
+
+def wrapped(line: str) -> str:
+    """Return a line of Markdown in lines of at most 120 characters, unless it is of a table, a heading or a figure."""
+    if line.startswith(("|", "#", "!")):
+        return line
+    return textwrap.fill(line, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def write(arguments: list[str], checkout: Path) -> int:

@@ -13,25 +13,26 @@ from .recipe import run_key
 TIMES = ("seconds", "images_per_second", "hardware", "versions", "commit", "command")
 
 
-def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the result lines of a .jsonl file, each run once; of equal lines the one that was also analysed.
+def read_results(*paths: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the result lines of .jsonl files, each run once; of equal lines the one that was also analysed.
 
     Raises:
-        ConfigError: the file cannot be read, a line is not a run's result, the last line was not written to its
-            end, or two lines tell different results of one run.
+        ConfigError: a file cannot be read, a line is not a run's result, the last line was not written to its
+            end, or two lines have different results of one run.
     """
-    runs: dict[str, tuple[int, dict[str, Any]]] = {}
-    for number, line in enumerate(_lines(Path(path)), 1):
-        key = run_key(line["recipe"])
-        first, before = runs.setdefault(key, (number, line))
-        if differing := _differing(before, line):
-            raise ConfigError(
-                f"{path} tells two results of one run, in lines {first} and {number}.",
-                seen=", ".join(f"{k}: {_shown(before.get(k))} and {_shown(line.get(k))}" for k in differing),
-                do=f"keep the line that is right; the run is {key}",
-            )
-        if "analysis" in line and "analysis" not in before:
-            runs[key] = number, line
+    runs: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in map(Path, paths):
+        for number, line in enumerate(_lines(path), 1):
+            place, key = f"{path}, line {number}", run_key(line["recipe"])
+            first, before = runs.setdefault(key, (place, line))
+            if differing := _differing(before, line):
+                raise ConfigError(
+                    f"{first}, and {place}, have two results of one run.",
+                    seen=", ".join(f"{k}: {_shown(before.get(k))} and {_shown(line.get(k))}" for k in differing),
+                    do=f"keep the line that is right; the run is {key}",
+                )
+            if "analysis" in line and "analysis" not in before:
+                runs[key] = place, line
     return [line for _, line in runs.values()]
 
 
@@ -66,18 +67,16 @@ def _line(path: Path, number: int, text: str) -> dict[str, Any]:
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Return the keys whose values differ; only one line may be analysed, and one may be evaluated more often."""
-    keys = sorted((a.keys() | b.keys()) - {*TIMES, "recipe"} - ({"analysis"} - (a.keys() & b.keys())))
     if a is b:
         return []
+    keys = sorted((a.keys() | b.keys()) - {*TIMES, "recipe"} - ({"analysis"} - (a.keys() & b.keys())))
     # Compared as text, since a loss of NaN is not equal to itself.
-    return [key for key in keys if _text(a.get(key)) != _text(b.get(key)) and not (key == "epochs" and _alike(a, b))]
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    texts = {key: [json.dumps(line.get(key), sort_keys=True) for line in (a, b)] for key in keys}
+    return [key for key, (x, y) in texts.items() if x != y and not (key == "epochs" and _alike(a, b))]
 
 
 def _alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Tell whether the epochs of two lines agree in the keys that both have."""
     epochs = a.get("epochs", []), b.get("epochs", [])
     pairs = zip(*epochs, strict=False)
     return len(epochs[0]) == len(epochs[1]) and all(x[k] == y[k] for x, y in pairs for k in x.keys() & y.keys())

@@ -16,9 +16,10 @@ import platform
 import signal
 import socket
 import sys
-from asyncio.subprocess import DEVNULL, STDOUT, Process
+from asyncio.subprocess import DEVNULL, STDOUT
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from subprocess import SubprocessError
 from typing import IO, Any, NamedTuple
@@ -26,8 +27,7 @@ from typing import IO, Any, NamedTuple
 import click
 import torch
 
-from .. import BNAdapterError
-from ..errors import ConfigError, NetworkError
+from ..errors import BNAdapterError, ConfigError, NetworkError
 from .feed import DataOptions, Feed
 from .lines import read_results
 from .network import measured_step
@@ -53,6 +53,14 @@ class Outcome(NamedTuple):
     line: dict[str, Any] | None
     error: str
     where: str
+
+
+class Cluster(NamedTuple):
+    """The address of a Ray cluster, none for this machine, and what a run gets of it; gpus None: a usual share."""
+
+    address: str | None
+    cpus: float
+    gpus: float | None
 
 
 Report = Callable[[PlannedRun, Outcome], None]  # called at the end of each run
@@ -99,22 +107,13 @@ async def call(run: PlannedRun, script: str, arguments: list[str]) -> None:
         process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=file, stderr=STDOUT)
     try:
         status = await process.wait()
-    finally:
-        if process.returncode is None:
-            await stop(process)
+    except asyncio.CancelledError:  # the sweep ends
+        process.kill()
+        await process.wait()
+        raise
     if status:
         tail = log.read_bytes()[start:].decode(errors="replace").splitlines()[-15:]
         raise SubprocessError(f"{script}: exit status {status}\n    " + "\n    ".join(tail))
-
-
-async def stop(process: Process) -> None:
-    """End a process that still runs, and wait until it has ended."""
-    process.terminate()
-    try:
-        await asyncio.wait_for(process.wait(), 10)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
 
 
 async def run_here(runs: list[PlannedRun], analyse: bool, workers: int, report: Report) -> None:
@@ -128,16 +127,7 @@ async def run_here(runs: list[PlannedRun], analyse: bool, workers: int, report: 
     await asyncio.gather(*map(one, runs))
 
 
-def run_on_ray(
-    runs: list[PlannedRun],
-    analyse: bool,
-    workers: int,
-    report: Report,
-    *,
-    address: str | None,
-    cpus: float,
-    gpus: float | None,
-) -> None:
+def run_on_ray(runs: list[PlannedRun], analyse: bool, workers: int, report: Report, cluster: Cluster) -> None:
     """Do runs as Ray tasks; report each when it ends. A run whose worker dies is retried."""
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import: no report to Ray's makers
@@ -145,6 +135,7 @@ def run_on_ray(
     except ImportError as error:
         do = "pip install 'bn-affine-adapters[ray]', or leave out --ray"
         raise ConfigError("Ray is not installed.", seen=str(error), do=do) from error
+    address, cpus, gpus = cluster
     ray.init(address=address or "local", log_to_driver=False, **({} if address else {"num_cpus": workers * cpus}))
     waiting: dict[Any, PlannedRun] = {}
     try:
@@ -180,7 +171,7 @@ def open_results(path: Path) -> tuple[IO[bytes], dict[str, bool]]:
         ConfigError: another sweep writes to it, or a line of it is not a result.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+b", buffering=0)
+    file = path.open("a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -196,6 +187,7 @@ def open_results(path: Path) -> tuple[IO[bytes], dict[str, bool]]:
         except ValueError:
             file.truncate(len(whole + newline))
             done = "it is torn, and was removed"
+        file.flush()
         click.echo(f"{path}: the last line, {len(rest)} bytes, has no newline: {done}", err=True)
     return file, finished(path)
 
@@ -204,18 +196,6 @@ def finished(path: Path) -> dict[str, bool]:
     """Return the keys of the runs in a results file, and whether each needs no analysis any more."""
     lines = read_results(path) if path.exists() else []
     return {run_key(line["recipe"]): "analysis" in line or not math.isfinite(line.get("loss", 0)) for line in lines}
-
-
-def append(file: IO[bytes], line: dict[str, Any]) -> None:
-    """Add a whole line to the end of a file and flush it to the disk, or leave the file as it was."""
-    end, text = os.fstat(file.fileno()).st_size, json.dumps(line).encode() + b"\n"
-    try:
-        if file.write(text) != len(text):
-            raise OSError(f"only a part of a line was written to {file.name}")
-        os.fsync(file.fileno())
-    except OSError:
-        file.truncate(end)
-        raise
 
 
 def dry_run(runs: list[PlannedRun], done: Mapping[str, bool]) -> dict[str, Any]:
@@ -237,9 +217,9 @@ def dry_run(runs: list[PlannedRun], done: Mapping[str, bool]) -> dict[str, Any]:
         state = f"resumes at epoch {epochs}" if epochs else "to run"
         ended = run.key in done or result_of(run) is not None
         left = 0 if ended else (run.recipe.epochs - epochs) * steps
-        rows.append({"order": order, "condition": run.condition, "network": run.network, "replicate": run.replicate})
-        rows[-1] |= {"state": "finished" if ended else state, "trained": trained, "steps": left}
-        rows[-1] |= {"hours": seconds * left / 3600}
+        row = {"order": order, "condition": run.condition, "network": run.network, "replicate": run.replicate}
+        cost = {"trained": trained, "steps": left, "hours": seconds * left / 3600}
+        rows.append({**row, "state": "finished" if ended else state, **cost})
     cuda = accelerator.device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {threads} thread" + "s" * (threads > 1)
     total = {"hours": sum(row["hours"] for row in rows), "unit": f"{'GPU' if cuda else 'CPU'}-hours on {name}"}
@@ -296,17 +276,17 @@ def main(file: str, changes: tuple[str, ...], output: Path | None, workers: int,
             return
         results, done = open_results(Path(sweep.results))
         left = unfinished(sweep, runs, done)
-        report = Collector(results, len(left))
+        failed: list[PlannedRun] = []
+        report = reporter(results, len(left), failed)
         if on_ray:
-            ray = {"address": options["ray_address"], "cpus": options["cpus_per_run"], "gpus": options["gpus_per_run"]}
-            run_on_ray(left, sweep.analyse, workers, report, **ray)
+            cluster = Cluster(options["ray_address"], options["cpus_per_run"], options["gpus_per_run"])
+            run_on_ray(left, sweep.analyse, workers, report, cluster)
         else:
             asyncio.run(run_here(left, sweep.analyse, workers, report))
     except BNAdapterError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    if report.failed:
-        failed = "\n".join(f"  {run}" for run in report.failed)
-        sys.exit(f"{len(report.failed)} of {len(left)} runs failed:\n{failed}")
+    if failed:
+        sys.exit(f"{len(failed)} of {len(left)} runs failed:\n" + "\n".join(f"  {run}" for run in failed))
 
 
 def unfinished(sweep: Sweep, runs: list[PlannedRun], done: Mapping[str, bool]) -> list[PlannedRun]:
@@ -320,25 +300,22 @@ def unfinished(sweep: Sweep, runs: list[PlannedRun], done: Mapping[str, bool]) -
     return left
 
 
-class Collector:
-    """Appends the line of each run to the results as it ends, prints one line, and keeps the runs that failed."""
+def reporter(results: IO[bytes], total: int, failed: list[PlannedRun]) -> Report:
+    """Return what notes the end of a run: its line goes to the results and onto the disk, or the run to ``failed``."""
+    numbers = count(1)
 
-    def __init__(self, results: IO[bytes], total: int) -> None:
-        """Take the open results file and the number of runs that will end."""
-        self.results, self.total, self.ended = results, total, 0
-        self.failed: list[PlannedRun] = []
-
-    def __call__(self, run: PlannedRun, outcome: Outcome) -> None:
-        """Note the end of a run."""
-        self.ended += 1
+    def report(run: PlannedRun, outcome: Outcome) -> None:
         line, error, where = outcome
-        begin = f"{self.ended}/{self.total} {run}"
+        begin = f"{next(numbers)}/{total} {run}"
         if line is None:
-            self.failed.append(run)
-            click.echo(f"{begin}: FAILED, {where}\n  {error}\n  log: {run.folder / 'log.txt'}", err=True)
-        else:
-            append(self.results, line)
-            click.echo(f"{begin}: {line['top1']:.2f} %, {line['seconds']:.0f} s, {where}")
+            failed.append(run)
+            return click.echo(f"{begin}: FAILED, {where}\n  {error}\n  log: {run.folder / 'log.txt'}", err=True)
+        results.write(json.dumps(line).encode() + b"\n")
+        results.flush()
+        os.fsync(results.fileno())
+        click.echo(f"{begin}: {line['top1']:.2f} %, {line['seconds']:.0f} s, {where}")
+
+    return report
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from omegaconf import OmegaConf
 from optuna.trial import TrialState
 from yaml import YAMLError
 
-from .. import BNAdapterError
-from ..errors import ConfigError, check_keys
+from ..errors import BNAdapterError, ConfigError, check_keys
 from .lines import read_results
 from .recipe import Recipe, find_config, read_recipe, recorded
 from .sweeps import packaged, words
 
 KEYS = {"config", "set", "space", "trials", "results"}
+TRAIN = [sys.executable, "-m", "bn_affine_adapters.training.train"]
 
 
 def read_tuning(name: str | Path) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def run_trial(
     """Train with the trial's settings, add its result line, return the accuracy on the images held out, in %."""
     folder, chosen = output / f"trial-{trial.number}", suggest(trial, tuning["space"])
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "bn_affine_adapters.training.train", "--config", tuning["config"]]
-    command += [*words({**tuning["set"], **chosen}), *arguments, f"output_dir={folder}", "overwrite=true"]
+    command = [*TRAIN, "--config", tuning["config"], *words({**tuning["set"], **chosen}), *arguments]
+    command += [f"output_dir={folder}", "overwrite=true"]
     with open(folder / "log.txt", "w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if done.returncode:

@@ -6,7 +6,6 @@ Both sides load from a Hub on loopback through the real client, each time in a f
 imports excluded, the sides taking turns. Bytes are counted by the server, headers included.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -17,7 +16,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from bn_affine_adapters.study.pages import benchmark_options, machine, write_benchmark
+from bn_affine_adapters.study.pages import benchmark, machine
 from bn_affine_adapters.training.tables import markdown_table
 
 RUNS = 3
@@ -99,22 +98,12 @@ A loopback connection is faster than any network. On a network, add the bytes di
 """
 
 
-def table(row: dict[str, Any]) -> str:
-    """Return the row as a Markdown table."""
+def section(row: dict[str, Any]) -> str:
+    """Return the section of docs/performance.md."""
     head = ["network" if key == "architecture" else key.replace("_", ", ") for key in row]
-    return markdown_table(head, [list(row.values())])
-
-
-def main() -> None:
-    """Print one JSON line, then the table; with --write, into docs/performance.md."""
-    options = benchmark_options(__doc__, architecture="resnet50")
-    row = compare(options["architecture"])
-    print(json.dumps(row))
-    print(table(row))
-    if options["write"]:
-        text = TEXT.format(hardware=machine(), client=version("huggingface_hub"), runs=RUNS, table=table(row))
-        write_benchmark(__file__, text)
+    table = markdown_table(head, [list(row.values())])
+    return TEXT.format(hardware=machine(), client=version("huggingface_hub"), runs=RUNS, table=table)
 
 
 if __name__ == "__main__":
-    main()
+    benchmark(__file__, __doc__, compare, section, architecture="resnet50")

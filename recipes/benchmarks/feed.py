@@ -6,7 +6,6 @@ Both sides flip, crop with padding 4 and normalise the embedded digits, decoded 
 They take turns in each round; printed is the median over rounds. One JSON line, then a table.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from bn_affine_adapters.study.pages import benchmark_options, machine, write_benchmark
+from bn_affine_adapters.study.pages import benchmark, machine
 from bn_affine_adapters.training.data import TensorData, decode
 from bn_affine_adapters.training.feed import DataOptions, Feed
 from bn_affine_adapters.training.tables import markdown_table
@@ -100,33 +99,17 @@ started before.
 {gpu}"""
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the rates and ratios as a Markdown table."""
-    rows = [[side, rate, result["over_feed"][side]] for side, rate in result["images_per_second"].items()]
-    return markdown_table(["data path", "images/s", "/ feed"], rows)
-
-
-def page(result: dict[str, Any]) -> str:
+def section(result: dict[str, Any]) -> str:
     """Return the section of docs/performance.md."""
+    rows = [[side, rate, result["over_feed"][side]] for side, rate in result["images_per_second"].items()]
     return TEXT.format(
         hardware=machine(),
         padding=PADDING,
-        table=table(result),
+        table=markdown_table(["data path", "images/s", "/ feed"], rows),
         gpu="\nOn a GPU: not yet measured.\n" if result["device"] == "cpu" else "",
         **{key: result[key] for key in ("size", "batch", "rounds")},
     )
 
 
-def main() -> None:
-    """Print one JSON line, then the table; with --write, into docs/performance.md."""
-    options = benchmark_options(__doc__, size=32, batch=128, workers=[0, 2, 4], rounds=5)
-    write = options.pop("write")
-    result = compare(**options)
-    print(json.dumps(result))
-    print(table(result))
-    if write:
-        write_benchmark(__file__, page(result))
-
-
 if __name__ == "__main__":
-    main()
+    benchmark(__file__, __doc__, compare, section, size=32, batch=128, workers=[0, 2, 4], rounds=5)

@@ -3,7 +3,7 @@
     python recipes/benchmarks/rebuild.py [--write] [--architectures cifar_resnet110 resnet50]
 
 Every figure comes from a process of its own, imports excluded; the two sides take turns, and what is printed is the
-median of the ratios of neighbouring runs. One JSON line an architecture, then a table.
+median of the ratios of neighbouring runs. Prints JSON, then a table.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import timm
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.study.pages import benchmark_options, machine, write_benchmark
+from bn_affine_adapters.study.pages import benchmark, machine
 from bn_affine_adapters.training.tables import markdown_table
 
 RUNS = 5
@@ -78,6 +78,11 @@ def compare(architecture: str) -> dict[str, Any]:
     }
 
 
+def compare_all(architectures: list[str]) -> list[dict[str, Any]]:
+    """Return what `compare` measures of each architecture."""
+    return [compare(architecture) for architecture in architectures]
+
+
 TEXT = """Written by `python recipes/benchmarks/rebuild.py --write`; {hardware}.
 
 The adapter's side builds the architecture, redraws every weight from the seed, checks the sha256 of all of them and
@@ -91,8 +96,8 @@ Most of the verified time is SHAKE-128 and SHA-256 for large networks, and PEFT'
 """
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table."""
+def section(rows: list[dict[str, Any]]) -> str:
+    """Return the section of docs/performance.md."""
     columns = {
         "architecture": "network",
         "adapter_kilobytes": "adapter, kB",
@@ -102,20 +107,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "memory_over_model": "memory / model",
         "torch_memory_over_model": "torch's",
     }
-    return markdown_table(list(columns.values()), [[row[key] for key in columns] for row in rows])
-
-
-def main() -> None:
-    """Print one JSON line an architecture, then the table; with --write, into docs/performance.md."""
-    options = benchmark_options(__doc__, architectures=["cifar_resnet110", "resnet50"])
-    rows = []
-    for architecture in options["architectures"]:
-        rows.append(compare(architecture))
-        print(json.dumps(rows[-1]), flush=True)
-    print(table(rows))
-    if options["write"]:
-        write_benchmark(__file__, TEXT.format(hardware=machine(), runs=RUNS, table=table(rows)))
+    table = markdown_table(list(columns.values()), [[row[key] for key in columns] for row in rows])
+    return TEXT.format(hardware=machine(), runs=RUNS, table=table)
 
 
 if __name__ == "__main__":
-    main()
+    benchmark(__file__, __doc__, compare_all, section, architectures=["cifar_resnet110", "resnet50"])

@@ -1,15 +1,14 @@
 """Measure images per second of R single training runs, and of the R replicates side by side in one process.
 
-    python recipes/benchmarks/replicates.py [--write] [--compile] [--model cifar_resnet14] [--batch 128]
+    python recipes/benchmarks/replicates.py [--write] [--captured] [--model cifar_resnet14] [--batch 128]
         [--replicates 5] [--steps 20] [--rounds 5]
 
-On a GPU if there is one. A step is forward, loss, backward and SGD in float32. In each round the sides take turns, each
-with R x STEPS single steps or STEPS stacked ones, hence equally many images; ratios are of one round, and their median
-is printed. With --compile both also run captured, by torch.compile(mode="reduce-overhead"): CUDA graphs, on a GPU.
-One network stands for the single runs, one after another. One JSON line, then a table.
+Uses a GPU if there is one. A step is forward, loss, backward and SGD in float32. The sides take turns in each round,
+with R x STEPS single steps or STEPS stacked ones, so that both see equally many images; ratios are of one round, and
+their median is printed. With --captured both sides also run by torch.compile(mode="reduce-overhead"), which captures
+CUDA graphs on a GPU. One network stands for the single runs, one after another. Prints one JSON line, then a table.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.study.pages import benchmark_options, machine, write_benchmark
+from bn_affine_adapters.study.pages import benchmark, machine
 from bn_affine_adapters.training.stacked import Stacked
 from bn_affine_adapters.training.tables import markdown_table
 
@@ -115,46 +114,26 @@ NO_GPU = """On a GPU: not yet measured. Stacking saves the time in which a GPU w
 If the ratio is under 1, train the replicates one after another, or each in a process of its own."""
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the rates and ratios as a Markdown table."""
-    rates, ratios = result["images_per_second"], result["stacked_over_single"]
-    head = ["network", "batch", "replicates", "step", "single, images/s", "stacked, images/s", "stacked / single"]
-    run = [result[key] for key in ("model", "batch", "replicates")]
-    ways = sorted(ratios, reverse=True)
-    rows = [[*run, way, rates[f"single {way}"], rates[f"stacked {way}"], ratios[way]] for way in ways]
-    return markdown_table(head, rows)
-
-
 def page(result: dict[str, Any]) -> str:
     """Return the section of docs/performance.md."""
-    captured = "captured" in result["stacked_over_single"]
+    rates, ratios = result["images_per_second"], result["stacked_over_single"]
     keys = ("model", "batch", "replicates", "steps", "rounds")
+    head = ["network", "batch", "replicates", "step", "single, images/s", "stacked, images/s", "stacked / single"]
+    run, ways = [result[key] for key in keys[:3]], sorted(ratios, reverse=True)
+    rows = [[*run, way, rates[f"single {way}"], rates[f"stacked {way}"], ratios[way]] for way in ways]
+    captured = "captured" in ratios
     return TEXT.format(
-        arguments=" ".join(["--write", *["--compile"] * captured, *(f"--{key} {result[key]}" for key in keys)]),
+        arguments=" ".join(["--write", *["--captured"] * captured, *(f"--{key} {result[key]}" for key in keys)]),
         hardware=machine(),
         size=SIZE,
         rounds=result["rounds"],
         steps=result["steps"],
         captured=CAPTURED if captured else "",
-        table=table(result),
+        table=markdown_table(head, rows),
         where=NO_GPU if result["device"] == "cpu" else "",
     )
 
 
-def main() -> None:
-    """Print one JSON line, then the table; with --write, into docs/performance.md."""
-    options = benchmark_options(
-        __doc__, model="cifar_resnet14", batch=128, replicates=5, steps=20, rounds=5, compile=False
-    )
-    write, captured = options.pop("write"), options.pop("compile")
-    result = compare(**options, captured=captured)
-    print(json.dumps(result))
-    print(table(result))
-    if not torch.cuda.is_available():
-        print("on a GPU: not yet measured, there is none")
-    if write:
-        write_benchmark(__file__, page(result))
-
-
 if __name__ == "__main__":
-    main()
+    usual = {"model": "cifar_resnet14", "batch": 128, "replicates": 5, "steps": 20, "rounds": 5, "captured": False}
+    benchmark(__file__, __doc__, compare, page, **usual)

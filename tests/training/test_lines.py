@@ -2,14 +2,12 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 
 from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.training.lines import TIMES, read_results
 
-ROOT = Path(__file__).parents[2]
 LINE = {
     "loss": 1.5,
     "top1": 50.0,
@@ -51,23 +49,18 @@ def test_lines_come_back_in_their_order(written):
     assert read_results(written(end="")) == []
 
 
-def test_the_files_of_this_repository_read():
-    found = sorted((ROOT / "recipes" / "results").glob("*.jsonl"))
-    assert len(found) >= 3
-    assert all(read_results(path) for path in found)
-
-
 def test_a_run_that_is_there_twice_counts_once_whatever_it_took(written):
     again = changed(seconds=9.0, images_per_second=1.0, hardware={}, versions={}, commit=None, command="")
     assert sum(again[key] != LINE[key] for key in TIMES) == len(TIMES) == 6
-    assert read_results(written(LINE, other(), again)) == [LINE, other()]
+    assert read_results(path := written(LINE, other(), again)) == [LINE, other()]
+    assert read_results(path, path) == [LINE, other()]
 
 
 def test_how_often_a_run_was_evaluated_is_no_difference(written):
     rare = changed(recipe={"seed": 1, "eval_every": 2}, epochs=[{"loss": 2.0}, {"loss": 1.5, "top1": 50.0}])
     assert read_results(written(LINE, rare)) == [LINE]
     for epochs in ([{"loss": 2.1}, {"loss": 1.5, "top1": 50.0}], [{"loss": 2.0}]):
-        with pytest.raises(ConfigError, match="lines 1 and 2"):
+        with pytest.raises(ConfigError, match=r"line 1, and .*, line 2"):
             read_results(written(LINE, rare | {"epochs": epochs}))
 
 
@@ -80,26 +73,26 @@ def test_of_equal_lines_the_analysed_one_is_kept(written):
 @pytest.mark.parametrize("change", [{"top1": 50.1}, {"trained": 1}, {"loss": None}, {"top5": 90.0}, {"epochs": []}])
 def test_two_results_of_one_run_are_an_error_that_names_both_lines(written, refused, change):
     path = written(other(), LINE, changed(**change))
-    with refused(ConfigError, "results.jsonl", "lines 2 and 3", next(iter(change)), '{"seed": 1}'):
+    with refused(ConfigError, "results.jsonl, line 2, and ", ", line 3", next(iter(change)), '{"seed": 1}'):
         read_results(path)
 
 
 def test_two_analyses_of_one_run_that_differ_are_an_error(written, refused):
-    with refused(ConfigError, "lines 1 and 3", "analysis"):
+    with refused(ConfigError, "line 1, and ", "line 3", "analysis"):
         read_results(written(changed(analysis=1), other(), changed(analysis=2)))
 
 
 @pytest.mark.parametrize(
     "line",
-    ["", "{", '{"top1": 1', "[]", "3", '{"top1": 1}', '{"recipe": {}}', '{"recipe": 3, "top1": 1}', "[" * 100_000],
-    ids=["empty", "brace", "cut", "list", "number", "no recipe", "no accuracy", "recipe", "deep"],
+    ["", '{"top1": 1', "[]", '{"top1": 1}', '{"recipe": {}}', '{"recipe": 3, "top1": 1}', "[" * 100_000],
+    ids=["empty", "cut", "list", "no recipe", "no accuracy", "recipe", "deep"],
 )
 def test_a_line_that_is_no_result_is_an_error_with_file_and_line(written, refused, line):
     with refused(ConfigError, "results.jsonl, line 2, is not the result of a run"):
         read_results(written(LINE, line, other()))
 
 
-@pytest.mark.parametrize("length", [1, 40, len(json.dumps(LINE))])
+@pytest.mark.parametrize("length", [1, len(json.dumps(LINE))])
 def test_a_torn_last_line_is_an_error_of_its_own(written, refused, length):
     with refused(ConfigError, "torn last line, 2", "without a newline"):
         read_results(written(other(), json.dumps(LINE)[:length], end=""))
