@@ -340,6 +340,14 @@ def test_the_command_line_page_names_every_command():
     assert set(named) == set(main.commands)
 
 
+def test_the_error_that_the_page_for_contributors_shows_is_real():
+    text = (DOCS / "contributing.md").read_text()
+    with pytest.raises(errors.UnknownKeyError) as raised:
+        eval(re.search(r"raised by `(.+)`", text)[1], {"BNOnlyConfig": bn_affine_adapters.BNOnlyConfig})
+    for part in ("what", "seen", "do"):
+        assert f"\n- {part}: `{getattr(raised.value, part)}`\n" in text
+
+
 def test_the_map_of_parts_is_that_of_the_layout_test():
     text = (DOCS / "contributing.md").read_text()
     named = [re.sub(r"`|/|\.py", "", row[0]) for row in rows_of(text, "part | holds")]
