@@ -9,7 +9,7 @@ BNAdapterError
 │   ├── UnknownArchitectureError                   its name is not registered in timm
 │   ├── MissingModuleError                         it has no head, or no module of that name
 │   ├── RebuildError                               its creation arguments cannot be inferred
-│   └── ReinitError                                a tensor has no rule to be redrawn by
+│   └── ReinitError                                no rule redraws a tensor from the seed
 ├── AdapterError              (ValueError)         an adapter cannot be used
 │   ├── AdapterNameError                           the adapter's name would clash
 │   ├── AdapterFileError      (OSError)            a file is missing, truncated or not safetensors
@@ -17,13 +17,13 @@ BNAdapterError
 │   ├── TooLargeError                              a file or network is larger than the limit
 │   ├── FingerprintError                           the frozen network is not the one it was trained on
 │   └── BaseRequiredError                          it was trained on given weights: pass model=
-├── HubError                  (OSError)            the Hub did not do what was asked
-│   ├── HubAccessError        (PermissionError)    no token, or one without the right: 401, 403
+├── HubError                  (OSError)            a request to the Hub failed
+│   ├── HubAccessError        (PermissionError)    no token, or no permission: 401, 403
 │   ├── HubNotFoundError      (FileNotFoundError)  no such repository, revision or file: 404
-│   ├── HubConflictError                           it changed meanwhile, or exists: 409, 412
-│   └── HubUnavailableError   (ConnectionError)    busy, broken or out of reach: 429, 5xx, offline
+│   ├── HubConflictError                           changed by somebody else, or exists: 409, 412
+│   └── HubUnavailableError   (ConnectionError)    busy, failing or unreachable: 429, 5xx, offline
 ├── DataError                 (ValueError)         a data set cannot be used
-├── OutputFolderError         (FileExistsError)    the output folder holds something
+├── OutputFolderError         (FileExistsError)    the output folder is not empty
 └── NoSpaceError              (OSError)            the disk is full
 """
 
@@ -31,6 +31,7 @@ import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from errno import ENOSPC
+from functools import partial
 from typing import Any
 
 
@@ -38,28 +39,24 @@ class BNAdapterError(Exception):
     """Base of every error here; ``what``, ``seen`` and ``do`` are its three parts."""
 
     def __init__(self, what: str, *, seen: str, do: str) -> None:
-        """Keep the three parts, printable, and join them to the message."""
+        """Make the three parts printable, keep them, and join them to the message."""
         what, seen, do = printable(what), printable(seen), printable(do)
         super().__init__(f"{what}\n  seen:  {seen}\n  do:    {do}")
         self.what, self.seen, self.do = what, seen, do
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the three parts, so that an error of another process arrives as it was."""
-        return _again, (type(self), self.what, self.seen, self.do), self.__dict__
+        """Pickle the three parts, so that an error survives the way to another process."""
+        return partial(type(self), seen=self.seen, do=self.do), (self.what,), self.__dict__
 
 
 def printable(text: str, limit: int = 2000) -> str:
-    """Return a text, which may come from a stranger's file, without what a terminal would obey, and not too long.
+    """Return a text, which may come from a stranger's file, with control characters escaped, cut to ``limit``.
 
-    A line of it that would look like a part of ours is indented.
+    Lines that begin with "seen:" or "do:" are indented, so that they cannot be taken for a part of the error.
     """
     text = re.sub(r"\n\s*(?=(?:seen|do):)", "\n         ", text)
     shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text[: limit + 1])
     return shown if len(text) <= limit else f"{shown[:limit]} ..."
-
-
-def _again(kind: type[BNAdapterError], what: str, seen: str, do: str) -> BNAdapterError:
-    return kind(what, seen=seen, do=do)
 
 
 class ConfigError(BNAdapterError, ValueError):
@@ -83,7 +80,7 @@ class NoNormLayerError(NetworkError):
 
 
 class UnknownArchitectureError(NetworkError):
-    """The architecture is not a name registered in timm."""
+    """The name of the architecture is not registered in timm."""
 
 
 class MissingModuleError(NetworkError):
@@ -95,7 +92,7 @@ class RebuildError(NetworkError):
 
 
 class ReinitError(NetworkError):
-    """A tensor has no rule by which it could be redrawn from the seed."""
+    """A tensor has no rule that redraws it from the seed."""
 
 
 class AdapterError(BNAdapterError, ValueError):
@@ -127,25 +124,25 @@ class BaseRequiredError(AdapterError):
 
 
 class HubError(BNAdapterError, OSError):
-    """The Hub did not do what was asked; ``status`` is the HTTP status, or None where there was no answer."""
+    """A request to the Hub failed; ``status`` is the HTTP status, or None if there was no answer."""
 
     status: int | None = None
 
 
 class HubAccessError(HubError, PermissionError):
-    """There is no token, or it has not the right that is needed."""
+    """There is no token, or it lacks the permission that is needed."""
 
 
 class HubNotFoundError(HubError, FileNotFoundError):
-    """The Hub has no such repository, revision or file, or hides it from this token."""
+    """The Hub has no such repository, revision or file, or this token may not see it."""
 
 
 class HubConflictError(HubError):
-    """The branch moved meanwhile, or what was to be made exists."""
+    """The branch was changed by somebody else, or the repository, branch or tag exists already."""
 
 
 class HubUnavailableError(HubError, ConnectionError):
-    """The Hub is busy, broken or out of reach, or this process is offline and the file is not in the cache."""
+    """The Hub is busy, failing or unreachable, or this process is offline and the file is not in the cache."""
 
 
 class DataError(BNAdapterError, ValueError):
@@ -153,7 +150,7 @@ class DataError(BNAdapterError, ValueError):
 
 
 class OutputFolderError(BNAdapterError, FileExistsError):
-    """The output folder exists and holds something."""
+    """The output folder exists and is not empty."""
 
 
 class NoSpaceError(BNAdapterError, OSError):
@@ -174,9 +171,30 @@ def check_keys(given: Mapping[str, Any], known: Collection[str], where: str) -> 
     """Raise UnknownKeyError for the first key that is not known, naming the nearest one that is."""
     for key in given:
         if key not in known:
-            near = get_close_matches(str(key)[:80], known, n=1, cutoff=0.5)
+            shown = str(key)[:80]
+            near = get_close_matches(shown, known, n=1, cutoff=0.5)
             raise UnknownKeyError(
-                f"{where} has no key {str(key)[:80]!r}.",
-                seen=f"{str(key)[:80]!r}" + (f"; the nearest key is {near[0]!r}" if near else ""),
+                f"{where} has no key {shown!r}.",
+                seen=f"{shown!r}" + (f"; the nearest key is {near[0]!r}" if near else ""),
                 do=f"use {near[0]!r}" if near else f"choose from {', '.join(sorted(known))}",
             )
+
+
+def nearest_name(name: str, known: Collection[str]) -> str:
+    """Return "; the nearest name is ...", for the middle part of an error about a name, or "" if none is near."""
+    near = get_close_matches(name, known, n=1)
+    return f"; the nearest name is {near[0]!r}" if near else ""
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+    """Return an error, the error that it was raised from, and so on."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Tell whether an error was caused by a full disk; libraries in Rust say so only in words, as "os error 28"."""
+    return "os error 28" in str(error) or any(getattr(cause, "errno", None) == ENOSPC for cause in causes(error))

@@ -1,1 +1,11 @@
-"""The PEFT method: configuration, layer, tuner, and the rebuilding of the frozen network."""
+"""The PEFT method.
+
+- ``config.py``: `BNOnlyConfig`, and the bounds on the values in a configuration file.
+- ``tuner.py``: `BNOnlyTuner`, which puts an adapter into a network and takes it out.
+- ``layer.py``: `BNOnlyLayer`, which holds a copy of one module for each adapter.
+- ``control.py``: the paper's controls, which train other parameters per channel.
+- ``checks.py``: which layers an adapter owns, and whether it fits the network and the other adapters.
+- ``tensors.py``: whether the tensors of an adapter fit the network.
+- ``rebuild.py``: build the frozen network again, write its fingerprints, verify it.
+- ``limits.py``: bounds on the network that a stranger's configuration asks for.
+"""

@@ -1,27 +1,24 @@
-"""What is decided and refused before a network is wrapped: names, layers, and agreement between its adapters."""
+"""Choose the layers that an adapter owns, and refuse what does not fit, before a network is wrapped."""
 
 from copy import deepcopy
 
 import timm.data
 from torch import nn
 
-from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, ReinitError
+from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError
 from ..norms.find import COPIES, head_layers, is_norm, named_layers, norm_layers, plain_modules
 from ..seed.rules import draw_norm_
 from .config import BNOnlyConfig
 from .control import is_conv
-from .layer import BNOnlyLayer
+from .layer import adapter_layers
 from .rebuild import holder, infer_architecture, infer_args
+from .tensors import PEFT_PREFIX
 
-PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT knows them
+TUNER_PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT recognises an adapter's tensors
 
 
 def check_adapter_name(model: nn.Module, name: str) -> None:
-    """Refuse names that are unusable as a key, or that PEFT would mistake for part of another tensor's name.
-
-    Raises:
-        AdapterNameError: with the reason.
-    """
+    """Raise AdapterNameError if PEFT or torch cannot use a name as a key without confusing it with another one."""
     why = None
     if not isinstance(name, str) or not name.isprintable() or not name or set(name) & set("./\\"):
         why = "it is empty, or holds a dot, a slash or an unprintable character"
@@ -29,14 +26,12 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
         why = f"it has {len(name)} characters, and becomes the name of a folder"
     elif hasattr(nn.ModuleDict, name):
         why = "torch.nn.ModuleDict has an attribute of that name"
-    elif name in PREFIX:
-        why = f"PEFT takes it for part of the prefix {PREFIX!r}"
+    elif name in TUNER_PREFIX:
+        why = f"PEFT takes it for part of the prefix {TUNER_PREFIX!r}"
     else:
-        parts = {
-            part for key in [*model.state_dict(), f"base_model.model.base_layer.{COPIES}"] for part in key.split(".")
-        }
-        adapters = {key for layer in model.modules() if isinstance(layer, BNOnlyLayer) for key in layer.configs}
-        if name in parts - adapters:
+        keys = [*model.state_dict(), f"{PEFT_PREFIX}base_layer.{COPIES}"]
+        adapters = {adapter for layer in adapter_layers(model) for adapter in layer.configs}
+        if name in {part for key in keys for part in key.split(".")} - adapters:
             why = "the network has a module or tensor of that name"
     if why:
         raise AdapterNameError(
@@ -44,19 +39,8 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
         )
 
 
-def check_memory(model: nn.Module) -> None:
-    """Raise ReinitError if a parameter lies on the meta device."""
-    meta = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
-    if meta is not None:
-        raise ReinitError(
-            f"{meta} lies on the meta device and has no values.",
-            seen="device meta",
-            do="build the network on a real device",
-        )
-
-
 def infer(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
-    """Fill in what a new adapter's configuration leaves to its network: architecture, arguments, data."""
+    """Infer what a new adapter's configuration leaves open: architecture, creation arguments, data configuration."""
     if first is not None:
         config.architecture = config.architecture or first.architecture
         config.model_args = {**first.model_args, **config.model_args}
@@ -79,15 +63,26 @@ def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
     """Fill in the exact names of the layers that the adapter owns, and check those given.
 
     Raises:
-        MissingModuleError: there is no head to train, or no module of a name.
-        ConfigError: a name is no norm layer's, or nothing is adapted.
+        MissingModuleError: there is no head to train, or a name is not in the network.
+        ConfigError: a module is of the wrong kind, or nothing is adapted.
     """
+    _choose_head(model, config)
+    named_layers(model, config.whole_modules, "head or extra_trainable_modules")
+    _choose_norms(model, config)
+    _choose_convolutions(model, config)
+    if not config.target_modules:
+        raise ConfigError("Nothing is adapted.", seen="norm_layers=[] and no head", do="leave norm_layers out for all")
+
+
+def _choose_head(model: nn.Module, config: BNOnlyConfig) -> None:
     heads = head_layers(model)
     if config.head_layers is None:
         config.head_layers = list(heads)
     elif heads and (strange := [name for name in config.head_layers if name not in heads]):
         raise ConfigError(
-            "head_layers names a module that is no head.", seen=repr(strange[0])[:200], do="leave head_layers out"
+            "head_layers names a module that is not part of the head.",
+            seen=repr(strange[0])[:200],
+            do="leave head_layers out",
         )
     classes = config.model_args.get("num_classes")
     if config.label_names and classes and len(config.label_names) != classes:
@@ -102,40 +97,39 @@ def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
             seen=f"get_classifier() gives no module with parameters; num_classes={getattr(model, 'num_classes', None)}",
             do="create the network with num_classes=..., or name its last layer in extra_trainable_modules",
         )
-    whole = [*(config.head_layers if config.train_head else []), *config.extra_trainable_modules]
-    named_layers(model, whole, "head or extra_trainable_modules")
+
+
+def _choose_norms(model: nn.Module, config: BNOnlyConfig) -> None:
     if config.norm_layers is None:
         # A norm layer inside a module that the adapter owns as a whole is part of that module's copy.
+        whole = set(config.whole_modules)
         config.norm_layers = [name for name in norm_layers(model) if not holder(name, whole)]
-    strange = [n for n, m in named_layers(model, config.norm_layers, "norm_layers").items() if not is_norm(m)]
-    if strange:
+    layers = named_layers(model, config.norm_layers, "norm_layers")
+    if strange := [name for name, module in layers.items() if not is_norm(module)]:
         raise ConfigError(
-            "norm_layers names a module that is no norm layer.",
+            "norm_layers names a module that is not a norm layer.",
             seen=strange[0],
             do="name it in extra_trainable_modules to train it as a whole",
         )
-    _choose_convolutions(model, config, whole)
-    if not config.target_modules:
-        raise ConfigError("Nothing is adapted.", seen="norm_layers=[] and no head", do="leave norm_layers out for all")
 
 
-def _choose_convolutions(model: nn.Module, config: BNOnlyConfig, whole: list[str]) -> None:
-    others = [*whole, *(config.head_layers or ())]
+def _choose_convolutions(model: nn.Module, config: BNOnlyConfig) -> None:
+    others = {*config.whole_modules, *(config.head_layers or ())}
     if config.control and config.control_layers is None:
         config.control_layers = [n for n, m in plain_modules(model) if is_conv(m) and not holder(n, others)]
-    named = named_layers(model, config.control_layers or [], "control_layers")
-    if strange := [name for name, module in named.items() if not is_conv(module) or holder(name, others)]:
-        what = "control_layers names a module that is no convolution, or that trains as a whole."
+    convolutions = named_layers(model, config.control_layers or [], "control_layers")
+    if strange := [name for name, module in convolutions.items() if not is_conv(module) or holder(name, others)]:
+        what = "control_layers names a module that is not a convolution, or that trains as a whole."
         raise ConfigError(what, seen=strange[0], do="leave control_layers out for all convolutions")
-    if named and not config.control:
-        raise ConfigError("control_layers belong to a control.", seen="control=None", do='control="two_weights"')
-    if config.control and not named:
+    if convolutions and not config.control:
+        raise ConfigError("control_layers needs a control.", seen="control=None", do='control="two_weights"')
+    if config.control and not convolutions:
         do = "choose a network with convolutions, or control=None"
         raise ConfigError(f"{type(model).__name__} has no convolution to control.", seen=config.control, do=do)
 
 
 def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig) -> None:
-    """Raise unless a further adapter fits the network as the first one made it.
+    """Check that a further adapter fits the network as the first adapter made it.
 
     Raises:
         AdapterError: it belongs to other frozen weights, or an adapter is merged.
@@ -151,18 +145,18 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
     built, there = ((c.architecture, {**c.model_args, "num_classes": None}) for c in (config, first))
     if built != there:
         raise ConfigError(
-            "Adapters on one network are adapters of one architecture; they may differ in num_classes.",
+            "All adapters on one network have the same architecture; only num_classes may differ.",
             seen=f"{built[0]} {config.model_args}; the network is {there[0]} {first.model_args}",
             do="load the adapter on a network of its own",
         )
     classes = config.model_args.get("num_classes")
     if not config.train_head and classes != first.model_args.get("num_classes"):
         raise ConfigError(
-            "An adapter with its own number of classes has to train its head.",
+            "An adapter with another number of classes has to train its head.",
             seen=f"num_classes={classes}; the network has {first.model_args.get('num_classes')}",
             do="train_head=True",
         )
-    if any(layer.merged for layer in model.modules() if isinstance(layer, BNOnlyLayer)):
+    if any(layer.merged for layer in adapter_layers(model)):
         raise AdapterError(
             "An adapter cannot be added while another is merged: it would copy merged weights.",
             seen="merged norm layers",
@@ -172,7 +166,7 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
 
 def check_nesting(model: nn.Module, config: BNOnlyConfig) -> None:
     """Raise ConfigError if a module that an adapter owns lies inside another such module."""
-    names = {*config.target_modules, *(m.canonical_name for m in model.modules() if isinstance(m, BNOnlyLayer))}
+    names = {*config.target_modules, *(layer.canonical_name for layer in adapter_layers(model))}
     nested = [(name, outer) for name in sorted(names) if (outer := holder(name.rpartition(".")[0], names))]
     if nested:
         raise ConfigError(
@@ -183,7 +177,7 @@ def check_nesting(model: nn.Module, config: BNOnlyConfig) -> None:
 
 
 def check_frozen_norms(model: nn.Module, config: BNOnlyConfig) -> None:
-    """Raise ConfigError if norm layers outside a further adapter are not as its own norm_init draws them."""
+    """Raise ConfigError if the norm layers that a further adapter does not own differ from what norm_init draws."""
     if config.seed is None or config.norm_init in (None, "keep"):
         return
     owned = set(config.target_modules)
@@ -194,7 +188,7 @@ def check_frozen_norms(model: nn.Module, config: BNOnlyConfig) -> None:
         draw_norm_(drawn, name, config.seed, config.norm_init)
         if any(not a.equal(b) for a, b in zip(drawn.parameters(), layer.parameters(), strict=True)):
             raise ConfigError(
-                "The norm layers that this adapter leaves frozen were drawn otherwise on this network.",
+                "The norm layers that this adapter leaves frozen have other values on this network.",
                 seen=f"norm_init={config.norm_init!r} draws another {name}",
                 do="give the norm_init that the network was drawn with, or all norm layers",
             )

@@ -32,24 +32,24 @@ class MethodName(str):
 
 BN_ONLY = MethodName("BN_ONLY")
 
-# What PEFT's base configurations hold, in the releases from the floor to the newest seen. A key that only a newer
-# PEFT knows is added here, so that files it wrote stay readable; a conformance test says when the list is too short.
+# The keys of PEFT's base configurations, in all releases that are supported. A key of a newer PEFT is added here, so
+# that the files it writes can be read; a conformance test fails when one is missing.
 PEFT_KEYS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 }  # fmt: skip
-RUN_TIME = ("verify", "lean")  # choices of this run, never written to adapter_config.json
+RUN_TIME = ("verify", "lean")  # settings of this run, never written to adapter_config.json
 
-# Creation arguments that would load something, or build another kind of object than a classifier.
+# Creation arguments that would load something, or build something other than a classifier.
 FORBIDDEN_ARGS = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
     "scriptable", "exportable", "no_jit", "device", "dtype", "pretrained_strict", "pretrained_filter_fn",
     "pretrained_model_args", "kwargs_filter", "model_cfg", "feature_cfg", "feature_cls", "pruned",
 }  # fmt: skip
 
-# Bounds on what a file's keys hold, so that no check of ours takes long; a real one is 3 deep and has 30 values a key.
+# Bounds on each key of a file, so that no check takes long. Real ones are nested 3 deep and have 30 values a key.
 MAX_DEPTH = 8
 MAX_VALUES = 1_000
-MAX_CLASSES = 2**40  # so that no shape overflows; what is too large for the memory is refused elsewhere
+MAX_CLASSES = 2**40  # so that no shape overflows; `limits` refuses what is too large for the memory
 NAME_LISTS = ("extra_trainable_modules", "norm_layers", "head_layers", "control_layers", "label_names")
 
 
@@ -57,7 +57,7 @@ NAME_LISTS = ("extra_trainable_modules", "norm_layers", "head_layers", "control_
 class BNOnlyConfig(PeftConfig):
     """Configure which parameters of a network train, and how the rest is redrawn.
 
-    What is None is inferred from the network when it is wrapped, and saved.
+    Settings that are None are inferred from the network when it is wrapped, and saved.
 
     Args:
         seed: draws every weight by `bnaffine-init-v1`; None keeps the weights given (a pretrained network).
@@ -88,7 +88,7 @@ class BNOnlyConfig(PeftConfig):
         frozen_fingerprint: sha256 over a drawn head that does not train and norm layers outside the adapter, if any.
         layout_hash: sha256 over the backbone's names and shapes.
         versions: of the libraries that made the adapter.
-        verify: "full", "sampled" or "off": how the frozen network is compared at load. A run-time choice, not saved.
+        verify: "full", "sampled" or "off": how the frozen network is compared when an adapter is loaded. Not saved.
         lean: "exact", "rounded" or "smallest": train in less memory and time, see `bn_affine_adapters.lean`. Not saved.
 
     Raises:
@@ -126,7 +126,7 @@ class BNOnlyConfig(PeftConfig):
     verify: Literal["full", "sampled", "off"] = "full"
     lean: Literal["exact", "rounded", "smallest"] | None = None
 
-    built_here = False  # set on a configuration whose network was just built from it: not compared once more
+    built_here = False  # True if the network was just built from this configuration: not built again to compare
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "BNOnlyConfig":
         """Refuse unknown keys before the dataclass does, naming the nearest one."""
@@ -138,7 +138,7 @@ class BNOnlyConfig(PeftConfig):
         self.task_type = None
         super().__post_init__()
         self.peft_type = BN_ONLY
-        # PEFT chooses its model class by task type: this one leads to ours on every path.
+        # PEFT chooses its model class by task type: this one stands for BNOnlyPeftModel in its registry.
         self.task_type = BN_ONLY
         if self.norm_init is None:
             self.norm_init = "keep" if self.seed is None else "uniform"
@@ -165,7 +165,7 @@ class BNOnlyConfig(PeftConfig):
             _check_type(key, getattr(self, key), str | None)
         _check_type("auto_mapping", self.auto_mapping, type(None))  # by which PEFT would import a base's class
         if self.control == "two_weights" and self.seed is None:
-            raise ConfigError("Two weights a channel are chosen from the seed.", seen="seed=None", do="seed=0")
+            raise ConfigError("control='two_weights' chooses weights from the seed.", seen="seed=None", do="seed=0")
         self._check_format()
         self._check_args()
         if self.architecture is None and not self.fresh:
@@ -202,33 +202,38 @@ class BNOnlyConfig(PeftConfig):
         strange = [name for name, item in (value or {}).items() if not isinstance(name, str) or not is_plain(item)]
         if strange:
             raise ConfigError(
-                f"{key} holds what cannot be written as JSON: {', '.join(map(str, strange))}.",
+                f"{key} holds values that cannot be written as JSON: {', '.join(map(str, strange))}.",
                 seen=repr(value)[:200],
                 do="give finite numbers, strings, booleans, None or lists of them",
             )
         if value is not None:
-            # As it comes back from JSON, so that a configuration equals its file.
+            # Through JSON, so that a configuration equals the one that is read from its file.
             setattr(self, key, json.loads(json.dumps(value)))
 
     def _check_args(self) -> None:
         refused = {key for key in self.model_args if key in FORBIDDEN_ARGS or not key.isidentifier()}
         if refused:
             raise ConfigError(
-                f"model_args holds what cannot travel with an adapter: {', '.join(sorted(map(str, refused)))}.",
+                f"model_args holds keys that cannot travel with an adapter: {', '.join(sorted(map(str, refused)))}.",
                 seen=repr({key: self.model_args[key] for key in refused})[:200],
                 do="give the architecture's own creation arguments",
             )
         classes = self.model_args.get("num_classes")
         if classes is not None and (type(classes) is not int or not 0 <= classes <= MAX_CLASSES):
-            raise ConfigError("num_classes is no number of classes.", seen=repr(classes)[:200], do="give an integer")
+            raise ConfigError(
+                "num_classes is not a usable number of classes.", seen=repr(classes)[:200], do="give an integer"
+            )
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """The exact names of every module that the adapter holds a copy of; a tuple, which PEFT leaves as it is."""
-        head = self.head_layers or [] if self.train_head else []
+        """The exact names of all modules of which the adapter has a copy; a tuple, because PEFT changes lists."""
         controlled = self.control_layers or [] if self.control else []
-        names = [*(self.norm_layers or []), *head, *self.extra_trainable_modules, *controlled]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys([*(self.norm_layers or []), *self.whole_modules, *controlled]))
+
+    @property
+    def whole_modules(self) -> list[str]:
+        """The exact names of the modules that train as a whole: a head that trains, and extra modules."""
+        return [*((self.head_layers or []) if self.train_head else []), *self.extra_trainable_modules]
 
     @property
     def portable(self) -> bool:
@@ -241,16 +246,16 @@ class BNOnlyConfig(PeftConfig):
         return self.backbone_fingerprint is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what adapter_config.json holds: every field but the run-time choices."""
+        """Return what adapter_config.json holds: every field but the settings of this run."""
         return {key: value for key, value in super().to_dict().items() if key not in RUN_TIME}
 
     @classmethod
     def check_kwargs(cls, /, **kwargs: Any) -> dict[str, Any]:
-        """Check the keys of a configuration file; what only a newer PEFT writes is let through and dropped."""
+        """Check the keys of a configuration file, and drop those of PEFT that this class does not have."""
         for key, value in kwargs.items():
             _check_size(key, value)
         known = {f.name for f in fields(cls)} - set(RUN_TIME)
-        # First, so that a file of a newer format says so instead of stumbling over its new keys.
+        # First, so that a file of a newer format is refused as such and not for a new key.
         version = kwargs.get("format_version", FORMAT_VERSION)
         if isinstance(version, int) and version > FORMAT_VERSION:
             cls(format_version=version)
@@ -259,13 +264,13 @@ class BNOnlyConfig(PeftConfig):
 
 
 def _check_size(key: str, value: Any) -> None:
-    level, count = [value], 0
+    values, count = [value], 0
     for _ in range(MAX_DEPTH):
-        inside = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
-        level = [item for items in inside for item in items]
-        count += len(level)
-    if level or (count > MAX_VALUES and key not in NAME_LISTS):
-        seen = f"{count:,} values" + (f", nested {MAX_DEPTH} deep or deeper" if level else "")
+        containers = (v.values() if isinstance(v, dict) else v for v in values if isinstance(v, dict | list))
+        values = [item for container in containers for item in container]
+        count += len(values)
+    if values or (count > MAX_VALUES and key not in NAME_LISTS):
+        seen = f"{count:,} values" + (f", nested {MAX_DEPTH} deep or deeper" if values else "")
         do = f"do not load it; {MAX_VALUES:,} values are allowed"
         raise ConfigError(f"{key[:80]} of adapter_config.json holds too much.", seen=seen, do=do)
 
@@ -279,7 +284,7 @@ def _check_type(key: str, value: Any, kind: Any) -> None:
 
 
 def is_plain(value: Any) -> bool:
-    """Tell whether a value travels in JSON: a finite number, string, boolean, None, or a list of them."""
+    """Tell whether a value can be written as JSON: a finite number, string, boolean, None, or a list of them."""
     if isinstance(value, list | tuple):
         return all(is_plain(item) for item in value)
     if isinstance(value, float):

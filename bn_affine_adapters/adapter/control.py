@@ -1,4 +1,4 @@
-"""Controls of BatchNorm's size: other sets of a few parameters per channel that train instead of gamma and beta."""
+"""Controls: a few other parameters per channel that train instead of gamma and beta, as many as BatchNorm has."""
 
 import math
 from copy import deepcopy
@@ -22,7 +22,7 @@ class Control(nn.Module):
     The frozen weight is the convolution's: it is neither copied nor saved here.
 
     Attributes:
-        replaced: how many of the convolution's weights the trained ones stand for.
+        replaced: number of the convolution's weights that the trained parameters replace.
     """
 
     replaced = 0
@@ -30,7 +30,7 @@ class Control(nn.Module):
     def __init__(self, conv: nn.Module) -> None:
         """Share ``conv`` with the frozen network."""
         super().__init__()
-        self._shared = (conv,)  # in a tuple, so that it is no module of this one; a deep copy keeps the identity
+        self._shared = (conv,)  # in a tuple, so that it is not registered as a submodule; deepcopy keeps the identity
 
     @property
     def conv(self) -> nn.Module:
@@ -38,7 +38,7 @@ class Control(nn.Module):
         return self._shared[0]
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the convolution, e.g. `stride`."""
+        """Return an attribute of the convolution, e.g. `stride`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -48,19 +48,19 @@ class Control(nn.Module):
         """Return a plain convolution that computes the same.
 
         Raises:
-            AdapterError: there is none: a shift in front of zero padding is no bias behind it.
+            AdapterError: there is none: a shift before zero padding does not equal a bias after the convolution.
         """
         raise AdapterError(
-            "A shift per input channel cannot be merged into the convolution behind it.",
+            "A shift per input channel cannot be merged into the convolution that follows it.",
             seen="zero padding, which the shift does not reach",
             do="model.save_pretrained(folder), and load the adapter with this package",
         )
 
 
 class TwoWeights(Control):
-    """A convolution of which two weights per output channel train, chosen from the seed.
+    """A convolution that trains two weights per output channel, chosen from the seed.
 
-    Only those are parameters: the others get no gradient, no momentum and no weight decay.
+    Only these are parameters: the other weights get no gradient, optimizer state or weight decay.
 
     Source: the paper's Section 4, "two random parameters per channel".
     """
@@ -81,7 +81,7 @@ class TwoWeights(Control):
     def weight(self) -> Tensor:
         """The whole weight, (C_out, C_in / groups, ...): the frozen one with the trained values in their places.
 
-        Its format in memory is the frozen weight's, by which the convolution's kernel is chosen.
+        It keeps the frozen weight's memory format, by which PyTorch chooses the convolution's kernel.
         """
         frozen = _weight(self.conv)
         whole = frozen.flatten(1).scatter(1, self.index, self.values).view(frozen.shape)
@@ -101,9 +101,9 @@ class TwoWeights(Control):
 
 
 class InputAffine(Control):
-    """A convolution behind a trained scale and shift per input channel, one and zero at the start.
+    """A convolution after a trained scale and shift per input channel, which start at one and zero.
 
-    Padding stays zero, as in a network with a norm layer in front of the convolution.
+    The padding is zero, as in a network with a norm layer before the convolution.
     """
 
     def __init__(self, conv: Any) -> None:
@@ -124,11 +124,12 @@ def choose(filters: int, weights: int, seed: int, name: str) -> NDArray[np.int64
     Args:
         filters: output channels.
         weights: of one filter; with fewer than two, all of them are chosen.
-        seed: as of the weights.
-        name: canonical, of the convolution.
+        seed: of the weights.
+        name: canonical name of the convolution.
 
-    Four 16-bit codes of the stream ``name:two_weights`` make two 32-bit numbers a filter, which are scaled down to a
-    position among all, and to one among those left. A parameter's name has no colon, so that no stream is used twice.
+    Four 16-bit codes of the stream ``name:two_weights`` give two 32-bit numbers a filter. They are scaled down to a
+    position among all weights, and to one among the others. No parameter's name has a colon, so that no stream is
+    used twice.
 
     >>> choose(2, 27, 0, "conv1").tolist()
     [[17, 4], [20, 16]]

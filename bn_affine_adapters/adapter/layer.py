@@ -1,7 +1,7 @@
 """The PEFT layer: a module of the network with one copy of it, parameters and buffers, per adapter."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -17,24 +17,17 @@ from .control import Control
 
 
 def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:
-    """Return the names of those parameters that a configuration trains of an adapter's module.
-
-    Args:
-        module: the adapter's copy, or what it is a copy of.
-        name: canonical.
-        config: the adapter's.
-    """
-    head = config.head_layers or [] if config.train_head else []
-    if name in head or name in config.extra_trainable_modules or isinstance(module, Control):
+    """Return which parameters an adapter's configuration trains of a module (copy or base layer) of canonical name."""
+    if name in config.whole_modules or isinstance(module, Control):
         return [key for key, _ in module.named_parameters()]
     gamma, beta = affine(module)
     return [key for key, on in ((gamma, config.train_gamma), (beta, config.train_beta)) if key and on]
 
 
 def drawn(module: nn.Module, name: str, config: BNOnlyConfig) -> dict[str, Rule]:
-    """Return the rules of a norm layer's gamma and beta where they do not train and follow from the seed.
+    """Return the rules of a norm layer's gamma and beta that do not train and are drawn from the seed.
 
-    An adapter's file need not hold them. Args: as `trained`.
+    An adapter's file need not hold them. Args: as in `trained`.
     """
     if config.seed is None or config.norm_init in (None, "keep") or not is_norm(module):
         return {}
@@ -44,11 +37,11 @@ def drawn(module: nn.Module, name: str, config: BNOnlyConfig) -> dict[str, Rule]
 
 
 class BNOnlyLayer(nn.Module, BaseTunerLayer):
-    """Run the active adapter's copy of a module, or the module itself where that adapter has none.
+    """Run the active adapter's copy of a module, or the module itself if that adapter has no copy.
 
     The whole module is copied, so that fused activations (`BatchNormAct2d`), eps, momentum, dtype and running
-    statistics stay what they are. The base layer and inactive copies never move: the base layer always runs in
-    evaluation mode, and so do the norm layers of an adapter whose running statistics are frozen.
+    statistics are kept. The running statistics of the base layer and of inactive copies never change: the base layer
+    always runs in evaluation mode, and so do the norm layers of an adapter whose running statistics are frozen.
     """
 
     adapter_layer_names = (COPIES,)
@@ -67,14 +60,14 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         self.training = base_layer.training
 
     def add_copy(self, adapter_name: str, copy: nn.Module, config: BNOnlyConfig) -> None:
-        """Hold ``copy`` for an adapter; what of it trains follows from the adapter's configuration."""
+        """Hold ``copy`` for an adapter; the adapter's configuration decides which of its parameters train."""
         self.bn_only_layers[adapter_name] = copy
         self.configs[adapter_name] = config
         copy.requires_grad_(False)
         self.train(self.training)
 
     def copy_of_base(self) -> nn.Module:
-        """Return a deep copy of the base layer in this layer's mode, sharing nothing with it."""
+        """Return a deep copy of the base layer, in this layer's mode."""
         return deepcopy(self.base_layer).train(self.training)
 
     def active_module(self) -> nn.Module:
@@ -100,26 +93,26 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         return [f"{adapter_name}.{key}" for key in trained(copy, self.canonical_name, config)]
 
     def drawn(self, adapter_name: str) -> dict[str, torch.Tensor]:
-        """Return what of an adapter's copy follows from its seed, as it was drawn, as named in `bn_only_layers`."""
+        """Return the tensors of an adapter's copy that follow from its seed, drawn anew, named as in `trainable`."""
         copy, config = self.bn_only_layers[adapter_name], self.configs[adapter_name]
-        found = {}
+        tensors = {}
         for key, rule in drawn(copy, self.canonical_name, config).items():
             assert config.seed is not None  # or nothing is drawn
             tensor = torch.empty_like(copy.get_parameter(key), device="cpu", requires_grad=False)
             draw_into_(tensor, rule, config.seed, f"{self.canonical_name}.{key}")
-            found[f"{adapter_name}.{key}"] = tensor
-        return found
+            tensors[f"{adapter_name}.{key}"] = tensor
+        return tensors
 
     def train(self, mode: bool = True) -> "BNOnlyLayer":
         """Set the mode of the copies; the base layer and frozen running statistics stay in evaluation mode."""
         super().train(mode)
-        # Merging exchanges base and copy: what holds still follows from which is which, not from where it is.
-        held = dict(self.bn_only_layers.items())
+        # Merging exchanges base and copy: undo that here to know which is which.
+        copies = dict(self.bn_only_layers.items())
         base = self.base_layer
         for name in self.merged_adapters:
-            held[name], base = base, held[name]
+            copies[name], base = base, copies[name]
         base.train(False)
-        for name, copy in held.items():
+        for name, copy in copies.items():
             if self.configs[name].running_statistics == "frozen":
                 for module in copy.modules():
                     if is_norm(module):
@@ -140,7 +133,7 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
             self._require_grad(dict.fromkeys(self.trainable(name), requires_grad))
 
     def _require_grad(self, flags: dict[str, bool]) -> None:
-        # While the adapters are disabled nothing requires gradients; what is asked for then holds afterwards.
+        # While the adapters are disabled nothing requires gradients; the flags are kept for when they are enabled.
         if self.disable_adapters:
             self._flags_while_disabled.update(flags)
             return
@@ -148,7 +141,7 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
             self.bn_only_layers.get_parameter(name).requires_grad_(flag)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable or disable the adapters; enabling gives back the gradients there were before."""
+        """Enable or disable the adapters; enabling restores which parameters require gradients."""
         if enabled != self.disable_adapters:
             return
         if self.merged:
@@ -161,7 +154,7 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
             self._require_grad(self._flags_while_disabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter's copy; which adapter is active next is the tuner's choice, one for all layers."""
+        """Delete an adapter's copy; the tuner chooses which adapter is active next, the same for all layers."""
         if adapter_name in self.bn_only_layers:
             del self.bn_only_layers[adapter_name]
             del self.configs[adapter_name]
@@ -170,7 +163,7 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Exchange the base layer for an adapter's copy; nothing is computed, so the result is exact."""
+        """Exchange the base layer and an adapter's copy; nothing is computed, so that the result is exact."""
         names = check_adapters_to_merge(self, adapter_names)
         if len(names) > 1:
             raise AdapterError(
@@ -206,14 +199,19 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         return self.active_module().bias  # type: ignore[return-value]  # nn.Module.__getattr__ says Tensor | Module
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the active module, e.g. `eps` or `in_features`."""
+        """Return an attribute of the active module, e.g. `eps` or `in_features`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_layer", COPIES):  # not yet there, while __init__ or unpickling runs
+            if name in ("base_layer", COPIES):  # not set yet, while __init__ or unpickling runs
                 raise
             return getattr(self.active_module(), name)
 
     def __repr__(self) -> str:
         """Show the layer as PEFT's other tuners do."""
         return "bn_only." + super().__repr__()
+
+
+def adapter_layers(model: nn.Module) -> Iterator[BNOnlyLayer]:
+    """Yield the layers of a network that hold per-adapter copies."""
+    return (layer for layer in model.modules() if isinstance(layer, BNOnlyLayer))

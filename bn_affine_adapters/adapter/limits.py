@@ -1,4 +1,4 @@
-"""Bounds on what a stranger's configuration may ask for, checked before memory or time is spent on it."""
+"""Bounds on the network that a stranger's configuration asks for, checked before memory or time is spent on it."""
 
 import ctypes
 import threading
@@ -11,35 +11,28 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import RebuildError, TooLargeError
+from ..errors import TooLargeError
 from .config import BNOnlyConfig
-from .rebuild import create
+from .rebuild import build_outline
 
 MAX_PARAMETERS = 200_000_000  # 800 MB in float32
-MAX_NUMBER = 20_000  # in creation arguments, but for num_classes: some constructors make lists of that length
-MAX_ITEMS = 1_000  # of all creation arguments, lists in lists included
-SLACK = 10_000_000  # values of a constructor that are no parameters: at most a ninth of them in timm
-MAX_TENSORS = 20_000  # made by a constructor; cifar_resnet866, the deepest, makes 4,337
-BUILD_SECONDS = 2.0  # of processor time; the slowest of timm takes 0.8 on the meta device
+MAX_NUMBER = 20_000  # in creation arguments except num_classes: some constructors make lists of that length
+MAX_ITEMS = 1_000  # in all creation arguments together, including those in nested lists
+SLACK = 10_000_000  # values that a constructor makes besides parameters; in timm at most a ninth of the parameters
+MAX_TENSORS = 20_000  # in a constructor and in an adapter's file; cifar_resnet866, the deepest, has 4,337 and 4,335
+BUILD_SECONDS = 2.0  # of processor time; the slowest network of timm takes 0.8 s on the meta device
 LIFT = "load_bn_only_model(..., max_parameters=N), or None for no limit, if you trust whoever made it"
 
 
 def build_within(config: BNOnlyConfig, max_parameters: int | None) -> nn.Module:
-    """Build the network that a configuration asks for on the meta device, where it takes no memory.
-
-    Returns:
-        The network without values; with some where its constructor needs a real device.
+    """Build the network that a configuration asks for within the bounds, on the meta device where possible.
 
     Raises:
         TooLargeError: it has more parameters than allowed, or building it takes too long.
         UnknownArchitectureError, RebuildError: it cannot be built.
     """
-    assert config.architecture is not None
     with bounded(config, max_parameters):
-        try:
-            network = create(config.architecture, config.model_args, "meta")
-        except RebuildError:  # some constructors compute with values
-            network = create(config.architecture, config.model_args)
+        network = build_outline(config)
     count = sum(parameter.numel() for parameter in network.parameters())
     if max_parameters is not None and count > max_parameters:
         raise _too_large(config, f"{count:,} parameters; the limit is {max_parameters:,}")
@@ -48,10 +41,10 @@ def build_within(config: BNOnlyConfig, max_parameters: int | None) -> nn.Module:
 
 @contextmanager
 def bounded(config: BNOnlyConfig, max_parameters: int | None) -> Iterator[None]:
-    """Bound what is built inside: the numbers asked for, the tensors made, the processor time of this thread.
+    """Bound what is built inside: the numbers asked for, the tensors made, and this thread's processor time.
 
     Raises:
-        TooLargeError: one of them is exceeded.
+        TooLargeError: a bound is exceeded; with ``max_parameters=None`` there is none.
     """
     if max_parameters is None:
         yield
@@ -71,7 +64,7 @@ def bounded(config: BNOnlyConfig, max_parameters: int | None) -> Iterator[None]:
 def _too_large(config: BNOnlyConfig, seen: str) -> TooLargeError:
     args = ", ".join(f"{key}={value!r}"[:80] for key, value in list(config.model_args.items())[:8])
     return TooLargeError(
-        "The adapter asks for a network that is too large to be built for a stranger.",
+        "The adapter asks for a network that is too large to be built from an untrusted file.",
         seen=f"{config.architecture} with {args or 'no arguments'}: {seen}",
         do=LIFT,
     )
@@ -93,7 +86,7 @@ def _excessive(args: dict[str, Any]) -> Iterator[str]:
             yield f"{name[:80]} is over {MAX_NUMBER:,}"
 
 
-class _TooMany(BaseException):  # not an Exception, so that no constructor's own handling holds it up
+class _TooMany(BaseException):  # not an Exception, so that no constructor catches it
     pass
 
 
@@ -102,7 +95,7 @@ class _TooSlow(BaseException):
 
 
 class _Counted(TorchDispatchMode):
-    """Count the values of all tensors made, on any device; views and what is changed in place are not made."""
+    """Count the new tensors and their values, on any device; views and in-place operations make none."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -120,10 +113,10 @@ class _Counted(TorchDispatchMode):
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raise _TooSlow inside, from a second thread, once this one has used so much processor time.
+    """Raise _TooSlow inside, from a second thread, once this thread has used so much processor time.
 
-    Only that ends a constructor's own loop over, say, all pairs of positions of a window. Time of the processor, not
-    of the clock: a busy machine refuses nothing.
+    Only this ends a loop in a constructor, e.g. over all pairs of positions in a window. Processor time is counted
+    rather than wall time, so that a busy machine refuses nothing.
     """
     thread, clock = threading.get_ident(), _clock()
     end, over, lock = clock() + seconds, threading.Event(), threading.Lock()
@@ -141,7 +134,7 @@ def _deadline(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        with lock:  # from here on nothing is raised but what is on its way, which arrives at once
+        with lock:  # after this nothing new is raised; an exception that was already set arrives at once
             over.set()
 
 

@@ -1,9 +1,8 @@
-"""The frozen backbone: build its architecture again, describe what is frozen, verify it."""
+"""The frozen backbone: build its architecture again, write its fingerprints, verify it."""
 
 import json
 import re
 from collections.abc import Collection, Mapping
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,20 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import nn
 
-from ..errors import BNAdapterError, FingerprintError, RebuildError, ReinitError, UnknownArchitectureError
+from ..errors import (
+    BNAdapterError,
+    FingerprintError,
+    RebuildError,
+    ReinitError,
+    UnknownArchitectureError,
+    nearest_name,
+)
 from ..norms.find import STATISTICS, affine, is_norm, plain_modules, plain_tensors
 from ..seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
-from ..seed.rules import constants_only, plan, values
+from ..seed.rules import constants_only, draw_into_, parameter_rules
 from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
 
-NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # of an architecture, with timm's tag of weights
+NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # of an architecture, with timm's optional tag of weights
 
 # Attributes that differ between equal networks, or change only how the same numbers are computed.
 _INCIDENTAL = {"training", "grad_checkpointing", "fused_attn", "fast_norm", "_fast_norm", "name_or_path"}
@@ -34,18 +40,18 @@ def versions() -> dict[str, str]:
 
 
 def create(architecture: str, model_args: dict[str, Any], device: str | torch.device = "cpu") -> nn.Module:
-    """Build a network that timm has registered, with constants as its constructor leaves them and NaN elsewhere.
+    """Build a network registered in timm, with the constants of its constructor and NaN for every random tensor.
 
     Raises:
         UnknownArchitectureError: the name is not registered; the message gives the nearest one.
         RebuildError: the constructor does not take the arguments.
     """
-    # timm would take "hf-hub:..." and "local-dir:..." for instructions to load something.
+    # For "hf-hub:..." and "local-dir:..." timm would load something.
     if not NAME.fullmatch(architecture) or not timm.is_model(architecture):
-        near = get_close_matches(architecture[:80], timm.list_models(), n=1)
+        known = timm.list_models()
         raise UnknownArchitectureError(
             f"timm {version('timm')} has no architecture {architecture[:80]!r}.",
-            seen=f"{len(timm.list_models())} registered names" + (f"; the nearest is {near[0]!r}" if near else ""),
+            seen=f"{len(known)} registered names" + nearest_name(architecture[:80], known),
             do="import the package that registers it, or choose from timm.list_models()",
         )
     try:
@@ -53,7 +59,7 @@ def create(architecture: str, model_args: dict[str, Any], device: str | torch.de
             return timm.create_model(architecture, pretrained=False, **model_args)
     except BNAdapterError:
         raise
-    except Exception as error:  # arguments from a file: constructors divide by them, index with them, look them up
+    except Exception as error:  # arguments from a file make constructors fail in any way
         raise RebuildError(
             f"{architecture} cannot be built with these arguments.",
             seen=f"model_args={model_args}; {type(error).__name__}: {error}",
@@ -61,20 +67,34 @@ def create(architecture: str, model_args: dict[str, Any], device: str | torch.de
         ) from error
 
 
+def build(config: BNOnlyConfig, device: str | torch.device = "cpu") -> nn.Module:
+    """Build the network that a configuration names, as `create` does."""
+    assert config.architecture is not None
+    return create(config.architecture, config.model_args, device)
+
+
+def build_outline(config: BNOnlyConfig) -> nn.Module:
+    """Build a configuration's network on the meta device, or on the CPU if its constructor computes with values."""
+    try:
+        return build(config, "meta")
+    except RebuildError:
+        return build(config)
+
+
 def create_pretrained(architecture: str, model_args: dict[str, Any], file: Path) -> nn.Module:
-    """Build a network that timm has registered, with the pretrained weights of a safetensors file.
+    """Build a network registered in timm, with the pretrained weights of a safetensors file.
 
     Raises:
-        UnknownArchitectureError, RebuildError: as `create`.
-        FingerprintError: the file's tensors are not such a network's.
+        UnknownArchitectureError, RebuildError: as in `create`.
+        FingerprintError: the file's tensors do not fit the network.
     """
-    create(architecture, model_args, "meta")  # so that what fails below is the file's fault
+    create(architecture, model_args, "meta")  # so that any error below is caused by the file
     overlay: dict[str, Any] = {"file": str(file)}
     head = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
     try:
         with safe_open(file, "pt") as opened:
             if isinstance(head, str) and f"{head}.weight" in opened.keys():  # noqa: SIM118  # not a dict
-                # timm drops a head whose number of classes is not the one it knows of the weights.
+                # timm drops a head whose number of classes differs from the one in its own configuration.
                 overlay["num_classes"] = opened.get_slice(f"{head}.weight").get_shape()[0]
         with torch.random.fork_rng(devices=[]):
             return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
@@ -87,18 +107,18 @@ def create_pretrained(architecture: str, model_args: dict[str, Any], file: Path)
 
 
 def infer_architecture(model: nn.Module) -> str:
-    """Return the name under which timm built the network, or "custom" where timm did not build it."""
+    """Return the name under which timm built the network, or "custom" if timm did not build it."""
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     name = cfg.get("architecture") if isinstance(cfg, dict) else getattr(cfg, "architecture", None)
     return name if name and timm.is_model(name) else CUSTOM
 
 
 def infer_args(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the creation arguments: those given, those timm kept, those that can be read off the network."""
+    """Return the creation arguments: those given, those recorded by timm, those that the network's layers show."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    # timm keeps them from 1.0.31 on, in a private attribute that may go: `check_rebuild` has the last word.
-    kept = getattr(model, "_model_args", None) or {}
-    args = {key: value for key, value in kept.items() if key not in FORBIDDEN_ARGS and is_plain(value)}
+    # timm records them from 1.0.31 on, in a private attribute that may change: `check_rebuild` compares the result.
+    recorded = getattr(model, "_model_args", None) or {}
+    args = {key: value for key, value in recorded.items() if key not in FORBIDDEN_ARGS and is_plain(value)}
     input_size = cfg.get("input_size") or (3,)
     first = dict(model.named_modules()).get(cfg.get("first_conv") or "")
     if (channels := getattr(first, "in_channels", None)) not in (None, input_size[0]):
@@ -108,14 +128,14 @@ def infer_args(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         args["img_size"] = list(size)
     if (classes := getattr(model, "num_classes", None)) is not None:
         args["num_classes"] = classes
-    return json.loads(json.dumps({**args, **given}))  # with lists for tuples, as it comes back from a file
+    return json.loads(json.dumps({**args, **given}))  # lists instead of tuples, as in a file
 
 
 def _traits(model: nn.Module) -> dict[str, Any]:
     traits: dict[str, Any] = {}
     for name, module in plain_modules(model):
         where = name or "the network"
-        # Synchronising batch statistics changes a class, not the network.
+        # A network with synchronised batch statistics is the same network.
         kind = type(module).__qualname__.replace("SyncBatchNormAct", "BatchNormAct2d")
         traits[f"{where}: class"] = kind.replace("SyncBatchNorm", "BatchNorm2d")
         traits[f"{where}: extra_repr"] = module.extra_repr()
@@ -129,24 +149,18 @@ def _traits(model: nn.Module) -> dict[str, Any]:
 
 
 def check_rebuild(model: nn.Module, config: BNOnlyConfig) -> None:
-    """Build the architecture on the meta device and compare names, shapes, classes, extra_repr and settings.
+    """Build the architecture again and compare names, shapes, classes, extra_repr and settings of all modules.
 
-    A timm network does not keep its creation arguments, and some of them (``output_stride=8``) change neither a
-    name nor a shape: what this comparison lets through is what a reload gives back.
+    Some creation arguments (``output_stride=8``) change neither a name nor a shape, and timm may not have recorded
+    them. A network that passes this comparison is the one that loading the adapter builds.
 
     Raises:
-        RebuildError: the two differ; the message names the first difference.
+        RebuildError: the two networks differ; the message names the first difference.
     """
-    assert config.architecture is not None
-    ours = _traits(model)
-    try:
-        again = create(config.architecture, config.model_args, "meta")
-    except RebuildError:  # some constructors compute with values, which meta tensors do not have
-        again = create(config.architecture, config.model_args)
-    theirs = _traits(again)
+    ours, theirs = _traits(model), _traits(build_outline(config))
     different = [key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key)]
     if not config.fresh:
-        # An adapter brings its own head, so that its base may have another one.
+        # The adapter has its own head: the base may have another one.
         heads = [f"{name}:" for name in config.head_layers or []]
         different = [k for k in different if not k.startswith((*heads, "the network: num_classes"))]
     if different:
@@ -158,12 +172,16 @@ def check_rebuild(model: nn.Module, config: BNOnlyConfig) -> None:
             do="give the creation arguments as BNOnlyConfig(model_args={...}), or architecture='custom' for a network "
             "changed by hand, which then loads only with model="
             if config.fresh
-            else f"pass the network of timm.create_model({config.architecture!r}, **{config.model_args})",
+            else f"pass the network of {_creation_call(config)}",
         )
 
 
+def _creation_call(config: BNOnlyConfig) -> str:
+    return f"timm.create_model({config.architecture!r}, **{config.model_args})"
+
+
 def holder(name: str, modules: Collection[str]) -> str | None:
-    """Return which of the modules a name is or lies in; in steps of the name's depth, not of their number."""
+    """Return the module that a name is or lies in, or None; the time grows with the name's depth alone."""
     while name and name not in modules:
         name = name.rpartition(".")[0]
     return name or None
@@ -172,9 +190,9 @@ def holder(name: str, modules: Collection[str]) -> str | None:
 def frozen_tensors(model: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return (backbone, rest) by canonical name, in the order of the network's definition.
 
-    The backbone is every parameter and persistent buffer outside the norm layers' gamma, beta and running statistics,
-    the head and the extra trainable modules, so that adapters with other heads share it. The rest is what this
-    adapter leaves frozen beside it: a head that does not train, and norm layers that it does not own.
+    The backbone is every parameter and persistent buffer except the norm layers' gamma, beta and running statistics,
+    the head and the extra trainable modules; adapters with other heads share it. The rest is what this adapter leaves
+    frozen besides: a head that does not train, and norm layers that it does not own.
     """
     backbone: dict[str, torch.Tensor] = {}
     rest: dict[str, torch.Tensor] = {}
@@ -197,33 +215,34 @@ def frozen_tensors(model: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, to
 def _arrays(
     model: nn.Module, config: BNOnlyConfig, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, NDArray[np.float32]]:
-    # A network cast to bfloat16 has the fingerprint of the float32 values it was cast from, when those can be drawn.
+    # If a network was cast to bfloat16, its fingerprint is that of the float32 values, if the seed draws them.
     cast = {name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype != torch.float32}
     arrays: dict[str, NDArray[np.float32]] = {}
     if config.seed is not None and cast:
-        for name, parameter, rule in plan(model, weight_init=config.weight_init, norm_init="keep"):
+        for name, parameter, rule in parameter_rules(model, weight_init=config.weight_init, norm_init="keep"):
             if name in cast:
-                array = values(rule, tuple(parameter.shape), config.seed, name)
-                if torch.equal(torch.from_numpy(array).to(parameter.dtype), parameter.detach().cpu()):
-                    arrays[name] = array
+                drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                draw_into_(drawn, rule, config.seed, name)
+                if torch.equal(drawn.to(parameter.dtype), parameter.detach().cpu()):
+                    arrays[name] = float32(drawn)
     for name, tensor in tensors.items():
         array = arrays.setdefault(name, float32(tensor))
         if not np.isfinite(array).all():
             raise ReinitError(
-                f"{name} has values that are not finite, so that it cannot be part of a frozen network.",
+                f"{name} has values that are not finite and cannot be part of a frozen network.",
                 seen=f"shape {tuple(tensor.shape)}, {int((~np.isfinite(array)).sum())} of {array.size} not finite",
                 do="pass a network whose buffers do not depend on a random generator",
             )
     return arrays
 
 
-def describe(model: nn.Module, config: BNOnlyConfig) -> None:
+def write_fingerprints(model: nn.Module, config: BNOnlyConfig) -> None:
     """Write the frozen tensors' fingerprints, the layout and the libraries' versions into a configuration."""
     backbone, rest = frozen_tensors(model, config)
-    found = fingerprint(_arrays(model, config, backbone))
-    config.backbone_fingerprint = found.full
-    config.backbone_fingerprint_sampled = found.sampled
-    config.backbone_digests = found.tensors
+    hashes = fingerprint(_arrays(model, config, backbone))
+    config.backbone_fingerprint = hashes.full
+    config.backbone_fingerprint_sampled = hashes.sampled
+    config.backbone_digests = hashes.tensors
     config.layout_hash = _layout(model, config, backbone)
     config.frozen_fingerprint = fingerprint(_arrays(model, config, rest)).full if rest else None
     config.versions = versions()
@@ -242,19 +261,18 @@ def verify_layout(model: nn.Module, config: BNOnlyConfig) -> None:
     """Compare names and shapes of a network's layers with a configuration's, before anything is redrawn.
 
     Raises:
-        FingerprintError: they differ; the message names a layer that is absent.
+        FingerprintError: they differ; the message names a layer that is missing.
     """
     if config.verify != "off" and _layout(model, config, frozen_tensors(model, config)[0]) != config.layout_hash:
-        error = _mismatch(config, "its layers have other names or shapes", _absent(model, config))
-        do = f"pass timm.create_model({config.architecture!r}, **{config.model_args}), or {error.do}"
-        raise FingerprintError(error.what, seen=error.seen, do=error.do if config.architecture == CUSTOM else do)
+        advice = "" if config.architecture == CUSTOM else f"pass {_creation_call(config)}, or "
+        raise _mismatch(config, "its layers have other names or shapes", _absent(model, config), advice)
 
 
 def verify(model: nn.Module, config: BNOnlyConfig) -> None:
-    """Compare a network's frozen tensors with a configuration's fingerprints, as far as ``config.verify`` asks.
+    """Compare a network's frozen tensors with a configuration's fingerprints, as thoroughly as ``config.verify`` says.
 
     Raises:
-        FingerprintError: they differ; the message names the first layer that does and the versions on both sides.
+        FingerprintError: they differ; the message names the first layer that does, and the versions then and now.
     """
     if config.verify == "off":
         return
@@ -262,8 +280,8 @@ def verify(model: nn.Module, config: BNOnlyConfig) -> None:
     arrays = _arrays(model, config, backbone)
     if config.verify == "sampled" and sampled(arrays) != config.backbone_fingerprint_sampled:
         raise _mismatch(config, "the sampled values differ", "4,096 values a tensor were compared")
-    if config.verify == "full" and (found := fingerprint(arrays)).full != config.backbone_fingerprint:
-        name = first_difference(list(backbone), found.tensors, config.backbone_digests or "")
+    if config.verify == "full" and (hashes := fingerprint(arrays)).full != config.backbone_fingerprint:
+        name = first_difference(list(backbone), hashes.tensors, config.backbone_digests or "")
         dtype = f" ({backbone[name].dtype})" if name in backbone else ""
         raise _mismatch(config, "frozen weights differ", f"the first layer that differs is {name}{dtype}")
     if rest and fingerprint(_arrays(model, config, rest)).full != config.frozen_fingerprint:
@@ -271,14 +289,14 @@ def verify(model: nn.Module, config: BNOnlyConfig) -> None:
 
 
 def _absent(model: nn.Module, config: BNOnlyConfig) -> str:
-    there = {name for name, _ in plain_modules(model)}
-    absent = [name for name in config.target_modules if name not in there]
+    names = {name for name, _ in plain_modules(model)}
+    absent = [name for name in config.target_modules if name not in names]
     if absent:
         return f"{len(absent)} of the adapter's layers are not in it, the first is {absent[0]}"
-    return f"{len(there)} modules"
+    return f"{len(names)} modules"
 
 
-def _mismatch(config: BNOnlyConfig, why: str, seen: str) -> FingerprintError:
+def _mismatch(config: BNOnlyConfig, why: str, seen: str, advice: str = "") -> FingerprintError:
     now = versions()
     changed = [f"{k} {v} -> {now.get(k)}" for k, v in config.versions.items() if now.get(k) != v]
     if config.seed is None:
@@ -288,5 +306,5 @@ def _mismatch(config: BNOnlyConfig, why: str, seen: str) -> FingerprintError:
     return FingerprintError(
         f"This is not the network that the adapter was trained on: {why}.",
         seen=f"{seen}; {config.architecture}, versions then and now: {', '.join(changed) or 'the same'}",
-        do=do,
+        do=advice + do,
     )

@@ -6,12 +6,12 @@ import torch
 
 from ..errors import AdapterTensorError
 
-PREFIX = "base_model.model."  # what PEFT puts before a name
+PEFT_PREFIX = "base_model.model."  # of every name in an adapter's file
 
 
 def bare(key: str) -> str:
     """Return a tensor's name in the network, without PEFT's prefix."""
-    return key.removeprefix(PREFIX)
+    return key.removeprefix(PEFT_PREFIX)
 
 
 def check_tensors(
@@ -20,9 +20,9 @@ def check_tensors(
     """Compare names, shapes, kinds and finiteness of an adapter's tensors with what the network expects.
 
     Args:
-        given: the file's, by name in the network.
-        expected: the network's.
-        optional: those of ``expected`` that may be missing, since they follow from the seed.
+        given: the file's tensors, by name in the network; on the meta device no values are compared.
+        expected: the network's tensors.
+        optional: names of ``expected`` that may be missing, because their values follow from the seed.
 
     Raises:
         AdapterTensorError: something is missing, extra, or not as expected.
@@ -30,20 +30,25 @@ def check_tensors(
     problems = [f"missing {name}" for name in expected if name not in given and name not in optional]
     problems += [f"extra {name[:200]}" for name in given if name not in expected]
     for name in expected.keys() & given.keys():
-        ours, theirs = expected[name], given[name]
-        if ours.shape != theirs.shape:
-            problems.append(f"{name} has shape {tuple(theirs.shape)}, the network needs {tuple(ours.shape)}")
-        elif ours.is_floating_point() != theirs.is_floating_point():
-            problems.append(f"{name} has dtype {theirs.dtype}, the network needs {ours.dtype}")
-        elif not theirs.is_meta and not bool(theirs.to(ours.dtype).isfinite().all()):
-            problems.append(f"{name} has values that are not finite in {ours.dtype}")
-        elif (
-            not theirs.is_meta and name.endswith((".running_var", ".num_batches_tracked")) and bool((theirs < 0).any())
-        ):
-            problems.append(f"{name} has negative values")
+        if problem := _problem(name, given[name], expected[name]):
+            problems.append(f"{name} has {problem}")
     if problems:
         raise AdapterTensorError(
             "The adapter's tensors do not fit the network.",
             seen=f"{len(problems)} problems; {'; '.join(sorted(problems)[:3])}",
             do="load it on the architecture it was made for, or download it again",
         )
+
+
+def _problem(name: str, given: torch.Tensor, expected: torch.Tensor) -> str | None:
+    if given.shape != expected.shape:
+        return f"shape {tuple(given.shape)}, the network needs {tuple(expected.shape)}"
+    if given.is_floating_point() != expected.is_floating_point():
+        return f"dtype {given.dtype}, the network needs {expected.dtype}"
+    if given.is_meta:
+        return None
+    if not bool(given.to(expected.dtype).isfinite().all()):
+        return f"values that are not finite in {expected.dtype}"
+    if name.endswith((".running_var", ".num_batches_tracked")) and bool((given < 0).any()):
+        return "negative values"
+    return None

@@ -1,4 +1,4 @@
-"""BNOnlyTuner: injects per-adapter copies of norm layers, head and extra modules into a network."""
+"""BNOnlyTuner: put an adapter's copies of norm layers, head and extra modules into a network, and take them out."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,22 +11,21 @@ from torch import nn
 
 from ..lean import Report, lean_, plain_
 from ..norms.find import COPIES, is_norm
-from ..seed.rules import draw_into_, draw_norm_, reinit_, rule_for
+from ..seed.rules import check_memory, draw_into_, draw_norm_, reinit_, rule_for
 from .checks import (
-    PREFIX,
+    TUNER_PREFIX,
     check_adapter_name,
     check_agreement,
     check_frozen_norms,
-    check_memory,
     check_nesting,
     choose_layers,
     infer,
 )
 from .config import CUSTOM, BNOnlyConfig
 from .control import Control, controlled
-from .layer import BNOnlyLayer
+from .layer import BNOnlyLayer, adapter_layers
 from .limits import bounded
-from .rebuild import check_rebuild, create, describe, verify, verify_layout
+from .rebuild import build, check_rebuild, verify, verify_layout, write_fingerprints
 from .tensors import bare, check_tensors
 
 
@@ -34,17 +33,18 @@ class BNOnlyTuner(BaseTuner):
     """Inject per-adapter copies of norm layers into a network.
 
     The first adapter decides the backbone: with a seed the network is redrawn in place. Every further adapter has to
-    agree with it, and brings its own gamma, beta, running statistics and head.
+    have the same backbone, and has its own gamma, beta, running statistics and head.
     """
 
-    lean: Report | None = None  # what lean training spares, while it is on
-    prefix = PREFIX
+    lean: Report | None = None  # what lean training saves, while it is on
+    prefix = TUNER_PREFIX
     tuner_layer_cls = BNOnlyLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Redraw and verify the network, complete a copy of the configuration, then inject the copies."""
         check_adapter_name(model, adapter_name)
-        check_memory(model)
+        for name, parameter in model.named_parameters():
+            check_memory(name, parameter)
         # A copy, so that the caller's configuration can be used for another network.
         config = self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
         first = next((other for name, other in self.peft_config.items() if name != adapter_name), None)
@@ -56,7 +56,7 @@ class BNOnlyTuner(BaseTuner):
         if first is not None:
             check_agreement(model, config, first)
         elif config.architecture != CUSTOM and not config.built_here and config.verify != "off":
-            # A configuration that was read may ask for no larger a network than the one it is loaded on.
+            # A configuration from a file must not ask for a larger network than the one it is loaded on.
             most = None if fresh else 2 * sum(p.numel() for p in model.parameters())
             with bounded(config, most):
                 check_rebuild(model, config)
@@ -64,20 +64,20 @@ class BNOnlyTuner(BaseTuner):
         check_nesting(model, config)
         if first is not None:
             check_frozen_norms(model, config)
-        # Everything that can be refused has been: from here on the network changes.
+        # Up to here nothing has changed the network; all checks that need no redrawing have passed.
         if config.seed is not None and first is None:
             reinit_(
                 model,
                 config.seed,
                 weight_init=config.weight_init,
                 norm_init=config.norm_init or "uniform",
-                reference=None if config.architecture == CUSTOM else lambda: _as_constructed(config),
+                reference=None if config.architecture == CUSTOM else lambda: build(config),
             )
-        (describe if fresh else verify)(model, config)
+        (write_fingerprints if fresh else verify)(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.train(training)
         level = config.lean or (self.lean.level if self.lean else None)
-        if level is not None:  # also once more: a further adapter has put layers of its own into the network
+        if level is not None:  # again for every further adapter, which puts its own layers into the network
             self.lean = lean_(model, level, (config.data_config or {}).get("input_size"))
 
     def _prepare_adapter_config(self, peft_config: BNOnlyConfig, model_config: dict[str, Any]) -> BNOnlyConfig:
@@ -110,7 +110,7 @@ class BNOnlyTuner(BaseTuner):
         setattr(parent, target_name, layer)
 
     def train(self, mode: bool = True) -> "BNOnlyTuner":
-        """Set the mode; norm layers that no adapter owns stay in evaluation mode, so that they never drift."""
+        """Set the mode; norm layers that no adapter owns stay in evaluation mode, so that their statistics are kept."""
         super().train(mode)
         for module in _outside_adapters(self.model):
             if is_norm(module):
@@ -118,7 +118,7 @@ class BNOnlyTuner(BaseTuner):
         return self
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # The copies keep the dtype of what they copy: the layers around them expect it.
+        # The copies keep the dtype of their base layers, which the layers around them expect.
         return
 
     def _unload_and_optionally_merge(
@@ -128,16 +128,15 @@ class BNOnlyTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        # PEFT's own would take any module with an attribute `base_layer`, such as DLA's, for one of its layers.
+        # PEFT's own method would unwrap any module with an attribute `base_layer`, e.g. those of timm's DLA.
         names = adapter_names or self.active_adapters
         if merge:
             _check_plain(self.model, names)
-        for layer in self.model.modules():
-            if isinstance(layer, BNOnlyLayer):
-                if merge:
-                    layer.merge(safe_merge, names)
-                else:
-                    layer.unmerge()
+        for layer in adapter_layers(self.model):
+            if merge:
+                layer.merge(safe_merge, names)
+            else:
+                layer.unmerge()
         if merge and names and hasattr(self.model, "num_classes"):
             self.model.num_classes = self.peft_config[names[0]].model_args.get("num_classes", self.model.num_classes)
         return unwrap_(self.model)
@@ -149,9 +148,8 @@ class BNOnlyTuner(BaseTuner):
         _check_adapters_not_merged(self.model, adapter_name)
         was_active = adapter_name in self.active_adapters
         del self.peft_config[adapter_name]
-        for layer in self.model.modules():
-            if isinstance(layer, BNOnlyLayer):
-                layer.delete_adapter(adapter_name)
+        for layer in adapter_layers(self.model):
+            layer.delete_adapter(adapter_name)
         if was_active and self.peft_config:
             name = next(iter(self.peft_config))
             warnings.warn(
@@ -171,10 +169,10 @@ class BNOnlyTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        """Return the adapter's tensors, less those that follow from its seed."""
+        """Return the adapter's tensors except those that follow from its seed."""
         own = _own(state_dict, adapter_name)
         drawn = _drawn(model, adapter_name)
-        # The given tensors may have another type than the network's.
+        # The given tensors may have another dtype than the network's.
         pairs = {key: (own[key].cpu(), drawn[key].to(own[key].dtype)) for key in own.keys() & drawn.keys()}
         follow = {key for key, pair in pairs.items() if torch.equal(*pair)}
         return {key: tensor for key, tensor in own.items() if key not in follow}
@@ -187,7 +185,7 @@ class BNOnlyTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: BNOnlyConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Map a file's keys to the network's. Nothing but this adapter's own tensors is ever let through."""
+        """Map a file's keys to the network's; only this adapter's own tensors pass."""
         own, drawn = _own(model.state_dict(), adapter_name), _drawn(model, adapter_name)
         keys = {bare(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
         given = {bare(key): tensor for key, tensor in state_dict.items()}
@@ -197,7 +195,7 @@ class BNOnlyTuner(BaseTuner):
 
 
 def unwrap_(model: nn.Module) -> nn.Module:
-    """Put what is in the place of each wrapped layer back into the network, and take PEFT's traces off it."""
+    """Replace each wrapped layer by its current base layer, and remove PEFT's attributes from the network."""
     plain_(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BNOnlyLayer):
@@ -224,16 +222,11 @@ def _drawn(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
 
 
 def _check_plain(model: nn.Module, names: list[str]) -> None:
-    for layer in model.modules():
-        if isinstance(layer, BNOnlyLayer):
-            for name in names:
-                if name in layer.bn_only_layers and isinstance(copy := layer.bn_only_layers[name], Control):
-                    copy.plain()  # or why there is none, before anything changes
-
-
-def _as_constructed(config: BNOnlyConfig) -> nn.Module:
-    assert config.architecture is not None
-    return create(config.architecture, config.model_args)
+    """Raise AdapterError before anything changes if a control of these adapters has no plain convolution."""
+    for layer in adapter_layers(model):
+        for name in names:
+            if name in layer.bn_only_layers and isinstance(copy := layer.bn_only_layers[name], Control):
+                copy.plain()
 
 
 def _fit_head(head: nn.Module, name: str, config: BNOnlyConfig) -> None:

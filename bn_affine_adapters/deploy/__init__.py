@@ -1,1 +1,4 @@
-"""Hand an adapted network to tools that do not know this package."""
+"""Write an adapted network for tools that do not know this package.
+
+- ``exporting.py``: `export` to timm's folder or PEFT's LN tuning; `export_network` for a network that trained whole.
+"""

@@ -1,10 +1,8 @@
-"""Hand an adapted network to tools that do not know this package: to timm alone, or to PEFT alone."""
+"""Write an adapted network for tools that do not know this package: for timm, or for PEFT."""
 
-import errno
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,25 +14,18 @@ import peft
 import timm
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from ..adapter.config import CUSTOM, BNOnlyConfig
-from ..errors import (
-    AdapterError,
-    BNAdapterError,
-    ConfigError,
-    NoSpaceError,
-    OutputFolderError,
-    RebuildError,
-    check_choice,
-)
+from ..adapter.tensors import PEFT_PREFIX
+from ..errors import AdapterError, BNAdapterError, ConfigError, OutputFolderError, RebuildError, check_choice
 from ..model.peft_model import BNOnlyPeftModel
 from ..norms.find import named_layers
 from ..seed.rules import constants_only
+from ..sharing.folder import written_whole
 
-# What the export keeps of timm's configuration, the origin for given weights alone; the rest is of the base's data.
+# The keys that an export keeps of timm's configuration, the origin only for given weights, and of data_config.
 _ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 _DATA = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -45,7 +36,7 @@ def export(
     format: Literal["timm", "ln_tuning"] = "timm",
     adapter_name: str | None = None,
 ) -> Path:
-    """Write a network as timm's own folder, or an adapter as PEFT's own LN tuning; the model stays as it is.
+    """Write a network as a folder of timm, or an adapter as PEFT's LN tuning; the model is not changed.
 
     Args:
         model: what `get_bn_only_model` or `load_bn_only_model` returned.
@@ -57,15 +48,16 @@ def export(
         adapter_name: by default the active adapter.
 
     Returns:
-        The folder; timm or PEFT loaded what is in it, and gave the same tensors and logits.
+        The folder. Before this returns, timm or PEFT has loaded it and given the same tensors and logits.
 
     Raises:
-        OutputFolderError: there is something in the folder.
+        OutputFolderError: the folder is not empty.
         RebuildError: timm does not build the same network; it cannot build one of your own code ("custom").
-        AdapterError: there is not one such adapter, or PEFT gives other logits (a norm layer's weight is read).
+        AdapterError: there is no one such adapter, or PEFT gives other logits (the network reads a layer's weight).
         ConfigError: there is no such format, or the network takes no images of data_config's size.
         NoSpaceError: the disk is full.
 
+    >>> import tempfile, timm
     >>> from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
     >>> model = get_bn_only_model(timm.create_model("cifar_resnet14"), BNOnlyConfig(seed=0))
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -73,106 +65,94 @@ def export(
     ['config.json', 'model.safetensors']
     """
     check_choice("format", format, ("timm", "ln_tuning"))
-    names = model.active_adapters if adapter_name is None else [adapter_name]
-    if len(names) != 1 or names[0] not in model.peft_config:
-        seen, do = f"{len(names)}: {', '.join(names)}", f"choose adapter_name from {', '.join(model.peft_config)}"
-        raise AdapterError("One adapter is exported: the one named, or the only active one.", seen=seen, do=do)
-    config = model.peft_config[names[0]]
-    if format == "timm" and config.architecture == CUSTOM:
-        what = "timm cannot build a network of your own code, so that it could not load the export."
-        do = 'format="ln_tuning", or save the state dict of the network that merge_and_unload() returns'
-        raise RebuildError(what, seen=f"architecture={CUSTOM!r}", do=do)
-    with _whole(Path(folder).resolve()) as files:
-        (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, names[0]), config, files)
+    name = _chosen(model, adapter_name)
+    config = model.peft_config[name]
+    with written_whole(_empty(folder)) as files:
+        (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, name), config, files)
     return Path(folder)
 
 
 def export_network(network: nn.Module, config: BNOnlyConfig, folder: str | os.PathLike[str]) -> Path:
-    """Write a network that trained whole as timm's own folder, as `export` does; the network stays as it is.
+    """Write a network of timm that trained as a whole, as `export` does; the network is not changed.
 
-    Args:
-        network: what timm built.
-        config: says its architecture, model_args, data_config and label_names.
-        folder: does not exist yet, or is empty.
-
-    Raises:
-        OutputFolderError, RebuildError, ConfigError, NoSpaceError: as `export`.
+    Args and Raises: as in `export`; ``config`` has the architecture, model_args, data_config and label_names.
     """
-    plain = deepcopy(network).eval().requires_grad_(False)
-    with _whole(Path(folder).resolve()) as files:
-        _write_timm(_on_cpu(plain), config, files)
+    with written_whole(_empty(folder)) as files:
+        _write_timm(_on_cpu(deepcopy(network)), config, files)
     return Path(folder)
 
 
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """Give a scratch folder on the same disk, whose files come to their place when the block ends well."""
-    here = sorted(path.name for path in target.iterdir())[:5] if target.is_dir() else []
-    if seen := "a file" if target.is_file() else ", ".join(here):
-        raise OutputFolderError(f"{target} is not an empty folder.", seen=seen, do="export to a new folder")
-    outer = target if target.exists() else target.parent
-    try:
-        outer.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".exporting-", dir=outer) as scratch:
-            (files := Path(scratch, "files")).mkdir()  # the scratch folder itself is closed to all but its owner
-            yield files
-            if outer != target:
-                os.replace(files, target)
-            else:  # may be a mount; nothing loads it without its .json, which comes last
-                for file in sorted(files.iterdir(), key=lambda file: file.suffix == ".json"):
-                    os.replace(file, target / file.name)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
-            raise
-        what, do = f"There is no space left to export to {target}.", "free some space and export again"
-        raise NoSpaceError(what, seen=str(error), do=do) from error
+def _chosen(model: BNOnlyPeftModel, adapter_name: str | None) -> str:
+    names = model.active_adapters if adapter_name is None else [adapter_name]
+    if len(names) != 1 or names[0] not in model.peft_config:
+        seen, do = f"{len(names)}: {', '.join(names)}", f"choose adapter_name from {', '.join(model.peft_config)}"
+        raise AdapterError("One adapter is exported: the one named, or the only active one.", seen=seen, do=do)
+    return names[0]
+
+
+def _empty(folder: str | os.PathLike[str]) -> Path:
+    """Return the full path of a folder that does not exist or is empty.
+
+    Raises:
+        OutputFolderError: it is a file, or not empty.
+    """
+    path = Path(folder).resolve()
+    names = sorted(file.name for file in path.iterdir())[:5] if path.is_dir() else []
+    if seen := "a file" if path.is_file() else ", ".join(names):
+        raise OutputFolderError(f"{path} is not an empty folder.", seen=seen, do="export to a new folder")
+    return path
 
 
 def _merged(model: BNOnlyPeftModel, name: str) -> nn.Module:
-    """Return the plain network of one adapter on the CPU, in evaluation mode, sharing nothing with the model."""
+    """Return a copy of one adapter's plain network."""
     copy = deepcopy(model)
     copy.unmerge_adapter()
-    plain = copy.merge_and_unload(adapter_names=[name]).eval().requires_grad_(False)
-    return _on_cpu(plain)
+    return _on_cpu(copy.merge_and_unload(adapter_names=[name]))
 
 
 def _on_cpu(plain: nn.Module) -> nn.Module:
-    return plain.to("cpu").to(memory_format=torch.contiguous_format)  # another format adds up in another order
+    plain.eval().requires_grad_(False)
+    return plain.to("cpu").to(memory_format=torch.contiguous_format)  # in another format sums round differently
 
 
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:  # safetensors takes none that are tied
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    # Cloned, because safetensors refuses tensors that share memory.
     return {key: tensor.clone() for key, tensor in module.state_dict().items()}
 
 
 def _creation(plain: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, Any], list[int] | None, bool]:
-    """Return (creation arguments, input size (C, H, W) if known, whether the network takes no other size)."""
+    """Return (creation arguments, input size (C, H, W) if known, whether this is the only size that it takes)."""
     cfg: Any = getattr(plain, "pretrained_cfg", None) or {}
     args, size = dict(config.model_args), (config.data_config or {}).get("input_size") or cfg.get("input_size")
     if not size or not cfg.get("input_size"):
         return args, size, False
-    if strict := bool(cfg.get("fixed_input_size")):  # or timm would build the network for whatever size data_config has
+    if strict := bool(cfg.get("fixed_input_size")):  # otherwise timm builds the network for data_config's size
         height, width = cfg["input_size"][1:]
-        own = args.setdefault("img_size", height if height == width else [height, width])  # some take no list
+        own = args.setdefault("img_size", height if height == width else [height, width])  # not all take a list
         strict = not args.get("dynamic_img_size") and args.get("strict_img_size", True)
         size = [0, *([own, own] if isinstance(own, int) else own)] if strict else size
     return args, [args.get("in_chans", cfg["input_size"][0]), *size[1:]], strict
 
 
 def _write_timm(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> None:
+    if config.architecture == CUSTOM:
+        what = "timm cannot build a network of your own code, so that it could not load the export."
+        do = 'format="ln_tuning", or save the state dict of the network that merge_and_unload() returns'
+        raise RebuildError(what, seen=f"architecture={CUSTOM!r}", do=do)
     args, size, strict = _creation(plain, config)
     kept = ("first_conv", "classifier", *(_ORIGIN if config.seed is None else ()))
     cfg = {key: value for key, value in vars(plain)["pretrained_cfg"].items() if key in kept}
     cfg |= {key: value for key, value in (config.data_config or {}).items() if key in _DATA}
     cfg |= {"input_size": size, "fixed_input_size": strict, "num_classes": plain.num_classes}
     if args.get("in_chans", 3) != 3:
-        cfg["first_conv"] = None  # timm before 1.0.31 takes it for one of three channels, and redraws it at random
+        cfg["first_conv"] = None  # timm before 1.0.31 expects three channels there, and redraws it at random
     tensors, cfg["architecture"] = _tensors(plain), config.architecture
-    # What timm itself knows is of the base, its head and its arguments, which may be no JSON.
+    # timm's own attributes describe the base with its head and arguments, and may not fit into JSON.
     vars(plain).update(state_dict=lambda: tensors, pretrained_cfg=cfg, _model_args={})
     timm.models.save_for_hf(plain, folder, {"label_names": config.label_names}, safe_serialization=True)
     content = json.loads((file := folder / "config.json").read_text()) | {"model_args": args, "pretrained_cfg": cfg}
     file.write_text(json.dumps(content, indent=2))  # ASCII, as timm's own
-    cfg["file"] = str(folder / "model.safetensors")  # not by local-dir:, which some timm parse as a URL
+    cfg["file"] = str(folder / "model.safetensors")  # not "local-dir:", which some versions of timm parse as a URL
     expected = _answers(plain, size)
     with _noticing(RebuildError, "timm does not load the export as the same network."):
         with constants_only():
@@ -181,21 +161,21 @@ def _write_timm(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> None:
 
 
 def _write_ln_tuning(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> None:
-    # Heads too, part by part: PEFT loads no nested keys, finds modules_to_save by suffix and leaves them wrapped.
-    owned, mark = named_layers(plain, list(config.target_modules), "of the adapter"), ".ln_tuning_layers."
+    # Heads too, each of their layers by itself: PEFT loads no nested keys, and would wrap modules_to_save.
+    owned, mark = named_layers(plain, config.target_modules, "of the adapter"), ".ln_tuning_layers."
     parts = ((f"{n}.{inner}".strip("."), part) for n, layer in owned.items() for inner, part in layer.named_modules())
     layers = {name: part for name, part in parts if part._parameters or part._buffers}
-    tensors = {f"base_model.model.{n}{mark}{key}": t for n, part in layers.items() for key, t in _tensors(part).items()}
-    about = {"format": "pt", "bn_only_config": json.dumps(config.to_dict())}  # tells people which base this is for
+    tensors = {f"{PEFT_PREFIX}{n}{mark}{key}": t for n, part in layers.items() for key, t in _tensors(part).items()}
+    about = {"format": "pt", "bn_only_config": json.dumps(config.to_dict())}  # tells which base this is for
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=about)
-    # A list would match every module whose name ends like an entry; a pattern has to match the whole name.
+    # PEFT matches a list against the ends of names, but a pattern against whole names.
     stock_config = peft.LNTuningConfig(target_modules="|".join(map(re.escape, layers)), inference_mode=True)
     stock_config.base_model_name_or_path = config.base_model_name_or_path if config.seed is None else None
     stock_config.save_pretrained(str(folder))
     size = _creation(plain, config)[1]
     expected = _answers(plain, size)
-    for layer in layers.values():
-        layer.load_state_dict({k: t * 0 for k, t in layer.state_dict().items()})  # only the file can bring them back
+    for layer in layers.values():  # set to zero, so that correct values must come from the file
+        layer.load_state_dict({k: t * 0 for k, t in layer.state_dict().items()})
     what = "Stock PEFT does not load the export as the same network."
     with _noticing(AdapterError, what), warnings.catch_warnings(action="ignore"):  # one for each BatchNorm
         stock = peft.PeftModel.from_pretrained(plain, str(folder), torch_device="cpu")
@@ -204,7 +184,7 @@ def _write_ln_tuning(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> No
 
 
 def _answers(model: nn.Module, size: list[int] | None) -> dict[str, torch.Tensor]:
-    """Return the logits of two images, in float32, by number; of a network whose size of images is unknown, none."""
+    """Return the network's outputs for two images, in float32, by number; none if the size of its images is unknown."""
     if size is None:
         return {}
     images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
@@ -221,7 +201,7 @@ def _compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 
 
 def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Tell whether two tensors are equal, not a number in the same places: a network that diverged is one too."""
+    """Tell whether two tensors are equal, with NaN in the same places: a network that diverged can be exported too."""
     numbers = ours.nan_to_num(), theirs.nan_to_num()
     return ours.shape == theirs.shape and ours.isnan().equal(theirs.isnan()) and numbers[0].equal(numbers[1])
 

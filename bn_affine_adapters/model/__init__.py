@@ -1,1 +1,6 @@
-"""The front door: wrap a network, load an adapter, predict."""
+"""What a user calls.
+
+- ``loading.py``: `get_bn_only_model` wraps a network, `load_bn_only_model` loads an adapter; `register` for PEFT.
+- ``peft_model.py``: `BNOnlyPeftModel`, which saves, pushes, loads further adapters and counts parameters.
+- ``prediction.py``: `predict` classifies an image.
+"""

@@ -1,4 +1,4 @@
-"""The front door: wrap a network, load an adapter."""
+"""Wrap a network, or rebuild one from an adapter; register the method in PEFT."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import nn
 from ..adapter.checks import choose_layers
 from ..adapter.config import BN_ONLY, CUSTOM, BNOnlyConfig
 from ..adapter.limits import MAX_PARAMETERS, build_within
-from ..adapter.rebuild import create, create_pretrained, verify_layout
+from ..adapter.rebuild import build, create_pretrained, verify_layout
 from ..adapter.tuner import BNOnlyTuner, unwrap_
 from ..errors import BaseRequiredError
 from ..sharing.folder import check_files, check_header, read_config
@@ -20,7 +20,7 @@ from .peft_model import BNOnlyPeftModel
 
 
 def register() -> None:
-    """Enter the method into PEFT's registries, which are plain dicts keyed by strings."""
+    """Add the method to PEFT's registries, which are dictionaries keyed by strings."""
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[BN_ONLY] = BNOnlyConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[BN_ONLY] = BNOnlyTuner
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[BN_ONLY] = BNOnlyTuner.prefix
@@ -33,17 +33,17 @@ def get_bn_only_model(
     """Freeze a network, redraw it from the configuration's seed if it has one, and adapt its norm layers, in place.
 
     Args:
-        model: any timm network; any other module loads again only with ``model=``.
+        model: any timm network; an adapter of any other module loads only with ``model=``.
         config: what trains and how the rest is drawn; by default gamma and beta train on the weights given.
         adapter_name: as in PEFT.
 
     Returns:
-        A `peft.PeftModel` that trains gamma and beta (and what else the configuration says) and nothing else.
+        A `peft.PeftModel` that trains only gamma, beta and the other parameters that the configuration names.
 
     Raises:
         NoNormLayerError: there is no norm layer to train.
         RebuildError: the network cannot be built again from its name: give ``model_args``.
-        ReinitError: a tensor has no rule by which it could be redrawn.
+        ReinitError: a tensor has no rule that redraws it.
 
     >>> import timm
     >>> model = get_bn_only_model(timm.create_model("resnet18", num_classes=10), BNOnlyConfig(seed=0))
@@ -75,19 +75,19 @@ def load_bn_only_model(
     Args:
         adapter: a folder that ``model.save_pretrained`` wrote, or the Hub id of what ``model.push_to_hub`` pushed.
         model: the base of an adapter without a seed; verified against the adapter's fingerprint. By default it is
-            fetched from the Hub, if the adapter names it at a commit. With a seed it may be any network of the same
-            architecture, which is redrawn in place.
+            fetched from the Hub, if the adapter names its repository and commit. With a seed it may be any network of
+            the same architecture, which is redrawn in place.
         adapter_name: as in PEFT.
-        is_trainable: train on; otherwise the adapter is frozen and the network in evaluation mode.
-        verify: compare every frozen value, at most 4,096 a tensor, or none.
-        device: where the network goes after it was drawn on the CPU.
+        is_trainable: continue training; otherwise the adapter is frozen and the network in evaluation mode.
+        verify: compare every frozen value, at most 4,096 values a tensor, or none.
+        device: where the network is moved after it was drawn on the CPU.
         dtype: of the whole network, cast after it was verified.
-        lean: with ``is_trainable``, train on in less memory and time, see `bn_affine_adapters.lean`.
+        lean: with ``is_trainable``, train in less memory and time, see `bn_affine_adapters.lean`.
         revision: a branch, tag or commit on the Hub.
-        subfolder: of the folder or repository, where the adapter lies.
+        subfolder: where the adapter is in the folder or repository.
         token: of the Hub; by default that of ``hf auth login``.
         cache_dir: of the Hub's client.
-        local_files_only: take what is in the cache, and ask no server.
+        local_files_only: use only files in the cache, without network access.
         max_parameters: refuse a network with more; None lifts this and every other bound on what is built.
 
     Raises:
@@ -96,19 +96,19 @@ def load_bn_only_model(
         FingerprintError: the network is not the one that the adapter was trained on.
         AdapterTensorError: the adapter's tensors do not fit the network.
         TooLargeError: the network asked for, or a file, is over the limit.
-        HubError: the Hub has it not, hides it, or cannot be reached.
+        HubError: the adapter is not on the Hub, needs another token, or the Hub cannot be reached.
     """
-    common: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    folder = fetch(adapter, revision=revision, subfolder=subfolder, max_parameters=max_parameters, **common)
+    client: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = fetch(adapter, revision=revision, subfolder=subfolder, max_parameters=max_parameters, **client)
     check_files(folder)
     config = read_config(folder)
     config.verify = verify
     if model is None:
-        model = _build(config, str(adapter), folder, max_parameters, common)
+        model = _build(config, str(adapter), folder, max_parameters, client)
         config.built_here = True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        # The configuration as an argument, so that the run-time choice of `verify` reaches the tuner.
+        # The configuration is passed so that the tuner sees `verify`, which is not in the file.
         wrapped = peft.PeftModel.from_pretrained(
             model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config, torch_device="cpu"
         )
@@ -124,7 +124,7 @@ def load_bn_only_model(
 
 
 def _build(
-    config: BNOnlyConfig, adapter: str, folder: Path, max_parameters: int | None, common: dict[str, Any]
+    config: BNOnlyConfig, adapter: str, folder: Path, max_parameters: int | None, client: dict[str, Any]
 ) -> nn.Module:
     assert config.architecture is not None
     if config.architecture == CUSTOM or (config.seed is None and config.base_model_name_or_path is None):
@@ -137,7 +137,7 @@ def _build(
     verify_layout(outline, config)
     choose_layers(outline, config)
     check_header(folder, outline, config)
-    if config.seed is not None:  # what was within the bounds once is so again
-        return create(config.architecture, config.model_args).eval()
-    base = fetch_base(config, max_parameters=max_parameters, **common)
+    if config.seed is not None:
+        return build(config).eval()
+    base = fetch_base(config, max_parameters=max_parameters, **client)
     return create_pretrained(config.architecture, config.model_args, base).eval()

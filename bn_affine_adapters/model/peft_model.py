@@ -1,6 +1,5 @@
-"""BNOnlyPeftModel: PEFT's model with honest counts, whole files and nothing unpickled, on every path."""
+"""BNOnlyPeftModel: PEFT's model with correct counts, files that are complete or absent, and no pickles."""
 
-import errno
 import os
 import shutil
 import tempfile
@@ -10,18 +9,17 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 
 from ..adapter.checks import choose_layers
 from ..adapter.config import CUSTOM, BNOnlyConfig
 from ..adapter.control import Control
-from ..adapter.layer import BNOnlyLayer
+from ..adapter.layer import adapter_layers
 from ..adapter.rebuild import create_pretrained, verify
-from ..errors import AdapterError, BNAdapterError, ConfigError, NoSpaceError
+from ..errors import AdapterError, BNAdapterError, ConfigError
 from ..lean import Report, lean_, plain_
 from ..sharing.card import write_card
-from ..sharing.folder import check_files, check_header, read_config
+from ..sharing.folder import check_files, check_header, read_config, written_whole
 from ..sharing.hub import cached_commit, fetch, fetch_base, push_folder
 
 
@@ -29,7 +27,7 @@ class BNOnlyPeftModel(PeftModel):
     """What `get_bn_only_model`, `peft.get_peft_model` and `PeftModel.from_pretrained` return for a BNOnlyConfig."""
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Wrap a network and stay in its mode. Args: as `peft.PeftModel`."""
+        """Wrap a network and keep its mode. Args: as in `peft.PeftModel`."""
         super().__init__(model, *args, **kwargs)
         self.training = model.training
 
@@ -37,14 +35,13 @@ class BNOnlyPeftModel(PeftModel):
         """Return (trained, all) parameters of the network as the active adapter runs it, each counted once."""
         elsewhere: set[int] = set()
         replaced = 0
-        for layer in self.modules():
-            if isinstance(layer, BNOnlyLayer):
-                active = layer.active_module()
-                used = {id(p) for p in active.parameters()}
-                if isinstance(active, Control):
-                    used |= {id(p) for p in active.conv.parameters()}
-                    replaced += active.replaced
-                elsewhere |= {id(p) for p in layer.parameters()} - used
+        for layer in adapter_layers(self):
+            active = layer.active_module()
+            used = {id(p) for p in active.parameters()}
+            if isinstance(active, Control):
+                used |= {id(p) for p in active.conv.parameters()}
+                replaced += active.replaced
+            elsewhere |= {id(p) for p in layer.parameters()} - used
         counted = [p for p in self.parameters() if id(p) not in elsewhere]
         return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted) - replaced
 
@@ -53,7 +50,7 @@ class BNOnlyPeftModel(PeftModel):
     ) -> None:
         """Write adapter_config.json and adapter_model.safetensors, each whole or not at all.
 
-        Args: as `peft.PeftModel.save_pretrained`.
+        Args: as in `peft.PeftModel.save_pretrained`.
 
         Raises:
             ConfigError: ``safe_serialization=False`` asks for a pickle.
@@ -61,41 +58,24 @@ class BNOnlyPeftModel(PeftModel):
         """
         if not safe_serialization:
             raise ConfigError("An adapter is never pickled.", seen="safe_serialization=False", do="leave it out")
-        if any(layer.merged for layer in self.modules() if isinstance(layer, BNOnlyLayer)):
+        if any(layer.merged for layer in adapter_layers(self)):
             raise AdapterError(
-                "A merged adapter cannot be saved: its layers have changed places with the base's.",
+                "A merged adapter cannot be saved: its layers are exchanged with those of the base.",
                 seen=f"merged: {', '.join(self.active_adapters)}",
                 do="model.unmerge_adapter() first, or save the network that merge_and_unload() returns",
             )
-        kwargs.setdefault("save_embedding_layers", False)  # "auto" would look the base up on the network
+        kwargs.setdefault("save_embedding_layers", False)  # "auto" would ask the Hub for the base
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-        try:
+        with written_whole(target) as scratch:
             super().save_pretrained(str(scratch), True, *args, **kwargs)
-            for file in sorted(scratch.rglob("*")):
-                place = target / file.relative_to(scratch)
-                if file.is_dir():
-                    place.mkdir(exist_ok=True)
-                else:
-                    os.replace(file, place)
-        except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
-                raise
-            raise NoSpaceError(
-                f"There is no space left to save the adapter in {target}.",
-                seen=f"{shutil.disk_usage(target).free:,} bytes free",
-                do="free some space and save again; what was there before is untouched",
-            ) from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
     def set_lean(self, level: str | None, input_size: tuple[int, ...] | None = None) -> Report | None:
-        """Turn lean training on or off, see `bn_affine_adapters.lean.lean_`; return what it spares.
+        """Turn lean training on or off, see `bn_affine_adapters.lean.lean_`; return what it saves.
 
         Args:
             level: "exact", "rounded", "smallest", or None for the plain network.
-            input_size: of an image on which it is tried, (C, H, W); by default what the adapter says of its data.
+            input_size: of the image with which it is measured, (C, H, W); by default that of data_config.
 
         Raises:
             ConfigError: there is no such level.
@@ -108,7 +88,7 @@ class BNOnlyPeftModel(PeftModel):
         return self.base_model.lean
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """Write no card on save: PEFT's is for language models, and ours needs the repository's name."""
+        """Write no card when saving: PEFT's is for language models, and ours needs the repository's name."""
 
     def push_to_hub(
         self,
@@ -123,11 +103,11 @@ class BNOnlyPeftModel(PeftModel):
         """Push an adapter in one commit: its two files, the model card with a figure, and the results.
 
         Args:
-            repo_id: "me/name", or "name" for the token's owner; made if there is none.
+            repo_id: "me/name", or "name" for the token's owner; created if it does not exist.
             adapter_name: by default the active adapter.
             safe_serialization: only True; an adapter is never pickled.
-            max_shard_size: ignored, as PEFT passes it; an adapter is one file.
-            use_temp_dir: ignored, as older callers pass it.
+            max_shard_size: ignored; PEFT passes it, but an adapter is one file.
+            use_temp_dir: ignored; older callers pass it.
             options: of `hub.push_folder`: private, token, revision (a branch), create_pr, commit_message,
                 commit_description, tag, card; and of `card.write_card`: results, license, tags, datasets.
 
@@ -135,8 +115,7 @@ class BNOnlyPeftModel(PeftModel):
             What `huggingface_hub.HfApi.upload_folder` returns.
 
         Raises:
-            HubError: the push failed. Whatever goes wrong after it was saved, the adapter is kept in a folder that the
-                error names in its message or in a note.
+            HubError: the push failed. The adapter is kept in a folder that the message or a note of the error names.
             AdapterError: there is no such adapter.
         """
         name = adapter_name or self.active_adapter
@@ -154,7 +133,7 @@ class BNOnlyPeftModel(PeftModel):
             raise
         folder = scratch if name == "default" else scratch / name
         try:
-            # The results lie in the folder, for the case that the push has to go on from there.
+            # The results are written to the folder too, so that a failed push can be resumed from it.
             write_card(folder, repo_id, results=options.pop("results", ()), write_readme=False)
             commit = push_folder(folder, repo_id, **options)
         except BaseException as error:
@@ -164,16 +143,16 @@ class BNOnlyPeftModel(PeftModel):
         return commit
 
     def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Load an adapter's tensors, refusing anything but a whole safetensors file; undone when it fails.
+        """Load an adapter from a complete safetensors file; if loading fails, the model is as before.
 
-        Args: as `peft.PeftModel.load_adapter`; ``model_id`` is a folder or a Hub id.
+        Args: as in `peft.PeftModel.load_adapter`; ``model_id`` is a folder or a Hub id.
 
         Raises:
             AdapterFileError: the file is missing, truncated or a pickle.
             AdapterTensorError: its tensors do not fit the network.
-            HubError: the Hub has it not, hides it, or cannot be reached.
+            HubError: the adapter is not on the Hub, needs another token, or the Hub cannot be reached.
         """
-        where = {key: kwargs.pop(key, None) for key in ("revision", "subfolder", "token", "cache_dir")}
+        where: dict[str, Any] = {key: kwargs.pop(key, None) for key in ("revision", "subfolder", "token", "cache_dir")}
         folder = fetch(model_id, **where, local_files_only=bool(kwargs.pop("local_files_only", False)))
         known = adapter_name in self.peft_config
         check_files(folder)
@@ -191,7 +170,7 @@ class BNOnlyPeftModel(PeftModel):
 
 
 def _pin_base(config: BNOnlyConfig, network: nn.Module) -> None:
-    """Name the repository and commit of pretrained weights, if those in the client's cache are the network's."""
+    """Record the repository and commit of pretrained weights, if those in the client's cache are the network's."""
     repo = (getattr(network, "pretrained_cfg", None) or {}).get("hf_hub_id")
     commit = cached_commit(repo) if repo and config.architecture != CUSTOM else None
     if commit is None:
@@ -202,7 +181,7 @@ def _pin_base(config: BNOnlyConfig, network: nn.Module) -> None:
         file = fetch_base(pinned, local_files_only=True)
         verify(create_pretrained(str(config.architecture), config.model_args, file), pinned)
     except BNAdapterError:
-        return  # other weights: the card says that they have to be given as model=
+        return  # other weights; the card says that they have to be passed as model=
     config.base_model_name_or_path, config.revision = repo, commit
 
 
@@ -212,7 +191,7 @@ def _check_same(theirs: BNOnlyConfig, ours: BNOnlyConfig, name: str) -> None:
     different = [key for key in keys if getattr(theirs, key) != getattr(ours, key)]
     if different:
         raise AdapterError(
-            f"The adapter {name!r} of this network is another one: its tensors cannot be replaced by these.",
+            f"The adapter {name!r} of this network has other settings, so that these tensors cannot replace its own.",
             seen=f"different: {', '.join(different)}",
-            do="load it under a name of its own",
+            do="load it under another name",
         )

@@ -26,7 +26,7 @@ def predict(model: BNOnlyPeftModel, image: str | os.PathLike[str] | Image.Image,
     """Return the most probable classes of one image by the active adapter, the best first.
 
     Args:
-        model: on any device; its mode is left as it is.
+        model: on any device; its mode is kept.
         image: a file or a PIL image, of any size and mode.
         top_k: how many classes at most.
 
@@ -43,26 +43,31 @@ def predict(model: BNOnlyPeftModel, image: str | os.PathLike[str] | Image.Image,
     ['cat', 'dog']
     """
     if top_k < 1:
-        raise ConfigError("At least one class has to be asked for.", seen=f"top_k={top_k}", do="top_k=5")
+        raise ConfigError(
+            "top_k, the number of classes to return, has to be positive.", seen=f"top_k={top_k}", do="top_k=5"
+        )
     config = model.peft_config[model.active_adapter]
     size, transform = _transform(config)
-    pixels = transform(_open(image, "L" if size[0] == 1 else "RGB"))
-    first = next(model.parameters())
-    training = model.training
-    try:
-        logits = model.eval()(pixels[None].to(first.device, first.dtype))[0].float()
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ConfigError(
-            "The network does not take images as the adapter's data configuration gives them.",
-            seen=f"input_size={size}; {type(error).__name__}: {error}",
-            do="BNOnlyConfig(data_config={'input_size': [...], ...}) as the network needs it",
-        ) from error
-    finally:
-        model.train(training)
+    logits = _logits(model, transform(_open(image, "L" if size[0] == 1 else "RGB")))
     best = logits.softmax(0).topk(min(top_k, len(logits)))
     names = config.label_names or []
     labels = [printable(names[i]) if i < len(names) else str(i) for i in best.indices.tolist()]
     return [Prediction(label, round(value, 6)) for label, value in zip(labels, best.values.tolist(), strict=True)]
+
+
+def _logits(model: BNOnlyPeftModel, pixels: torch.Tensor) -> torch.Tensor:
+    first = next(model.parameters())
+    training = model.training
+    try:
+        return model.eval()(pixels[None].to(first.device, first.dtype))[0].float()
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            "The network does not take images of the size in the adapter's data configuration.",
+            seen=f"input_size={list(pixels.shape)}; {type(error).__name__}: {error}",
+            do="BNOnlyConfig(data_config={'input_size': [...], ...}) as the network needs it",
+        ) from error
+    finally:
+        model.train(training)
 
 
 def _transform(config: BNOnlyConfig) -> tuple[list[int], Any]:
@@ -77,7 +82,7 @@ def _transform(config: BNOnlyConfig) -> tuple[list[int], Any]:
     except (TypeError, ValueError, KeyError, AssertionError) as error:
         why = f"{type(error).__name__}: {error}"
     raise ConfigError(
-        "The adapter does not say how images are prepared for it.",
+        "The adapter does not say how its images are prepared.",
         seen=why[:300],
         do=f"BNOnlyConfig(data_config={{'input_size': [3, 224, 224], ...}}), sides up to {MAX_SIDE}",
     )

@@ -1,1 +1,6 @@
-"""Norm layers, head and shortcuts, found by type; batch statistics over several processes."""
+"""What the rest of the package knows of norm layers.
+
+- ``find.py``: norm layers, head and shortcuts of a network, found by type (a new norm class of timm: `_TIMM_NORMS`);
+  the names of gamma and beta; a wrapped network's names as those of the plain network.
+- ``statistics.py``: batch statistics over all processes of a distributed run.
+"""

@@ -1,23 +1,24 @@
-"""Find norm layers, the head and shortcuts in a network; translate gamma and beta; count.
+"""Find norm layers, the head and shortcuts in a network; give the names of gamma and beta.
 
-Everything is found by type or by identity, never by the look of a name. Names are those of the plain network
-(`canonical`), so that a wrapped network answers as its plain self.
+Layers are found by type or by identity, never by a pattern of names. All names are canonical: a wrapped network's
+layers have the names that they have in the plain network.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..errors import MissingModuleError, NoNormLayerError
+from ..errors import MissingModuleError, NoNormLayerError, nearest_name
 
 COPIES = "bn_only_layers"  # where a wrapped module keeps its per-adapter copies
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
-# timm's norm layers that are not subclasses of torch's. Looked up by name because they come and go with its versions.
+# timm's norm layers that are not subclasses of torch's. They are looked up by name, because not every version of timm
+# has all of them.
 _TIMM_NORMS = {
     "timm.layers.norm": (
         "RmsNorm RmsNormFp32 RmsNorm2d RmsNorm2dFp32 SimpleNorm SimpleNormFp32 SimpleNorm2d SimpleNorm2dFp32"
@@ -42,7 +43,7 @@ NORM_TYPES: tuple[type[nn.Module], ...] = (
 
 
 class Affine(NamedTuple):
-    """The names under which a norm layer keeps gamma and beta; None where it has none."""
+    """The names of a norm layer's gamma and beta; None for one that it does not have."""
 
     gamma: str | None
     beta: str | None
@@ -75,9 +76,9 @@ def canonical(name: str) -> str:
 
 
 def plain_modules(model: nn.Module, active: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (canonical name, module) of the plain network: base layers in place of their wrappers, no copies.
+    """Yield (canonical name, module) of the plain network: base layers instead of their wrappers, no copies.
 
-    With ``active`` it is the network that runs now: the active adapter's copies in place of the base layers.
+    With ``active``, yield the network that runs now: the active adapter's copies instead of the base layers.
     """
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -92,43 +93,43 @@ def plain_modules(model: nn.Module, active: bool = False) -> Iterator[tuple[str,
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
     """Yield (canonical name, owner, attribute, tensor) for parameters and persistent buffers, each tensor once.
 
-    A tied tensor comes under its bytewise smallest name.
+    A tensor that several layers share has the smallest of its names, compared as bytes.
     """
-    found: dict[int, tuple[str, nn.Module, str, Any]] = {}
+    entries: dict[int, tuple[str, nn.Module, str, Any]] = {}
     for name, module in plain_modules(model):
         buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
         for attribute, tensor in [*module._parameters.items(), *buffers.items()]:
             if tensor is None:
                 continue
             entry = (f"{name}.{attribute}" if name else attribute, module, attribute, tensor)
-            other = found.get(id(tensor))
+            other = entries.get(id(tensor))
             if other is None or entry[0].encode() < other[0].encode():
-                found[id(tensor)] = entry
-    yield from found.values()
+                entries[id(tensor)] = entry
+    yield from entries.values()
 
 
 def norm_layers(model: nn.Module, active: bool = False) -> dict[str, nn.Module]:
     """Return the network's norm layers by canonical name, in the order of its definition.
 
-    With ``active`` those that run now: the active adapter's copies in place of the base layers.
+    With ``active``, return those that run now: the active adapter's copies instead of the base layers.
 
     Raises:
-        NoNormLayerError: there is none with gamma or beta.
+        NoNormLayerError: no layer has gamma or beta.
     """
     modules = list(plain_modules(model, active))
-    found = {name: module for name, module in modules if is_norm(module)}
-    if not any(any(affine(module)) for module in found.values()):
+    layers = {name: module for name, module in modules if is_norm(module)}
+    if not any(any(affine(module)) for module in layers.values()):
         kinds = sorted({type(module).__name__ for _, module in modules if [*module.parameters(recurse=False)]})
         raise NoNormLayerError(
             f"{type(model).__name__} has no norm layer with gamma and beta to train.",
             seen=f"0 of {len(modules)} modules; those with parameters are {', '.join(kinds) or 'none'}",
             do='choose a network with normalisation, e.g. timm.create_model("resnet50")',
         )
-    return found
+    return layers
 
 
 def head_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what timm's ``get_classifier()`` returns, by canonical name; empty where there is none."""
+    """Return what timm's ``get_classifier()`` returns, by canonical name; empty if there is no head."""
     get_classifier: Any = getattr(unwrapped(model), "get_classifier", tuple)
     head = get_classifier()
     parts = list(head) if isinstance(head, tuple | list | nn.ModuleList) else [head]
@@ -146,14 +147,14 @@ def has_copies(module: nn.Module) -> bool:
 
 
 def running(module: Any) -> Any:
-    """Return the module that a layer with per-adapter copies runs now; any other module is returned as it is."""
+    """Return the module that a layer with per-adapter copies runs now; return any other module unchanged."""
     return module.active_module() if has_copies(module) else module
 
 
 def unwrapped(module: nn.Module, active: bool = False) -> nn.Module:
     """Return what DDP, FSDP, torch.compile, PEFT or a layer with per-adapter copies wraps, or the module itself.
 
-    A layer with copies gives its base layer, or with ``active`` the module that it runs now.
+    For a layer with copies this is its base layer, or with ``active`` the module that it runs now.
     """
     while True:
         inner = module._modules
@@ -173,30 +174,29 @@ def shortcut_convs(model: nn.Module) -> list[str]:
     Source: the condition "BN + shortcuts + head" of the paper, Figure 2.
     """
     modules = dict(plain_modules(model))
-    found = []
+    names = []
     for name, module in modules.items():
-        parent, _, rest = name.partition(".downsample")
+        parent, separator, _ = name.partition(".downsample")
         in_block = isinstance(getattr(modules.get(parent), "conv2", None), nn.Module)
-        if rest != name and isinstance(module, nn.Conv2d) and ".downsample" in name and in_block:
-            found.append(name)
-    return found
+        if separator and isinstance(module, nn.Conv2d) and in_block:
+            names.append(name)
+    return names
 
 
-def named_layers(model: nn.Module, names: list[str], role: str) -> dict[str, nn.Module]:
+def named_layers(model: nn.Module, names: Iterable[str], role: str) -> dict[str, nn.Module]:
     """Return the modules with exactly these canonical names.
 
     Raises:
         MissingModuleError: a name is not in the network; the message gives the nearest one.
     """
-    from difflib import get_close_matches
-
     modules = dict(plain_modules(model))
+    layers = {}
     for name in names:
         if not name or name not in modules:
-            near = get_close_matches(name[:200], modules, n=1)
             raise MissingModuleError(
                 f"{type(model).__name__} has no module named {name[:200]!r} ({role}).",
-                seen=f"{len(modules)} modules" + (f"; the nearest name is {near[0]!r}" if near else ""),
+                seen=f"{len(modules)} modules" + nearest_name(name[:200], modules),
                 do="give exact names from model.named_modules()",
             )
-    return {name: modules[name] for name in names}
+        layers[name] = modules[name]
+    return layers

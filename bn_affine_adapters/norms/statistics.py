@@ -1,4 +1,4 @@
-"""Batch statistics over all processes, on every device: torch's SyncBatchNorm refuses the CPU."""
+"""Batch statistics over all processes, on every device; torch's SyncBatchNorm does not run on the CPU."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class _Synchronised(_BatchNorm):
-    """Comes before a BatchNorm class: its training forward, with the statistics of all processes."""
+    """Mixin for a BatchNorm class: its forward in training mode uses the statistics of all processes."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -43,7 +43,7 @@ class _Synchronised(_BatchNorm):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
         mean = total[:-1] / n
         centred = wide - mean.view(shape)
-        # In two passes: the difference of E[x^2] and E[x]^2 would lose most of its digits.
+        # In two passes, because E[x^2] - E[x]^2 would lose most of its digits.
         variance = _SumOverProcesses.apply(centred.square().sum(axes)) / n
         update_statistics_(self, mean.detach(), variance.detach() * n / (n - 1))
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
@@ -66,12 +66,12 @@ def update_statistics_(norm: Any, mean: Tensor, variance: Tensor) -> None:
     norm.running_var.lerp_(variance.to(norm.running_var.dtype), rate)
 
 
-# The forwards that normalise over a batch as `nn.BatchNorm2d` does, whatever they do behind it.
+# Forward methods that normalise over a batch as `nn.BatchNorm2d` does; some apply an activation afterwards.
 BATCH_NORMS = (_BatchNorm.forward, BatchNormAct2d.forward, nn.SyncBatchNorm.forward, _Synchronised.forward)
 
 
 def group_of(module: nn.Module) -> Any:
-    """Return the group of processes that a norm layer in training mode shares its statistics with; None for its own."""
+    """Return the process group with which a norm layer in training mode shares its statistics, or None."""
     if not (module.training and isinstance(module, _Synchronised | nn.SyncBatchNorm) and dist.is_initialized()):
         return None
     group = getattr(module, "process_group", None) or dist.group.WORLD
@@ -81,17 +81,17 @@ def group_of(module: nn.Module) -> Any:
 def sync_norms_(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """Make every BatchNorm of a network, timm's fused ones included, use the statistics of all processes; return it.
 
-    Needs an initialised process group. Names and values of the state dict stay as they are.
+    Needs an initialised process group. Names and values of the state dict do not change.
 
     Args:
         model: changed in place.
-        device: where it will run: on the CPU an implementation of our own, elsewhere torch's SyncBatchNorm.
+        device: where it will run. On the CPU this package's implementation is used, elsewhere torch's SyncBatchNorm.
     """
     if torch.device(device).type != "cpu":
         return convert_sync_batchnorm(model)
     for module in model.modules():
         kind = type(module)
-        # Only where the forward is known: a subclass with another one keeps its own statistics.
+        # A subclass with another forward is left alone: it keeps the statistics of its own process.
         if isinstance(module, _BatchNorm) and kind.forward in (_BatchNorm.forward, BatchNormAct2d.forward):
             module.__class__ = type(kind.__name__, (_Synchronised, kind), {})
     return model

@@ -1,7 +1,7 @@
-"""Redraw every tensor of a network from one seed, in place: the rule is `bnaffine-init-v1`.
+"""Redraw every tensor of a network from one seed, in place, by the scheme `bnaffine-init-v1`.
 
-A tensor's rule follows from what owns it: convolution, linear layer, norm layer, embedding, token or position
-table, or a gain that its constructor sets to a constant. A tensor without a rule is an error that names it.
+The module that owns a tensor decides its rule: convolution, linear layer, norm layer, embedding, token or position
+table. Any other tensor keeps its constant if its constructor fills it with one, and is an error otherwise.
 """
 
 import math
@@ -39,7 +39,10 @@ class Rule(NamedTuple):
     scale: float = 1.0
 
 
-def fans(weight: torch.Tensor) -> int:
+_GAMMA_RULES = {"uniform": Rule("unit"), "symmetric": Rule("uniform")}  # U(0, 1), the paper's; U(-1, 1)
+
+
+def fan_in(weight: torch.Tensor) -> int:
     """Return a weight's fan_in by torch's convention: shape[1] times the kernel's size, groups ignored."""
     return math.prod(weight.shape[1:])
 
@@ -48,27 +51,21 @@ def weight_rule(weight: torch.Tensor, weight_init: str) -> Rule:
     """Return the rule of a convolution's or linear layer's weight."""
     match weight_init:
         case "kaiming_normal":
-            return Rule("normal", math.sqrt(GAIN2 / fans(weight)))
+            return Rule("normal", math.sqrt(GAIN2 / fan_in(weight)))
         case "kaiming_uniform":
-            return Rule("uniform", math.sqrt(3 * (GAIN2 / fans(weight))))
+            return Rule("uniform", math.sqrt(3 * (GAIN2 / fan_in(weight))))
         case "binary":
-            return Rule("sign", math.sqrt(GAIN2 / fans(weight)))
+            return Rule("sign", math.sqrt(GAIN2 / fan_in(weight)))
         case _:
             return Rule("orthogonal")
 
 
-def gamma_rule(norm_init: str) -> Rule:
-    """Return the rule of a gamma: U(0, 1) in the paper."""
-    rules = {"uniform": Rule("unit"), "symmetric": Rule("uniform")}
-    return rules.get(norm_init, Rule("constant", 1.0))
-
-
 def rule_for(owner: nn.Module, attribute: str, weight_init: str, norm_init: str) -> Rule | None:
-    """Return the rule of a parameter, or None where only its constructor's constant can be one."""
+    """Return the rule of a parameter, or None if only a constant set by its constructor can be its rule."""
     if is_norm(owner):
         gamma, beta = affine(owner)
         if attribute == gamma:
-            return gamma_rule(norm_init)
+            return _GAMMA_RULES.get(norm_init, Rule("constant", 1.0))
         if attribute == beta:
             return Rule("constant", 1.0 if norm_init == "ones_beta_one" else 0.0)
         return None
@@ -76,21 +73,18 @@ def rule_for(owner: nn.Module, attribute: str, weight_init: str, norm_init: str)
         if attribute == "weight":
             return weight_rule(owner.weight, weight_init)
         if attribute == "bias":
-            return Rule("uniform", math.sqrt(1 / fans(owner.weight)))
+            return Rule("uniform", math.sqrt(1 / fan_in(owner.weight)))
         return None
     if isinstance(owner, nn.Embedding) or _TABLE.fullmatch(attribute):
         return Rule("normal", TABLE_SCALE)
     return None
 
 
-def values(rule: Rule, shape: tuple[int, ...], seed: int, name: str) -> NDArray[np.float32]:
-    """Return the float32 values of a tensor under its rule."""
-    out = np.empty(shape, dtype=np.float32)
-    _write(out, rule, seed, name)
-    return out
-
-
-def _write(out: NDArray[np.float32], rule: Rule, seed: int, name: str) -> None:
+def draw_into_(tensor: torch.Tensor, rule: Rule, seed: int, name: str) -> None:
+    """Draw a tensor's values in binary32 on the CPU: into its own memory if it is float32 there, else by a copy."""
+    in_place = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    target = tensor.detach() if in_place else torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+    out = target.numpy()
     if rule.kind == "constant":
         out.fill(rule.scale)
     elif rule.kind == "orthogonal":
@@ -98,18 +92,12 @@ def _write(out: NDArray[np.float32], rule: Rule, seed: int, name: str) -> None:
         out[...] = _orthogonal(out)
     else:
         draws.fill(out.reshape(-1), seed, name, rule.kind, rule.scale)  # type: ignore[arg-type]  # a Distribution
-
-
-def draw_into_(tensor: torch.Tensor, rule: Rule, seed: int, name: str) -> None:
-    """Draw a tensor's values on the CPU in binary32, in its own memory where it has that form, else by a cast."""
-    if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous():
-        _write(tensor.detach().numpy(), rule, seed, name)
-    else:
-        tensor.copy_(torch.from_numpy(values(rule, tuple(tensor.shape), seed, name)))
+    if not in_place:
+        tensor.copy_(target)
 
 
 def _orthogonal(normal: NDArray[np.float32]) -> NDArray[np.float32]:
-    # Not portable: LAPACK's QR differs between machines. The fingerprint says whether it did.
+    # Not portable: LAPACK's QR differs between machines. The fingerprint tells when it did.
     rows = normal.reshape(normal.shape[0], -1).astype(np.float64)
     wide = rows.shape[0] < rows.shape[1]
     q, r = np.linalg.qr(rows.T if wide else rows)
@@ -117,17 +105,10 @@ def _orthogonal(normal: NDArray[np.float32]) -> NDArray[np.float32]:
     return (q.T if wide else q).astype(np.float32).reshape(normal.shape)
 
 
-def plan(
+def parameter_rules(
     model: nn.Module, *, weight_init: str, norm_init: str, reference: Callable[[], nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Parameter, Rule]]:
-    """Yield (canonical name, parameter, its rule) for every parameter, changing nothing.
-
-    Args:
-        model: the network, on any device but meta.
-        weight_init: one of WEIGHT_INITS; "orthogonal" is not portable between machines.
-        norm_init: one of NORM_INITS; "keep" leaves gamma and beta out.
-        reference: builds the network as its constructor leaves it, under `constants_only`; asked for only where a
-            constant has to be read. Without it the network's own values are taken for those constants.
+    """Yield (canonical name, parameter, its rule) for every parameter that `reinit_` redraws. Args: as there.
 
     Raises:
         ReinitError: a parameter has no rule, is parametrised, or lies on the meta device.
@@ -163,9 +144,14 @@ def _check(name: str, owner: nn.Module, tensor: torch.Tensor, taken: dict[str, n
             seen=f"torch.nn.utils.parametrize on {type(owner).__name__}",
             do="call torch.nn.utils.parametrize.remove_parametrizations first",
         )
+    check_memory(name, tensor)
+
+
+def check_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raise ReinitError if a parameter lies on the meta device."""
     if tensor.is_meta:
         raise ReinitError(
-            f"{name} lies on the meta device and has no memory to be drawn into.",
+            f"{name} lies on the meta device and has no values.",
             seen="device meta",
             do='build the network on a real device, or call model.to_empty(device="cpu") first',
         )
@@ -203,11 +189,11 @@ def reinit_(
         seed: 0 <= seed < 2^64.
         weight_init: one of WEIGHT_INITS; "orthogonal" is not portable between machines.
         norm_init: one of NORM_INITS; "keep" leaves gamma and beta as they are.
-        reference: as `plan`.
+        reference: builds the network under `constants_only`, if a constant has to be read; default ``model``.
 
     Raises:
         ConfigError: an argument is not one of those listed.
-        ReinitError: as `plan`; the network is as it was.
+        ReinitError: a parameter has no rule, is parametrised, or lies on the meta device; nothing has been changed.
 
     >>> import timm
     >>> model = reinit_(timm.create_model("resnet18"), seed=0)
@@ -217,8 +203,9 @@ def reinit_(
     check_seed(seed)
     check_choice("weight_init", weight_init, WEIGHT_INITS)
     check_choice("norm_init", norm_init, NORM_INITS)
-    # The whole plan first: a network that cannot be redrawn is left as it was.
-    for name, tensor, rule in list(plan(model, weight_init=weight_init, norm_init=norm_init, reference=reference)):
+    # All rules first: a network that cannot be redrawn is not changed.
+    rules = list(parameter_rules(model, weight_init=weight_init, norm_init=norm_init, reference=reference))
+    for name, tensor, rule in rules:
         draw_into_(tensor, rule, seed, name)
     for _, owner, attribute, tensor in plain_tensors(model):
         if is_norm(owner) and attribute in STATISTICS:
@@ -252,22 +239,22 @@ class _RandomIsNaN(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in _RANDOM and args[0].is_floating_point():
-            # One value is enough to tell, and memory that is redrawn anyway is not touched twice.
+            # One NaN marks the tensor; filling all of it would take time, and it is redrawn anyway.
             if args[0].numel():
                 args[0][(0,) * args[0].dim()].fill_(torch.nan)
             return args[0]
         out = func(*args, **(kwargs or {}))
-        if name == "linalg_qr" and args[0].isnan().any():  # of orthogonal_: LAPACK may lose a NaN on the way
+        if name == "linalg_qr" and args[0].isnan().any():  # called by orthogonal_; LAPACK may drop a NaN
             return tuple(part.fill_(torch.nan) for part in out)
         return out.fill_(torch.nan) if name in _RANDOM_FACTORIES else out
 
 
 @contextmanager
 def constants_only() -> Iterator[None]:
-    """Build networks whose random tensors begin with NaN and whose constants are their constructor's.
+    """Build networks whose random tensors begin with NaN and whose constants are as the constructor sets them.
 
-    Saves the time of a random initialisation that is redrawn anyway, leaves the global generators alone, and tells
-    a constant from a draw: what holds a NaN after `reinit_` was never given a rule.
+    This saves the time of an initialisation that is redrawn anyway, leaves the global generators alone, and tells
+    constants from random tensors: a tensor that still holds a NaN after `reinit_` has no rule.
     """
     with torch.random.fork_rng(devices=[]), _RandomIsNaN():
         yield

@@ -1,1 +1,8 @@
-"""An adapter as files: its folder, its contents, the model card, and the Hub."""
+"""An adapter as files.
+
+- ``folder.py``: write a folder whole or not at all; read a stranger's within bounds (on the header: `MAX_BYTES`).
+- ``contents.py``: what an adapter holds, as plain data, and two adapters compared.
+- ``results.py``: the scores that were measured of an adapter.
+- ``card.py``, ``card_template.md``: the model card; ``figure.py``: the picture in it.
+- ``hub.py``: fetch and push; what each HTTP status of the Hub means: `_ADVICE`.
+"""

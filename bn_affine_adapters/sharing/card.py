@@ -1,9 +1,8 @@
-"""The model card: an adapter's folder in, README.md, its figure and its results out. No network, no model."""
+"""Write the model card from an adapter's folder: README.md, its figure and its results. Needs no network access."""
 
 import json
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -17,11 +16,11 @@ from ..adapter.config import CUSTOM, BNOnlyConfig
 from ..adapter.limits import MAX_PARAMETERS, build_within
 from ..errors import TooLargeError, printable
 from .contents import parts, read_tensors
-from .figure import gamma_histogram
+from .figure import write_figure
 from .folder import COMMIT, HUB_ID, read_config
 from .results import RESULTS_NAME, Score, merged, scores
 
-CARD_NAME, FIGURE_NAME = "README.md", "gamma.png"
+CARD_NAME = "README.md"
 TAGS = ("timm", "peft", "bn-only", "image-classification")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
@@ -43,31 +42,35 @@ def write_card(
         folder: an adapter's, with results.json if `recipes/train.py` wrote one.
         repo_id: the repository's name, for the snippet.
         results: what was measured: a dictionary with "dataset", "top1" (%), and if known "split" and "top5" (%), a line
-            of `recipes/train.py`, or a list of those; or a .jsonl file, of which replicates of this recipe are taken.
-            The first of a data set is this adapter's own.
+            of `recipes/train.py`, or a list of those; or a .jsonl file, of which replicates of this recipe are used.
+            The first result on a data set is this adapter's own.
         license: an identifier of the Hub; left out when not given.
-        tags: besides those that every adapter has.
-        datasets: Hub ids of the training data; by default what the results' recipes name, where that is one.
+        tags: added to those that every adapter has.
+        datasets: Hub ids of the training data; by default those that the results' recipes name.
         output: where to write; by default the adapter's folder.
         write_readme: False writes the results alone.
 
     Raises:
-        ConfigError: the results are not readable as such.
+        ConfigError: the results cannot be read.
     """
     lines = merged(folder, results)
     output = output or folder
     output.mkdir(parents=True, exist_ok=True)
-    if lines:
-        text = json.dumps(lines, indent=1, default=float)  # numbers of NumPy and torch too
-        (output / RESULTS_NAME).write_text(_TOKEN.sub("hf_***", text) + "\n", encoding="utf-8")
+    _write_results(output, lines)
     if not write_readme:
         return
-    found = scores(lines)
-    _write_eval_results(output, found)
+    _write_eval_results(output, scores(lines))
     config, tensors = read_config(folder), read_tensors(folder)
-    figure = _draw(output, config, tensors)
+    names = parts(config, tensors)["gamma"]
+    figure = write_figure(output, {name: tensors[name].float().numpy() for name in names if tensors[name].numel()})
     text = render(repo_id, config, tensors, lines, figure=figure, license=license, tags=tags, datasets=datasets)
     (output / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+def _write_results(folder: Path, lines: list[dict[str, Any]]) -> None:
+    if lines:
+        text = json.dumps(lines, indent=1, default=float)  # numbers of NumPy and torch too
+        (folder / RESULTS_NAME).write_text(_TOKEN.sub("hf_***", text) + "\n", encoding="utf-8")
 
 
 def render(
@@ -81,20 +84,18 @@ def render(
     tags: Sequence[str] | None = None,
     datasets: Sequence[str] | None = None,
 ) -> str:
-    """Return the text of a model card. Args: as `write_card`; ``figure`` is the name of a file beside it."""
+    """Return the text of a model card. Args: as in `write_card`; ``figure`` is the name of a file beside it."""
     from jinja2 import Environment, StrictUndefined
 
-    found = scores(results)
-    sizes = {
-        part: (len(names), sum(tensors[n].numel() for n in names)) for part, names in parts(config, tensors).items()
-    }
+    measured = scores(results)
+    by_part = {part: names for part, names in parts(config, tensors).items() if names}
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"md": md, "code": code}
     template = package_files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
     text = environment.from_string(template).render(
-        metadata=_metadata(repo_id, config, found, license, tags, datasets or _trained_on(results)),
+        metadata=_metadata(repo_id, config, measured, license, tags, datasets or _trained_on(results)),
         repo_id=repo_id,
         config=config,
         given=config.seed is None or config.architecture == CUSTOM,
@@ -102,23 +103,23 @@ def render(
         trained=_trained(config),
         total=_total(config),
         snippet=_snippet(repo_id, config),
-        sizes={part: size for part, size in sizes.items() if size[0]},
+        sizes={part: (len(names), sum(tensors[n].numel() for n in names)) for part, names in by_part.items()},
         kilobytes=sum(t.numel() * t.element_size() for t in tensors.values()) / 1000,
         figure=figure,
-        scores=found,
-        command=_line(results[0].get("command") or "").replace("```", "") if results else "",  # stays in its fence
+        scores=measured,
+        command=_line(results[0].get("command") or "").replace("```", "") if results else "",  # in a code block
         data={key: _numbers(config, key) for key in ("input_size", "mean", "std")},
     )
     return _TOKEN.sub("hf_***", text)
 
 
 def md(text: object) -> str:
-    """Return a text from anywhere as plain words of one line of Markdown."""
+    """Return an untrusted text as one line of Markdown without any markup."""
     return re.sub(r"([\\`*_{}\[\]<>#|!~$&])", r"\\\1", _line(text))
 
 
 def code(text: object) -> str:
-    """Return a text from anywhere as what may stand in a code span, in a table too."""
+    """Return an untrusted text as one line that is safe in a code span, also in a table."""
     return _line(text).replace("`", "'").replace("|", "\\|")
 
 
@@ -170,7 +171,7 @@ def _snippet(repo_id: str, config: BNOnlyConfig) -> str:
 def _metadata(
     repo_id: str,
     config: BNOnlyConfig,
-    found: list[Score],
+    measured: list[Score],
     license: str | None,
     tags: Sequence[str] | None,
     datasets: Sequence[str] | None,
@@ -182,11 +183,11 @@ def _metadata(
         license=license,
         tags=list(dict.fromkeys([*TAGS, *_listed(tags)])),
         datasets=_listed(datasets) or None,
-        metrics=["accuracy"] if found else None,
+        metrics=["accuracy"] if measured else None,
         base_model=base,
         base_model_relation="adapter" if base else None,
-        model_name=repo_id.partition("/")[2] if found else None,
-        eval_results=[_evaluation(score) for score in found] or None,
+        model_name=repo_id.partition("/")[2] if measured else None,
+        eval_results=[_evaluation(score) for score in measured] or None,
     )
     return data.to_yaml()
 
@@ -214,10 +215,10 @@ def _evaluation(score: Score) -> EvalResult:
     )
 
 
-def _write_eval_results(folder: Path, found: list[Score]) -> None:
-    """Write the Hub's newer form of evaluation results, which knows only data sets of the Hub."""
+def _write_eval_results(folder: Path, measured: list[Score]) -> None:
+    """Write the Hub's newer form of evaluation results, which allows only data sets of the Hub."""
     entries: dict[str, list[EvalResultEntry]] = {}
-    for score in found:
+    for score in measured:
         if HUB_ID.fullmatch(score.dataset):
             notes = f"top-1 accuracy in %, {_line(score.split)} split"
             entry = EvalResultEntry(score.dataset, "default", score.top1, notes=notes)
@@ -226,20 +227,3 @@ def _write_eval_results(folder: Path, found: list[Score]) -> None:
         file = folder / ".eval_results" / f"{name}.yaml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(group), sort_keys=False), encoding="utf-8")
-
-
-def _draw(folder: Path, config: BNOnlyConfig, tensors: Mapping[str, Tensor]) -> str | None:
-    """Draw the histogram of gamma into a folder; return its name, or None where there is nothing to draw it with."""
-    gammas = {name: tensors[name].float().numpy() for name in parts(config, tensors)["gamma"] if tensors[name].numel()}
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        warnings.warn("No picture in the model card: pip install 'bn-affine-adapters[plots]'", stacklevel=4)
-        return None
-    if not gammas:
-        return None
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    gamma_histogram(figure.subplots(), gammas)
-    # Without the date and the version, so that an unchanged adapter has an unchanged picture.
-    figure.savefig(folder / FIGURE_NAME, dpi=120, metadata={"Software": None})
-    return FIGURE_NAME

@@ -1,4 +1,4 @@
-"""What is in an adapter: its tensors by part, as plain data, and two of them compared."""
+"""What an adapter holds: its tensors by part, as plain data, and two adapters compared."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..errors import AdapterTensorError
 from ..norms.find import COPIES
 
 NEAR_ZERO = 0.01  # |gamma| below which a feature counts as disabled, as in the paper
-_KINDS = {"gamma": ("weight", "alpha"), "beta": ("bias", "beta")}  # as norm layers name them: see `norms.affine`
+_KINDS = {"gamma": ("weight", "alpha"), "beta": ("bias", "beta")}  # as norm layers name them: see `norms.find.affine`
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -34,13 +34,13 @@ def parts(config: BNOnlyConfig, names: Iterable[str]) -> dict[str, list[str]]:
     """Sort an adapter's tensors into "gamma", "beta", "running statistics", "head", "control" and "other modules"."""
     norms = set(config.norm_layers or ())
     others = dict.fromkeys(config.head_layers or (), "head") | dict.fromkeys(config.control_layers or (), "control")
-    names_of = (*_KINDS, "running statistics", "head", "control", "other modules")
-    found: dict[str, list[str]] = {part: [] for part in names_of}
+    by_part: dict[str, list[str]] = {part: [] for part in (*_KINDS, "running statistics", "head", "control")}
+    by_part["other modules"] = []
     for name in names:
         layer, _, key = name.partition(f".{COPIES}.")
         kind = next((part for part, keys in _KINDS.items() if key in keys), "running statistics")
-        found[kind if layer in norms else others.get(layer, "other modules")].append(name)
-    return found
+        by_part[kind if layer in norms else others.get(layer, "other modules")].append(name)
+    return by_part
 
 
 def describe(folder: Path, config: BNOnlyConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -87,18 +87,18 @@ def _summary(gammas: list[torch.Tensor]) -> dict[str, float]:
 def compare(
     ours: BNOnlyConfig, tensors: Mapping[str, torch.Tensor], theirs: BNOnlyConfig, others: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, list[Any]], dict[str, dict[str, str | float]]]:
-    """Return the settings that differ, and by layer and tensor the largest difference, or in words what differs."""
+    """Return the settings that differ, and by layer and tensor the largest difference, or what differs, in words."""
     before, after = ours.to_dict(), theirs.to_dict()
     settings = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
     layers: dict[str, dict[str, str | float]] = {}
     for name in [*tensors, *(others.keys() - tensors.keys())]:
         layer, _, tensor = name.partition(f".{COPIES}.")
-        if apart := _apart(tensors.get(name), others.get(name)):
-            layers.setdefault(layer, {})[tensor] = apart
+        if difference := _difference(tensors.get(name), others.get(name)):
+            layers.setdefault(layer, {})[tensor] = difference
     return settings, layers
 
 
-def _apart(one: torch.Tensor | None, other: torch.Tensor | None) -> str | float | None:
+def _difference(one: torch.Tensor | None, other: torch.Tensor | None) -> str | float | None:
     if one is None or other is None:
         return "only in the second" if one is None else "only in the first"
     if one.shape != other.shape:

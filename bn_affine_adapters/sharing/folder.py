@@ -1,8 +1,13 @@
-"""The files of an adapter folder: read within bounds, never unpickled, refused where they do not fit."""
+"""The files of a folder: written whole or not at all; read within bounds, never unpickled, checked."""
 
 import json
 import math
+import os
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +19,86 @@ from torch import nn
 from ..adapter.config import BN_ONLY, BNOnlyConfig
 from ..adapter.control import controlled
 from ..adapter.layer import drawn
-from ..adapter.tensors import PREFIX, bare, check_tensors
-from ..errors import AdapterFileError, AdapterTensorError, ConfigError, TooLargeError
+from ..adapter.limits import MAX_TENSORS
+from ..adapter.tensors import PEFT_PREFIX, bare, check_tensors
+from ..errors import AdapterFileError, AdapterTensorError, ConfigError, NoSpaceError, TooLargeError, disk_is_full
 from ..norms.find import COPIES, named_layers
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MAX_BYTES = 8_000_000  # of a configuration, and of the names and shapes at the head of a safetensors file
-MAX_LISTS = 100_000  # in a configuration's text, brackets in label names included
-MAX_TENSORS = 20_000  # in an adapter; cifar_resnet866, the deepest, has 4,335
+MAX_BYTES = 8_000_000  # of a configuration, and of the header (names and shapes) of a safetensors file
+MAX_LISTS = 100_000  # opening brackets in a configuration's text, those in label names included
 _DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64,
 }  # fmt: skip
 
 
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Give a scratch folder on the same disk, and move its files to ``target`` when the block ends without an error.
+
+    If the target does not exist, the folder appears at once. If it does (it may be a mount), files are replaced one by
+    one, .json files last: without them no adapter or network is loaded.
+
+    Raises:
+        NoSpaceError: the disk is full; what was there before is untouched.
+    """
+    outer = target if target.exists() else target.parent
+    try:
+        outer.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=outer) as scratch:
+            files = Path(scratch, "files")
+            files.mkdir()  # only the owner may open the scratch folder itself
+            yield files
+            if outer != target:
+                os.replace(files, target)
+                return
+            written = [file for file in files.rglob("*") if file.is_file()]
+            for file in sorted(written, key=lambda file: file.suffix == ".json"):
+                place = target / file.relative_to(files)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, place)
+    except (OSError, SafetensorError) as error:
+        if not disk_is_full(error):
+            raise
+        raise NoSpaceError(
+            f"There is no space left to write {target}.",
+            seen=f"{error}; {shutil.disk_usage(outer).free:,} bytes free",
+            do="free some space and try again; what was there before is untouched",
+        ) from error
+
+
+def missing_file(where: object, name: str, pickled: bool, seen: str, do: str) -> AdapterFileError:
+    """Return the error for a folder or repository that lacks a file, and says so if it has a pickle instead."""
+    end = f"; {WEIGHTS_NAME} is a pickle and is never loaded." if pickled else "."
+    return AdapterFileError(f"{where} has no {name}{end}", seen=seen, do=do)
+
+
 def check_files(folder: Path) -> None:
     """Raise AdapterFileError or TooLargeError unless a folder holds a configuration and a safetensors file."""
     weights = folder / SAFETENSORS_WEIGHTS_NAME
-    here = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else None
-    seen = "no such folder" if here is None else f"the folder holds {', '.join(here) or 'nothing'}"
     for file in (folder / CONFIG_NAME, weights):
-        if file.is_file():
-            _check_size(file)
-            continue
-        pickled = file == weights and (folder / WEIGHTS_NAME).exists()
-        raise AdapterFileError(
-            f"{folder} has no {file.name}" + (f"; {WEIGHTS_NAME} is a pickle and is never loaded." if pickled else "."),
-            seen=seen,
-            do='give a folder that model.save_pretrained(...) wrote, or "owner/name" on the Hub; a tag is revision=',
-        )
+        if not file.is_file():
+            names = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else None
+            seen = "no such folder" if names is None else f"the folder holds {', '.join(names) or 'nothing'}"
+            do = 'give a folder that model.save_pretrained(...) wrote, or "owner/name" on the Hub; a tag is revision='
+            pickled = file == weights and (folder / WEIGHTS_NAME).exists()
+            raise missing_file(folder, file.name, pickled, seen, do)
+        _check_size(file)
     read_header(folder)
 
 
 def _check_size(file: Path) -> None:
     size = file.stat().st_size
     if file.name == SAFETENSORS_WEIGHTS_NAME:
-        with open(file, "rb") as opened:  # begins with the length of its header, 8 bytes, little-endian
+        with open(file, "rb") as opened:  # the first 8 bytes are the length of the header, little-endian
             size = min(size, int.from_bytes(opened.read(8), "little"))
     if size > MAX_BYTES:
         raise _too_large(file, f"{size:,} bytes of names and settings; {MAX_BYTES:,} are allowed")
 
 
 def _too_large(file: Path, seen: str) -> TooLargeError:
-    do = "do not load it; a few kB were meant to be there"
+    do = "do not load it; an adapter has a few kB of names and settings"
     return TooLargeError(f"{file} is larger than any adapter needs.", seen=seen, do=do)
 
 
@@ -66,10 +108,10 @@ def read_header(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         AdapterFileError: it is not a whole safetensors file.
         TooLargeError: it has more tensors than any adapter.
-        AdapterTensorError: a tensor has a type or shape that no adapter has, or two have one name.
+        AdapterTensorError: a tensor has a type or shape that no adapter has, or two tensors have the same name.
     """
     weights = folder / SAFETENSORS_WEIGHTS_NAME
-    found = {}
+    entries: dict[str, tuple[list[int], str]] = {}
     try:
         with safe_open(weights, "pt") as file:
             names = list(file.keys())
@@ -77,16 +119,27 @@ def read_header(folder: Path) -> dict[str, torch.Tensor]:
                 raise _too_large(weights, f"{len(names):,} tensors; {MAX_TENSORS:,} are allowed")
             for name in names:
                 part = file.get_slice(name)
-                found[bare(name)] = part.get_shape(), part.get_dtype()
+                entries[bare(name)] = part.get_shape(), part.get_dtype()
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(
             f"{weights} is not a whole safetensors file.",
             seen=f"{weights.stat().st_size:,} bytes; {error}",
             do="download or save the adapter again",
         ) from error
-    strange = [f"{name[:200]} is {dtype}" for name, (_, dtype) in found.items() if dtype not in _DTYPES]
-    # A product beyond 64 bits can be there where another size is zero.
-    huge = {name: shape for name, (shape, _) in found.items() if math.prod(size or 1 for size in shape) > 2**40}
+    _check_entries(entries)
+    if len(entries) < len(names):
+        raise AdapterTensorError(
+            f"The adapter holds a tensor twice, with {PEFT_PREFIX!r} before its name and without.",
+            seen=f"{len(names)} tensors, {len(entries)} names",
+            do="download or save the adapter again",
+        )
+    return {name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta") for name, (shape, dtype) in entries.items()}
+
+
+def _check_entries(entries: Mapping[str, tuple[list[int], str]]) -> None:
+    strange = [f"{name[:200]} is {dtype}" for name, (_, dtype) in entries.items() if dtype not in _DTYPES]
+    # Sizes whose product overflows 64 bits are possible in a file if another size is zero.
+    huge = {name: shape for name, (shape, _) in entries.items() if math.prod(size or 1 for size in shape) > 2**40}
     strange += [f"{name[:200]} has shape {shape[:9]}" for name, shape in huge.items()]
     if strange:
         raise AdapterTensorError(
@@ -94,19 +147,12 @@ def read_header(folder: Path) -> dict[str, torch.Tensor]:
             seen="; ".join(strange[:3]),
             do=f"save them as one of {', '.join(_DTYPES)}",
         )
-    if len(found) < len(names):
-        raise AdapterTensorError(
-            f"The adapter holds tensors of one name, with {PREFIX!r} and without.",
-            seen=f"{len(names)} tensors, {len(found)} names",
-            do="download or save the adapter again",
-        )
-    return {name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta") for name, (shape, dtype) in found.items()}
 
 
 def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
     """Compare the names, shapes and types in an adapter's file with a network's, before any value is read.
 
-    The layers of the configuration have been chosen: see `prepare.choose_layers`.
+    `checks.choose_layers` has to be called first.
 
     Raises:
         MissingModuleError: the configuration names a module that the network does not have.
@@ -114,14 +160,14 @@ def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
     """
     classes = config.model_args.get("num_classes")
     expected, optional = {}, set()
-    for name, module in named_layers(model, list(config.target_modules), "the adapter's").items():
-        held = controlled(module, name, config) if name in (config.control_layers or ()) else module
-        for key, tensor in held.state_dict().items():
+    for name, module in named_layers(model, config.target_modules, "the adapter's").items():
+        copy = controlled(module, name, config) if name in (config.control_layers or ()) else module
+        for key, tensor in copy.state_dict().items():
             shape = tuple(tensor.shape)
             if name in (config.head_layers or ()) and classes and isinstance(module, nn.Linear | nn.Conv2d):
                 shape = (classes, *shape[1:])  # each adapter's head has its own number of classes
             expected[f"{name}.{COPIES}.{key}"] = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        optional |= {f"{name}.{COPIES}.{key}" for key in drawn(held, name, config)}
+        optional |= {f"{name}.{COPIES}.{key}" for key in drawn(copy, name, config)}
     check_tensors(read_header(folder), expected, optional)
 
 
@@ -136,7 +182,7 @@ def read_config(folder: Path) -> BNOnlyConfig:
     path = folder / CONFIG_NAME
     try:
         text = path.read_text(encoding="utf-8")
-        lists = text.count("[") + text.count("{")  # each takes time out of all proportion
+        lists = text.count("[") + text.count("{")  # parsing these takes much more time than other text
         content: Any = json.loads(text) if lists <= MAX_LISTS else None
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterFileError(

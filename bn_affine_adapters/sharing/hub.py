@@ -1,11 +1,10 @@
-"""The Hub: fetch an adapter or its base, push a folder. Whatever goes wrong is said with what to do."""
+"""The Hub: fetch an adapter or its base, push a folder; turn the client's errors into ours, with advice."""
 
-import errno
 import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -36,23 +35,27 @@ from ..errors import (
     HubUnavailableError,
     NoSpaceError,
     TooLargeError,
+    causes,
+    disk_is_full,
 )
-from .card import CARD_NAME, FIGURE_NAME, write_card
-from .folder import COMMIT, HUB_ID, MAX_BYTES, check_files, read_config
+from .card import CARD_NAME, write_card
+from .figure import FIGURE_NAME
+from .folder import COMMIT, HUB_ID, MAX_BYTES, check_files, missing_file, read_config
 from .results import RESULTS_NAME
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}
 BASE_FILE = "model.safetensors"
+# What each HTTP status means; None is for no answer.
 _ADVICE: dict[int | None, tuple[type[HubError], str]] = {
     401: (HubAccessError, "check the name, and log in with a token that is valid: hf auth login, or token="),
-    403: (HubAccessError, "use a token with that right, or ask the owner of the repository for access"),
+    403: (HubAccessError, "use a token with that permission, or ask the owner of the repository for access"),
     404: (HubNotFoundError, "check the name and the revision; a private repository needs the token of a member"),
-    409: (HubConflictError, "it exists, or somebody else is at work there: look, then try again"),
-    412: (HubConflictError, "somebody else committed meanwhile: look at what changed, then try again"),
+    409: (HubConflictError, "it exists, or somebody else is changing it: look at the repository, then try again"),
+    412: (HubConflictError, "somebody else committed meanwhile: look at the changes, then try again"),
     429: (HubUnavailableError, "too many requests: wait a few minutes, then try again"),
     None: (HubUnavailableError, "check the connection and HF_ENDPOINT, then try again"),
 }
-_OTHERWISE: tuple[type[HubError], str] = (HubError, "read what the Hub says, mend it, then try again")
+_OTHERWISE: tuple[type[HubError], str] = (HubError, "correct what the Hub refuses, then try again")
 
 
 def fetch(
@@ -60,58 +63,47 @@ def fetch(
     *,
     revision: str | None = None,
     subfolder: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
     max_parameters: int | None = MAX_PARAMETERS,
+    **client: Any,
 ) -> Path:
-    """Return the folder of an adapter: a local one as it is, or a snapshot of a Hub repository's two files.
+    """Return the folder of an adapter: a local folder, or a snapshot of a Hub repository's two files.
 
-    Args: as `load_bn_only_model`.
+    Args: as in `load_bn_only_model`; ``client`` is token, cache_dir and local_files_only.
 
     Raises:
-        AdapterFileError: there is no such folder, or the repository holds a pickle alone.
+        AdapterFileError: there is no such folder, or the repository has only a pickle.
         TooLargeError: a file is larger than an adapter of a network within the limit can be.
-        HubError: the Hub has it not, hides it, or cannot be reached.
+        HubError: the adapter is not on the Hub, needs another token, or the Hub cannot be reached.
     """
     inside = Path(subfolder or "")
     if inside.is_absolute() or ".." in inside.parts:
-        raise AdapterFileError("A subfolder lies inside its repository.", seen=repr(subfolder), do="give a plain name")
+        raise AdapterFileError("A subfolder is inside its repository.", seen=repr(subfolder), do="give a plain name")
     if Path(adapter).is_dir() or not HUB_ID.fullmatch(str(adapter)):
         return Path(adapter, inside)
-    repo, common = str(adapter), {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    most = None if max_parameters is None else MAX_BYTES + 8 * max_parameters
+    repo, token = str(adapter), client.get("token")
     with explained(f"The adapter {repo} cannot be loaded (and there is no folder of that name)", token):
-        config = _download(repo, (inside / CONFIG_NAME).as_posix(), revision, MAX_BYTES, common)
-        # The second file at the commit of the first, whatever happens on the branch between.
-        folder = config.parent
+        folder = _download(repo, inside / CONFIG_NAME, revision, MAX_BYTES, client).parent
+        # The second file is taken from the commit of the first, in case the branch changes between the two.
         commit = folder.parents[len(inside.parts) - 1].name if inside.parts else folder.name
         try:
-            _download(repo, (inside / SAFETENSORS_WEIGHTS_NAME).as_posix(), commit, most, common)
+            _download(repo, inside / SAFETENSORS_WEIGHTS_NAME, commit, _max_bytes(max_parameters), client)
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
             pickled = HfApi().file_exists(repo, (inside / WEIGHTS_NAME).as_posix(), revision=commit, token=token)
-            raise AdapterFileError(
-                f"{repo} has no {SAFETENSORS_WEIGHTS_NAME}"
-                + (f"; {WEIGHTS_NAME} is a pickle and is never loaded." if pickled else "."),
-                seen=f"commit {commit}",
-                do="ask its owner to push it with model.push_to_hub(...)",
-            ) from error
+            do = "ask its owner to push it with model.push_to_hub(...)"
+            raise missing_file(repo, SAFETENSORS_WEIGHTS_NAME, pickled, f"commit {commit}", do) from error
     return folder
 
 
-def fetch_base(config: BNOnlyConfig, max_parameters: int | None = None, **common: Any) -> Path:
+def fetch_base(config: BNOnlyConfig, max_parameters: int | None = None, **client: Any) -> Path:
     """Return the file of the pretrained weights that an adapter's configuration pins, from the configured endpoint.
 
-    Args:
-        config: of an adapter without a seed.
-        max_parameters: refuse a file that is larger than such a network's.
-        common: token, cache_dir, local_files_only.
+    Args: as in `fetch`.
 
     Raises:
-        BaseRequiredError: no repository is named, or not at a commit: what a branch holds may change.
-        HubError: the Hub has it not, hides it, or cannot be reached.
+        BaseRequiredError: no repository is named, or no commit; the files of a branch may change.
+        HubError: the file is not on the Hub, needs another token, or the Hub cannot be reached.
     """
     base, commit = config.base_model_name_or_path or "", config.revision or ""
     if not HUB_ID.fullmatch(base) or not COMMIT.fullmatch(commit):
@@ -120,28 +112,32 @@ def fetch_base(config: BNOnlyConfig, max_parameters: int | None = None, **common
             seen=f"base_model_name_or_path={base[:200]!r}, revision={commit[:200]!r}",
             do="load_bn_only_model(adapter, model=base)",
         )
-    most = None if max_parameters is None else MAX_BYTES + 8 * max_parameters
-    with explained(f"The base {base} of the adapter cannot be fetched", common.get("token")):
-        return _download(base, BASE_FILE, commit, most, common)
+    with explained(f"The base {base} of the adapter cannot be fetched", client.get("token")):
+        return _download(base, Path(BASE_FILE), commit, _max_bytes(max_parameters), client)
+
+
+def _max_bytes(max_parameters: int | None) -> int | None:
+    return None if max_parameters is None else MAX_BYTES + 8 * max_parameters
 
 
 def cached_commit(repo: str) -> str | None:
-    """Return the commit at which a repository's weights were fetched last, or None if they are not in the cache."""
+    """Return the commit of a repository's weights in the client's cache, or None if they are not there."""
     try:
         return hf_hub_download(repo, BASE_FILE, local_files_only=True, dry_run=True).commit_hash
     except (EntryNotFoundError, HFValidationError):
         return None
 
 
-def _download(repo: str, file: str, revision: str | None, most: int | None, common: dict[str, Any]) -> Path:
-    size = hf_hub_download(repo, file, revision=revision, dry_run=True, **common, **LIBRARY).file_size
-    if most is not None and size > most:
+def _download(repo: str, file: Path, revision: str | None, max_bytes: int | None, client: dict[str, Any]) -> Path:
+    options: dict[str, Any] = {"filename": file.as_posix(), "revision": revision, **client, **LIBRARY}
+    size = hf_hub_download(repo, dry_run=True, **options).file_size
+    if max_bytes is not None and size > max_bytes:
         raise TooLargeError(
-            f"{file} of {repo} is larger than any adapter needs, and was not downloaded.",
-            seen=f"{size:,} bytes, where {most:,} are allowed",
+            f"{options['filename']} of {repo} is larger than any adapter needs, and was not downloaded.",
+            seen=f"{size:,} bytes; the limit is {max_bytes:,}",
             do=LIFT,
         )
-    return Path(hf_hub_download(repo, file, revision=revision, **common, **LIBRARY))
+    return Path(hf_hub_download(repo, **options))
 
 
 def push_folder(
@@ -162,32 +158,33 @@ def push_folder(
 
     Args:
         folder: what ``model.save_pretrained`` wrote.
-        repo_id: "me/name", or "name" for the token's owner; made if there is none.
+        repo_id: "me/name", or "name" for the token's owner; created if it does not exist.
         commit_message: by default it says what the adapter is.
         commit_description: the rest of the commit's message.
         private: of a new repository; by default as its owner's settings say.
         token: by default the one of ``hf auth login``.
-        revision: a branch, made if there is none.
-        create_pr: open a pull request instead of a commit on the branch.
-        tag: set on the commit, e.g. "v1"; has to be new.
-        card: push the folder's README.md, or write one with its figure; False leaves a card on the Hub as it is.
-        about: as `card.write_card`: results, license, tags, datasets.
+        revision: a branch, created if it does not exist.
+        create_pr: open a pull request instead of committing to the branch.
+        tag: a new tag for the commit, e.g. "v1".
+        card: push the folder's README.md, or write one with its figure; False leaves a card on the Hub unchanged.
+        about: as in `card.write_card`: results, license, tags, datasets.
 
     Returns:
         What `huggingface_hub.HfApi.upload_folder` returns.
 
     Raises:
-        HubError: the push failed; the folder is untouched, and the message says how to resume.
-        AdapterFileError, ConfigError: the folder holds no whole adapter.
+        HubError: the push failed; the folder is unchanged, and the message says how to resume.
+        AdapterFileError, ConfigError: the folder holds no complete adapter.
     """
     folder = Path(folder)
     check_files(folder)
     config = read_config(folder)
     if revision and COMMIT.fullmatch(revision):
         raise ConfigError("A push goes to a branch, not to a commit.", seen=f"revision={revision}", do="name a branch")
-    api = HfApi(token=token, **LIBRARY)
     if "/" in repo_id and not HUB_ID.fullmatch(repo_id):
-        raise ConfigError(f"{repo_id!r} is no name of a repository.", seen=str(folder), do='use "owner/name"')
+        raise ConfigError(f"{repo_id!r} is not the name of a repository.", seen=str(folder), do='use "owner/name"')
+    api = HfApi(token=token, **LIBRARY)
+    weights = "pretrained weights" if config.seed is None else f"seed {config.seed}"
     options = {"revision": revision, "tag": tag, "private": private, "create-pr": create_pr, "no-card": not card}
     options |= {"message": commit_message, "license": about.get("license")}
     resume = shlex.join(["bn-adapters", "push", str(folder), repo_id, *_flags(options)])
@@ -196,23 +193,16 @@ def push_folder(
         tempfile.TemporaryDirectory() as staging,
     ):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-        own_card = (CARD_NAME, FIGURE_NAME) if card and (folder / CARD_NAME).exists() else ()
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULTS_NAME, *own_card):
-            if (folder / name).exists():
-                shutil.copy(folder / name, staging)
-        write_card(Path(staging), repo_id, write_readme=card and not own_card, **about)
-        for file in Path(staging).rglob("*.*"):
-            if file.suffix in (".md", ".json", ".yaml"):  # a command in a result line may have held the token
-                file.write_text(_masked(file.read_text(encoding="utf-8"), token), encoding="utf-8")
-        _make_room(api, repo_id, private, None if create_pr else revision, tag)
+        _stage(folder, Path(staging), repo_id, token, card, about)
+        _prepare_repository(api, repo_id, private, None if create_pr else revision, tag)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=staging,
-            commit_message=commit_message or _message(config),
+            commit_message=commit_message or f"Norm parameters of {config.architecture}, {weights}",
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
-            # Of an adapter that was there before; a card that stays may refer to them.
+            # Files of an earlier adapter; a card that is left unchanged may refer to them.
             delete_patterns=[RESULTS_NAME, ".eval_results/*"] if card else None,
         )
     if tag:
@@ -221,8 +211,22 @@ def push_folder(
     return commit
 
 
-def _make_room(api: HfApi, repo_id: str, private: bool | None, branch: str | None, tag: str | None) -> None:
-    """Make the repository and the branch where they are not there, and refuse what would fail after the commit."""
+def _stage(
+    folder: Path, staging: Path, repo_id: str, token: str | bool | None, card: bool, about: dict[str, Any]
+) -> None:
+    """Copy the files to push, write the card and the results, and mask the token in all texts."""
+    own_card = (CARD_NAME, FIGURE_NAME) if card and (folder / CARD_NAME).exists() else ()
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULTS_NAME, *own_card):
+        if (folder / name).exists():
+            shutil.copy(folder / name, staging)
+    write_card(staging, repo_id, write_readme=card and not own_card, **about)
+    for file in staging.rglob("*.*"):
+        if file.suffix in (".md", ".json", ".yaml"):  # the command in a result line may contain the token
+            file.write_text(_masked(file.read_text(encoding="utf-8"), token), encoding="utf-8")
+
+
+def _prepare_repository(api: HfApi, repo_id: str, private: bool | None, branch: str | None, tag: str | None) -> None:
+    """Create the repository and the branch if they do not exist, and refuse what would fail after the commit."""
     api.create_repo(repo_id, private=private, exist_ok=True)
     if private and not api.repo_info(repo_id).private:
         do = "choose another name, or make it private on the Hub first"
@@ -239,17 +243,12 @@ def _flags(options: dict[str, Any]) -> Iterator[str]:
             yield f"--{name}" if value is True else f"--{name}={value}"
 
 
-def _message(config: BNOnlyConfig) -> str:
-    drawn = "pretrained weights" if config.seed is None else f"seed {config.seed}"
-    return f"Norm parameters of {config.architecture}, {drawn}"
-
-
 @contextmanager
 def explained(what: str, token: str | bool | None = None, resume: str = "") -> Iterator[None]:
-    """Turn what the client raises into an error of ours, with what to do and without the token.
+    """Turn what the client raises into an error of this package, with advice and without the token.
 
     Raises:
-        HubError: by the status that the Hub answered with.
+        HubError: a subclass that follows from the Hub's HTTP status.
         NoSpaceError: the disk is full.
         ConfigError: a repository or revision has a name that cannot be one.
     """
@@ -258,24 +257,24 @@ def explained(what: str, token: str | bool | None = None, resume: str = "") -> I
     except BNAdapterError:
         raise
     except HFValidationError as error:
-        raise ConfigError(f"{what}: this is no name.", seen=str(error), do='use "owner/name"') from None
+        raise ConfigError(f"{what}: the name is not valid.", seen=str(error), do='use "owner/name"') from None
     except (OSError, httpx.HTTPError, RuntimeError) as error:  # the client's transfers raise plain RuntimeErrors
-        full = "os error 28" in str(error)  # as hf_xet says it
-        if full or any(getattr(cause, "errno", None) == errno.ENOSPC for cause in _causes(error)):
+        if disk_is_full(error):
             raise NoSpaceError(f"{what}: the disk is full.", seen=str(error), do="free some space" + resume) from None
         raise _translated(what, error, token, resume) from None
 
 
 def _translated(what: str, error: BaseException, token: str | bool | None, resume: str) -> HubError:
-    answers = [getattr(cause, "response", None) for cause in _causes(error)]
+    chain = causes(error)
+    answers = [getattr(cause, "response", None) for cause in chain]
     status = next((answer.status_code for answer in answers if answer is not None), None)
     kind, do = _ADVICE.get(status, _OTHERWISE)
     if status is not None and status >= 500:
-        kind, do = HubUnavailableError, "the Hub is in trouble (status.huggingface.co): wait, then try again"
-    if any(isinstance(cause, LocalTokenNotFoundError) for cause in _causes(error)):
+        kind, do = HubUnavailableError, "the Hub has a fault (status.huggingface.co): wait, then try again"
+    if any(isinstance(cause, LocalTokenNotFoundError) for cause in chain):
         kind, do = _ADVICE[401]
-    elif any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
-        do = "unset HF_HUB_OFFLINE: the Hub is needed for what is not in the cache"
+    elif any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
+        do = "unset HF_HUB_OFFLINE: the file is not in the cache"
     elif status is None and isinstance(error, LocalEntryNotFoundError) and error.__cause__ is None:
         do = "it is not in the cache: load it once without local_files_only"
     seen = _masked(" ".join(str(error).split()), token)
@@ -288,11 +287,3 @@ def _masked(text: str, token: str | bool | None) -> str:
     for secret in (token, get_token()):
         text = text.replace(secret, "***") if isinstance(secret, str) and secret else text
     return text
-
-
-def _causes(error: BaseException | None) -> Sequence[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found

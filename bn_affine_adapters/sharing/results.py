@@ -1,4 +1,4 @@
-"""What was measured of an adapter: its result lines, and one score a data set."""
+"""The results of one adapter: its result lines, and one score for each data set."""
 
 import json
 import os
@@ -26,7 +26,7 @@ class Score(NamedTuple):
 
 
 def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return an adapter's own results, then those given, each once.
+    """Return an adapter's own results, then those given, without duplicates.
 
     Raises:
         ConfigError: a line is not JSON, or has no "dataset" and no finite "top1".
@@ -40,27 +40,24 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
             given = [line for line in given if not lines or _recipe(line) == _recipe(lines[0])]
         else:
             given = [results] if isinstance(results, Mapping) else list(results or ())
-        runs = [(_run(line), dict(line)) for line in [*lines, *given]]
-        scores([line for _, line in runs])
+        lines = [dict(line) for line in [*lines, *given]]
+        scores(lines)
+        recipes = [line.get("recipe") for line in lines]  # with its seeds, a recipe identifies a run
     except (ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise ConfigError(
             "The results cannot be read.",
             seen=f"{type(error).__name__}: {error}",
             do='give dictionaries with "dataset" and "top1" in %, or a .jsonl file that recipes/train.py wrote',
         ) from error
-    return [line for i, (run, line) in enumerate(runs) if run is None or run not in [other for other, _ in runs[:i]]]
+    return [line for i, line in enumerate(lines) if recipes[i] is None or recipes[i] not in recipes[:i]]
 
 
 def _recipe(line: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line["recipe"].items() if key not in ("seed", "data_seed")}
 
 
-def _run(line: Mapping[str, Any]) -> dict[str, Any] | None:
-    return line.get("recipe")  # with its seeds it tells one run from another; without it, every line is one
-
-
 def scores(lines: Sequence[Mapping[str, Any]]) -> list[Score]:
-    """Return one score a data set and split, over all the lines that measured it; the first line is the adapter's."""
+    """Return one score for each data set and split, over all its lines; the first of them is the adapter's own."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for line in lines:
         recipe = line.get("recipe") or {}

@@ -1,29 +1,25 @@
-"""What the CIFAR networks share: pooling, head, timm's manners and timm's default configuration."""
+"""What the CIFAR networks share: pooling, head, the methods of a timm model, and the registration in timm."""
 
+import sys
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
 
-
-def cifar_cfg(first_conv: str, pool_size: tuple[int, int], **kwargs: Any) -> dict[str, Any]:
-    """Return timm's default configuration of a network for CIFAR-10: 32x32 images, ImageNet's mean and std."""
-    return {
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "pool_size": pool_size,
-        "crop_pct": 1.0,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": "fc",
-        "paper_ids": "arXiv:2003.00152",
-        "origin_url": "https://github.com/facebookresearch/open_lth",
-        **kwargs,
-    }
+CIFAR_CFG = {  # timm's default configuration of a network for CIFAR-10; a family adds its layers and sizes
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "crop_pct": 1.0,
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "classifier": "fc",
+    "paper_ids": "arXiv:2003.00152",
+    "origin_url": "https://github.com/facebookresearch/open_lth",
+}
 
 
 class GlobalAvgPool(nn.Module):
@@ -31,7 +27,7 @@ class GlobalAvgPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the averages, shape (N, C)."""
-        # Not mean() or timm's pooling, which add up in another order: open_lth's logits come out bit for bit.
+        # Not mean() or timm's pooling, which add up in another order: the logits equal those of open_lth bit for bit.
         return F.avg_pool2d(x, x.shape[-2:]).flatten(1)
 
 
@@ -47,8 +43,11 @@ class CifarClassifier(nn.Module):
     def add_head(self, num_classes: int, in_chans: int, global_pool: str, drop_rate: float) -> None:
         """Add pooling, dropout and head.
 
-        Raises:
-            ConfigError: ``global_pool`` is not usable, see `reset_classifier`.
+        Args:
+            num_classes: Outputs of the head; 0 for no head.
+            in_chans: Channels of the images.
+            global_pool: "avg", or "" for none (with ``num_classes=0``); anything else raises ConfigError.
+            drop_rate: Dropout before the head.
         """
         self.in_chans = in_chans
         self.head_hidden_size = self.num_features
@@ -97,3 +96,21 @@ class CifarClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of images, shape (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def register(network: type[CifarClassifier], name: str, cfg: dict[str, Any], segments: int, **shape: int) -> None:
+    """Register networks of one shape under a name in timm, which has ``segments`` feature maps and adds to CIFAR_CFG.
+
+    The function that creates them becomes an attribute of the network's module, where timm also has ``default_cfgs``.
+    """
+    module = sys.modules[network.__module__]
+
+    def create(pretrained: bool = False, **kwargs: Any) -> CifarClassifier:
+        features = {"out_indices": tuple(range(segments)), "feature_cls": "hook"}
+        return build_model_with_cfg(network, name, pretrained, feature_cfg=features, **shape, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = network.__module__
+    create.__doc__ = f"Create a `{network.__name__}`, which has the arguments, with {shape or 'any shape'}."
+    vars(module)["default_cfgs"].update(generate_default_cfgs({name: {**CIFAR_CFG, **cfg}}))
+    setattr(module, name, register_model(create))

@@ -6,16 +6,14 @@ By name, ``cifar_resnet110`` or ``cifar_wrn14_8``, or at any depth and width:
 Source: Frankle, Schwab, Morcos, "Training BatchNorm and Only BatchNorm", arXiv 2003.00152; the networks of open_lth.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .cifar_classifier import CifarClassifier, cifar_cfg
+from .cifar_classifier import CifarClassifier, register
 
-__all__ = ["CifarResNet"]  # register_model appends every name it registers
+__all__ = ["CifarResNet"]  # timm appends every name it registers
 
 
 class Block(nn.Module):
@@ -60,31 +58,14 @@ class CifarResNet(CifarClassifier):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
     ) -> None:
-        """Build the network.
+        """Build the network; arguments that are not described here are those of `CifarClassifier.add_head`.
 
-        Args:
-            depth: Layers with weights, shortcuts not counted: 8, 14, 20, ...
-            width: Factor on the number of filters.
-            num_classes: Outputs of the head; 0 for no head.
-            in_chans: Channels of the images.
-            global_pool: "avg", or "" for none (with ``num_classes=0``).
-            drop_rate: Dropout before the head.
+        ``depth`` counts the layers with weights, without shortcuts: 8, 14, 20, ...; ``width`` multiplies the filters.
 
         Raises:
             ConfigError: There is no network of this depth, width or pooling.
         """
-        if not isinstance(depth, int) or depth < 8 or depth % 6 != 2:
-            raise ConfigError(
-                "A CIFAR ResNet has a depth of 6 D + 2, with D = 1, 2, 3, ... blocks in each of its three segments.",
-                seen=f"depth={depth!r}",
-                do="choose one of 8, 14, 20, 26, ...",
-            )
-        if not isinstance(width, int) or width < 1:
-            raise ConfigError(
-                "The width of a CIFAR ResNet multiplies its 16, 32 and 64 filters and is a positive integer.",
-                seen=f"width={width!r}",
-                do="choose width=1, 2, 3, ...",
-            )
+        _check_shape(depth, width)
         super().__init__()
         blocks_per_segment = (depth - 2) // 6
         chs = 16 * width
@@ -111,37 +92,26 @@ class CifarResNet(CifarClassifier):
         return self.blocks(self.act1(self.bn1(self.conv1(x))))
 
 
-default_cfgs: dict[str, Any] = {}  # where register_model looks for them
+def _check_shape(depth: int, width: int) -> None:
+    if not isinstance(depth, int) or depth < 8 or depth % 6 != 2:
+        raise ConfigError(
+            "A CIFAR ResNet has a depth of 6 D + 2, with D = 1, 2, 3, ... blocks in each of its three segments.",
+            seen=f"depth={depth!r}",
+            do="choose one of 8, 14, 20, 26, ...",
+        )
+    if not isinstance(width, int) or width < 1:
+        raise ConfigError(
+            "The width of a CIFAR ResNet multiplies its 16, 32 and 64 filters and is a positive integer.",
+            seen=f"width={width!r}",
+            do="choose width=1, 2, 3, ...",
+        )
 
 
-def _register(name: str, **shape: int) -> Callable[..., CifarResNet]:
-    """Register networks of one depth and width under a name; return the function that creates them."""
+default_cfgs: dict[str, Any] = {}  # where timm looks for them
+CFG = {"first_conv": "conv1", "pool_size": (8, 8)}
 
-    def create(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-        features = {"out_indices": (0, 1, 2), "feature_cls": "hook"}
-        return build_model_with_cfg(CifarResNet, name, pretrained, feature_cfg=features, **shape, **kwargs)
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"Create a `CifarResNet`, which has the arguments, with {shape or 'any depth and width'}."
-    default_cfgs.update(generate_default_cfgs({name: cifar_cfg("conv1", pool_size=(8, 8))}))
-    return register_model(create)
-
-
-cifar_resnet = _register("cifar_resnet")
-
-cifar_resnet14 = _register("cifar_resnet14", depth=14)
-cifar_resnet20 = _register("cifar_resnet20", depth=20)
-cifar_resnet32 = _register("cifar_resnet32", depth=32)
-cifar_resnet44 = _register("cifar_resnet44", depth=44)
-cifar_resnet56 = _register("cifar_resnet56", depth=56)
-cifar_resnet110 = _register("cifar_resnet110", depth=110)
-cifar_resnet218 = _register("cifar_resnet218", depth=218)
-cifar_resnet434 = _register("cifar_resnet434", depth=434)
-cifar_resnet866 = _register("cifar_resnet866", depth=866)
-
-cifar_wrn14_1 = _register("cifar_wrn14_1", depth=14, width=1)
-cifar_wrn14_2 = _register("cifar_wrn14_2", depth=14, width=2)
-cifar_wrn14_4 = _register("cifar_wrn14_4", depth=14, width=4)
-cifar_wrn14_8 = _register("cifar_wrn14_8", depth=14, width=8)
-cifar_wrn14_16 = _register("cifar_wrn14_16", depth=14, width=16)
-cifar_wrn14_32 = _register("cifar_wrn14_32", depth=14, width=32)
+register(CifarResNet, "cifar_resnet", CFG, segments=3)
+for _depth in (14, 20, 32, 44, 56, 110, 218, 434, 866):
+    register(CifarResNet, f"cifar_resnet{_depth}", CFG, segments=3, depth=_depth)
+for _width in (1, 2, 4, 8, 16, 32):
+    register(CifarResNet, f"cifar_wrn14_{_width}", CFG, segments=3, depth=14, width=_width)

@@ -5,16 +5,14 @@ By name, ``cifar_vgg16``, or ``timm.create_model("cifar_vgg", depth=13)``.
 Source: open_lth, ``models/cifar_vgg.py``, by the authors of arXiv 2003.00152.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .cifar_classifier import CifarClassifier, cifar_cfg
+from .cifar_classifier import CifarClassifier, register
 
-__all__ = ["CifarVGG"]  # register_model appends every name it registers
+__all__ = ["CifarVGG"]  # timm appends every name it registers
 
 FILTERS = (64, 128, 256, 512, 512)
 LAYERS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -38,7 +36,7 @@ class CifarVGG(CifarClassifier):
     """A VGG network of five segments of 64, 128, 256, 512 and 512 filters, with a max-pool between each two.
 
     Convolutions have a bias; one linear layer follows the global average pool, which is the 2x2 pool of open_lth
-    on 32x32 images and lets any image of at least 16x16 through. Weights are drawn as PyTorch draws them.
+    on 32x32 images and takes any image of at least 16x16. Weights are drawn as PyTorch draws them.
 
     Source: open_lth, ``models/cifar_vgg.py``, names of parameters included.
     """
@@ -51,14 +49,7 @@ class CifarVGG(CifarClassifier):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
     ) -> None:
-        """Build the network.
-
-        Args:
-            depth: 11, 13, 16 or 19.
-            num_classes: Outputs of the head; 0 for no head.
-            in_chans: Channels of the images.
-            global_pool: "avg", or "" for none (with ``num_classes=0``).
-            drop_rate: Dropout before the head.
+        """Build the network of ``depth`` 11, 13, 16 or 19; other arguments are those of `CifarClassifier.add_head`.
 
         Raises:
             ConfigError: There is no network of this depth or pooling.
@@ -93,26 +84,9 @@ class CifarVGG(CifarClassifier):
         return self.layers(x)
 
 
-default_cfgs: dict[str, Any] = {}  # where register_model looks for them
+default_cfgs: dict[str, Any] = {}  # where timm looks for them
+CFG = {"first_conv": "layers.0.conv", "pool_size": (2, 2), "min_input_size": (3, 16, 16)}
 
-
-def _register(name: str, **shape: int) -> Callable[..., CifarVGG]:
-    """Register networks of one depth under a name; return the function that creates them."""
-
-    def create(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
-        features = {"out_indices": (0, 1, 2, 3, 4), "feature_cls": "hook"}
-        return build_model_with_cfg(CifarVGG, name, pretrained, feature_cfg=features, **shape, **kwargs)
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"Create a `CifarVGG`, which has the arguments, with {shape or 'any depth'}."
-    cfg = cifar_cfg("layers.0.conv", pool_size=(2, 2), min_input_size=(3, 16, 16))
-    default_cfgs.update(generate_default_cfgs({name: cfg}))
-    return register_model(create)
-
-
-cifar_vgg = _register("cifar_vgg")
-
-cifar_vgg11 = _register("cifar_vgg11", depth=11)
-cifar_vgg13 = _register("cifar_vgg13", depth=13)
-cifar_vgg16 = _register("cifar_vgg16", depth=16)
-cifar_vgg19 = _register("cifar_vgg19", depth=19)
+register(CifarVGG, "cifar_vgg", CFG, segments=5)
+for _depth in LAYERS:
+    register(CifarVGG, f"cifar_vgg{_depth}", CFG, segments=5, depth=_depth)

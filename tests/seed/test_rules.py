@@ -17,7 +17,14 @@ from torch.nn.utils import parametrizations, parametrize
 from bn_affine_adapters import BNAdapterError, reinit_
 from bn_affine_adapters.errors import ConfigError, ReinitError
 from bn_affine_adapters.norms.find import affine, is_norm, norm_layers, plain_tensors
-from bn_affine_adapters.seed.rules import NORM_INITS, WEIGHT_INITS, constants_only, draw_norm_, plan, rule_for
+from bn_affine_adapters.seed.rules import (
+    NORM_INITS,
+    WEIGHT_INITS,
+    constants_only,
+    draw_norm_,
+    parameter_rules,
+    rule_for,
+)
 
 # The rules, written a second time from shared/init-v1's specification.
 
@@ -492,7 +499,7 @@ def test_a_parametrisation_that_is_removed_can_be_redrawn():
 def test_a_plan_changes_nothing():
     model = timm.create_model("cifar_resnet14")
     before = bits(model)
-    found = list(plan(model, weight_init="kaiming_normal", norm_init="uniform"))
+    found = list(parameter_rules(model, weight_init="kaiming_normal", norm_init="uniform"))
     assert len(found) == 47
     assert_same(bits(model), before)
 

@@ -18,8 +18,9 @@ from PIL import Image
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
 from bn_affine_adapters.adapter.rebuild import versions
 from bn_affine_adapters.errors import ConfigError
-from bn_affine_adapters.sharing.card import CARD_NAME, FIGURE_NAME, md, render, write_card
+from bn_affine_adapters.sharing.card import CARD_NAME, md, render, write_card
 from bn_affine_adapters.sharing.contents import read_tensors
+from bn_affine_adapters.sharing.figure import FIGURE_NAME
 from bn_affine_adapters.sharing.folder import read_config
 from bn_affine_adapters.sharing.hub import push_folder
 from bn_affine_adapters.sharing.results import RESULTS_NAME, merged, scores
