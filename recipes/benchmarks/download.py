@@ -84,12 +84,13 @@ def compare(architecture: str) -> dict[str, Any]:
     return row
 
 
-TEXT = """Written by `python recipes/benchmarks/download.py --write`; huggingface_hub {client}, {hardware}.
+TEXT = """Written by `python recipes/benchmarks/download.py --write`;
+huggingface_hub {client}, {hardware}.
 
-Both sides load from a Hub on loopback with the real client, in a fresh process with an empty cache, imports excluded:
-the adapter's side downloads its two files, redraws the network and verifies it; the other is
-`timm.create_model("hf-hub:...", pretrained=True)`. Bytes are counted by the server, headers included, after the
-client's own compression. Medians of {runs} runs.
+Both sides load from a Hub on loopback with the real client, in a fresh process with an empty cache, without imports.
+The adapter's side downloads two files, redraws the network and verifies it. The other side is
+`timm.create_model("hf-hub:...", pretrained=True)`. The server counts the bytes, with headers, after the client's
+compression. Medians of {runs} runs.
 
 {table}
 

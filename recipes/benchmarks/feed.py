@@ -90,10 +90,10 @@ def compare(size: int, batch: int, workers: Iterable[int], rounds: int) -> dict[
 
 TEXT = """Written by `python recipes/benchmarks/feed.py --write`; {hardware}.
 
-The feed of `recipes/train.py` cuts its batches out of uint8 tensors on the device; the other side is a `DataLoader`
-with workers over the same decoded images, through torchvision's transforms of one image. Both flip, crop with padding
-{padding} and normalise, {size} px, batches of {batch}; medians of {rounds} rounds in which the sides take turns, their
-workers started before.
+Training takes its batches from uint8 tensors on the device ("feed"). The other side is a `DataLoader` with workers
+over the same decoded images, with torchvision's transforms of one image. Both flip, crop with padding {padding} and
+normalise, at {size} px in batches of {batch}. Medians of {rounds} rounds in which the sides take turns; workers are
+started before.
 
 {table}
 {gpu}"""

@@ -86,13 +86,13 @@ def compare_all(architectures: list[str]) -> list[dict[str, Any]]:
 TEXT = """Written by `python recipes/benchmarks/rebuild.py --write`; {hardware}.
 
 The adapter's side builds the architecture, redraws every weight from the seed, checks the sha256 of all of them and
-loads the adapter; torch's side is `timm.create_model` with its own random initialisation. Each figure is the median
-of {runs} fresh processes, imports excluded, the sides taking turns; ratios are of neighbouring runs. Memory is the
+loads the adapter. torch's side is `timm.create_model` with its own random initialisation. Each number is the median of
+{runs} fresh processes, without imports. The sides take turns, and ratios compare neighbouring runs. Memory is the
 growth of peak resident memory over the model's bytes.
 
 {table}
 
-Most of the verified time is SHAKE-128 and SHA-256 for large networks, and PEFT's walks over the modules for deep ones.
+Most of the verified time is SHAKE-128 and SHA-256 for large networks, and PEFT's passes over the modules for deep ones.
 """
 
 

@@ -98,11 +98,12 @@ def compare(
     }
 
 
-TEXT = """Written by `python recipes/benchmarks/replicates.py {arguments}`; {hardware}.
+TEXT = """Written by `python recipes/benchmarks/replicates.py {arguments}`;
+{hardware}.
 
 A step is forward, loss, backward and SGD in float32 at {size} px. "Single" trains the replicates one after another,
-"stacked" side by side; the sides take turns, {rounds} rounds of {steps} stacked steps and as many images the other way.
-Rates are medians, ratios the median over rounds.{captured}
+"stacked" trains them side by side. The sides take turns: {rounds} rounds of {steps} stacked steps, and as many images
+on the other side. Rates are medians, ratios the median over rounds.{captured}
 
 {table}
 
