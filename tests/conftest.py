@@ -64,10 +64,10 @@ def script(name):
     return module
 
 
-def each_once(**axes):
+def each_once(without=(), indirect=(), **axes):
     """Parametrise with several axes, each a list of values or a dictionary of them by their names.
 
-    Each value of each axis runs at least once; all other combinations are `slow`.
+    Each value of each axis runs at least once; all other combinations are `slow`, and those in `without` are left out.
     """
     named = [axis if isinstance(axis, dict) else {str(value)[:40]: value for value in axis} for axis in axes.values()]
     fast = {tuple(n % len(axis) for axis in named) for n in range(max(map(len, named)))}
@@ -75,8 +75,9 @@ def each_once(**axes):
     for index in itertools.product(*(range(len(axis)) for axis in named)):
         names, values = zip(*(list(axis.items())[i] for axis, i in zip(named, index, strict=True)), strict=True)
         marks = [] if index in fast else [pytest.mark.slow]
-        rows.append(pytest.param(*values, id="-".join(map(str, names)), marks=marks))
-    return pytest.mark.parametrize(list(axes), rows)
+        if values not in without:
+            rows.append(pytest.param(*values, id="-".join(map(str, names)), marks=marks))
+    return pytest.mark.parametrize(list(axes), rows, indirect=list(indirect))
 
 
 @pytest.fixture(scope="session")

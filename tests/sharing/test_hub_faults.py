@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import images
+from conftest import each_once, images
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
@@ -40,8 +40,6 @@ FAULTS = {
     "answer-cut": ({"status": 0, "after": 1}, HubUnavailableError),
 }
 
-SHORT = ["503", "answer-lost"]
-
 # The stages of a push, and which requests they are.
 STAGES = {
     "create": ("POST", "/api/repos/create$"),
@@ -62,7 +60,15 @@ OVERCOME = {("create", "401"), ("create", "403")}
 # To a creation 409 says that it is there: that is met by every push to a repository or a branch that exists.
 # And the answer to an upload has no body that could be cut.
 NO_FAULT = {("create", "409"), ("branch", "409"), ("lfs-upload", "answer-cut")}
-CASES = [(stage, fault) for stage in STAGES for fault in FAULTS if (stage, fault) not in NO_FAULT]
+
+
+def pushes():
+    """Every fault at every stage: what makes the commit fails in every way, each other stage in one of its own."""
+    for i, stage in enumerate(STAGES):
+        for j, fault in enumerate(FAULTS):
+            if (stage, fault) not in NO_FAULT:
+                fast = stage == "commit" or i == j
+                yield pytest.param(stage, fault, marks=[] if fast else [pytest.mark.slow])
 
 
 def content(hub, revision="main"):
@@ -109,7 +115,7 @@ def pushed(hub, versions, alice, use):
     return old, new
 
 
-@pytest.mark.parametrize(("stage", "fault"), CASES)
+@pytest.mark.parametrize(("stage", "fault"), list(pushes()))
 def test_a_push_that_fails_leaves_the_old_or_the_new_and_can_be_resumed(
     stage, fault, versions, pushed, hub, alice, use, here
 ):
@@ -143,7 +149,7 @@ def test_a_push_that_fails_leaves_the_old_or_the_new_and_can_be_resumed(
         assert torch.equal(load_bn_only_model(REPO, revision="v2")(images()), versions[1].logits)
 
 
-@pytest.mark.parametrize(("stage", "fault"), [(stage, fault) for stage in STAGES for fault in SHORT])
+@each_once(stage=list(STAGES), fault=["503", "answer-lost"])
 def test_the_model_of_a_push_that_fails_is_kept_in_a_folder(stage, fault, versions, hub, alice, use, here):
     use(stage)
     arguments, _ = FAULTS[fault]
@@ -176,8 +182,9 @@ def test_the_model_that_was_not_pushed_is_as_it_was(versions, hub, alice, here):
     assert not model.training
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "503", "dropped"])
-@pytest.mark.parametrize("stage", ["preupload", "lfs-upload", "xet-token", "xet-xorb", "xet-shard"])
+@each_once(
+    stage=["preupload", "lfs-upload", "xet-token", "xet-xorb", "xet-shard"], fault=["429", "500", "503", "dropped"]
+)
 def test_a_short_trouble_is_overcome(stage, fault, versions, hub, alice, use):
     use(stage)
     there = hub.fail(*STAGES[stage], times=1, **FAULTS[fault][0])
@@ -211,8 +218,6 @@ LOADING = {
     "xet-bytes": ("GET", "/cas/xorb/"),
 }
 LOADING_FAULTS = ["401", "403", "404", "429", "500", "503", "dropped", "answer-cut"]
-LOADING_CASES = [(stage, fault, "load_bn_only_model") for stage in LOADING for fault in LOADING_FAULTS]
-LOADING_CASES += [(stage, fault, "load_adapter") for stage in LOADING for fault in ("404", "503")]
 
 
 @pytest.fixture
@@ -233,7 +238,7 @@ def load(second):
     return by
 
 
-@pytest.mark.parametrize(("stage", "fault", "door"), LOADING_CASES)
+@each_once(stage=list(LOADING), fault=LOADING_FAULTS, door=["load_bn_only_model", "load_adapter"])
 def test_a_load_that_fails_leaves_a_usable_cache(stage, fault, door, versions, hub, alice, use, load, second):
     if stage.endswith("head") and fault == "answer-cut":
         fault = "answer-lost"  # it has no body
