@@ -390,12 +390,17 @@ def test_another_revision_than_the_cached_one_is_not_taken_for_it(versions, hub,
 # -- rights
 
 
-@each_once(load=DOORS, who=["bob", "nobody"])
-def test_a_private_adapter_is_seen_by_its_owner_alone(who, load, versions, hub, alice, bob):
+@each_once(door=["load_bn_only_model", "load_adapter"], who=["bob", "nobody"])
+def test_a_private_adapter_is_not_seen_by_others(who, door, versions, hub, alice, bob):
     push(versions[0], token=alice, private=True)
     with pytest.raises((HubNotFoundError, HubAccessError), match="token") as caught:
-        load(REPO, token=bob if who == "bob" else None)
+        DOORS[door](REPO, token=bob if who == "bob" else None)
     assert caught.value.status == (404 if who == "bob" else 401)
+
+
+@each_once(load=DOORS, transfer=TRANSFERS, indirect=["transfer"])
+def test_a_private_adapter_is_seen_by_its_owner(load, versions, hub, alice, transfer):
+    push(versions[0], token=alice, private=True)
     assert torch.equal(load(REPO, token=alice)(images()), versions[0].logits)
 
 
