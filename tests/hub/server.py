@@ -3,7 +3,7 @@
 Written from the client's behaviour and the public descriptions of the LFS and Xet protocols. It needs the standard
 library and PyYAML; hf_xet only where a file uploaded with Xet is downloaded without.
 
-    with Hub() as hub:                       # or: python tests/hub/server.py --port 8765
+    with Hub() as hub:
         hub.token("alice")                   # HF_ENDPOINT=hub.url, HF_HOME and HF_XET_CACHE in a temporary folder
         hub.fail("POST", "/commit/", 503)    # the next commit is refused; status 0 drops the connection
         hub.requests                         # what was asked, and how many bytes went over the wire
@@ -13,7 +13,6 @@ It holds users, organisations, tokens, private and gated model repositories, bra
 their parents, LFS and a Xet storage: what a push and a load ask for. It checks no quota and merges nothing.
 """
 
-import argparse
 import base64
 import fnmatch
 import hashlib
@@ -576,12 +575,6 @@ def validate(h):
     h.send(400 if errors else 200, {"errors": errors, "warnings": warnings})
 
 
-@route("GET", "/api/models")
-def listing(h):
-    shown = [repo for (_, id), repo in sorted(h.hub.repos.items()) if not repo.private or h.may(id.split("/")[0])]
-    h.send(200, [h.hub.info(repo, repo.resolve("main")) for repo in shown])
-
-
 @route("GET", "/api/{repo}(/revision/(?P<revision>[^/]+))?")
 def info(h, repo, revision):
     h.send(200, h.hub.info(repo, repo.resolve(revision)))
@@ -859,13 +852,3 @@ def reconstruct(h, file):
 @route("GET", "/cas/xorb/(?P<xorb>[0-9a-f]{64})")
 def get_xorb(h, xorb):
     send_range(h, h.hub.xorbs[xorb][0], {})
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="A Hub in memory; stop it with Ctrl-C.")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--no-xet", action="store_true")
-    asked = parser.parse_args()
-    with Hub(port=asked.port, xet=not asked.no_xet) as hub:
-        print(hub.url, flush=True)
-        threading.Event().wait()

@@ -441,22 +441,6 @@ def test_the_adapters_load_before_they_are_mutated(server, tmp_path):
     assert len(found) == 20
 
 
-def test_the_same_seed_makes_the_same_adapters():
-    def first(count):
-        found = []
-
-        @seed(SEED)
-        @settings(max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-        @given(case=CASES)
-        def collect(case):
-            found.append(case)
-
-        collect()
-        return found
-
-    assert repr(first(20)) == repr(first(20))
-
-
 LIMIT = 0.4  # of what follows, in seconds of processor time
 
 

@@ -602,7 +602,15 @@ INJECTIONS = [
     "{{ 7 * 7 }}{% for x in y %}",
     "```\nevil\n```",
     "&#60;script&#62;",
+    "](http://evil.example) |",
+    "`code` ``` \x1b[2J",
 ]
+
+
+def obeyed(text):
+    """Leave out blocks of code, escaped characters and code in a line: what is left would be obeyed."""
+    raw = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"\\.", "", raw))
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
@@ -618,10 +626,11 @@ def test_a_card_says_nothing_that_a_file_makes_it_say(text, folder, tmp_path):
     ours = honest.data.to_dict() | {"model-index": None, "metrics": None}
     assert evil.data.to_dict().keys() <= {*ours, "model-index", "metrics"}
     assert all(evil.data.to_dict()[key] == ours[key] for key in evil.data.to_dict() if ours[key])
-    # What is left without blocks of code, escaped characters and code in a line is what would be obeyed.
-    raw = re.sub(r"```.*?```", "", evil.text, flags=re.DOTALL)
-    raw = re.sub(r"`[^`\n]*`", "", re.sub(r"\\.", "", raw))
+    raw = obeyed(evil.text)
     assert not re.search(r"^#+ Evil|<script|\]\(javascript|^---$|!\[evil|^evil$|\*\*evil|&#60;", raw, re.MULTILINE)
+    assert raw.count("](http") == obeyed(honest.text).count("](http")
+    assert "\x1b" not in evil.content
+    assert evil.data.eval_results[0].dataset_name == text
     assert "{{ 7 * 7 }}" in evil.text or "49" not in evil.text
     assert evil.text.count("```") == honest.text.count("```") + 2  # the command's
 
@@ -674,7 +683,8 @@ def test_results_of_a_stranger_stay_in_their_folder(content, folder, tmp_path):
         {"input_size": [3, 32, 32], "crop_pct": -1},
         {"input_size": [3, 32, 32], "crop_pct": "x"},
         {"input_size": [3, 32, 32], "mean": [[0], [0], [0]]},
-        {"input_size": [3, 32, 32], "std": [0, 0, 0]},
+        {"input_size": [3, 32, 32], "mean": [0.5]},
+        {"input_size": [3, 32, 32], "std": [0, 1, 1]},
         {"input_size": [3, 32, 32], "std": "abc"},
         {"input_size": [3, 32, 32], "interpolation": "evil"},
         {"input_size": [3, 32, 32], "interpolation": ["bilinear"]},
