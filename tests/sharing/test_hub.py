@@ -473,12 +473,6 @@ def test_a_broken_repository_is_refused(fault, door, versions, hub, refused):
     assert not [path for path in fetched if WEIGHTS_NAME in path]
 
 
-def test_a_network_too_large_is_refused_before_it_is_built(versions, hub, refused):
-    upload(hub, versions[0])
-    with refused(TooLargeError, NAME, "max_parameters"):
-        load_bn_only_model(REPO, max_parameters=1_000)
-
-
 def test_an_adapter_of_another_network_is_refused_and_leaves_the_cache_usable(versions, hub):
     upload(hub, versions[0])
     with pytest.raises((AdapterTensorError, FingerprintError)):
