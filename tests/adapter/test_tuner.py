@@ -438,14 +438,6 @@ def test_statistics_of_inactive_disabled_and_foreign_norm_layers_never_move(trai
     assert moved(model, before) == mine
 
 
-def test_frozen_statistics_do_not_move(train_step):
-    model = wrapped(running_statistics="frozen")
-    before = state(model)
-    train_step(model)
-    assert not [key for key in moved(model, before) if key.endswith(BUFFERS)]
-    assert len(moved(model, before)) == 30
-
-
 def test_norm_layers_outside_the_adapter_are_frozen_whole(train_step):
     chosen = wrapped().peft_config["default"].norm_layers[:2]
     model = wrapped(norm_layers=chosen)
