@@ -274,52 +274,28 @@ class Hub:
         return entry
 
     def info(self, repo, sha):
-        """Return a repository as its page shows it, with the tags that its card and its files give."""
+        """Return a repository as its page shows it, with the tags that its card gives."""
         commit = repo.commits[sha]
         tree, card = commit["tree"], {}
         if "README.md" in tree:
             card = front_matter(self.content(tree["README.md"]).decode("utf-8", "replace"))[0] or {}
-        info = {
-            "_id": sha[:24],
+        license = [f"license:{card['license']}"] if card.get("license") else []
+        return {
             "id": repo.id,
-            "modelId": repo.id,
-            "author": repo.id.split("/")[0],
             "sha": sha,
             "private": repo.private,
             "gated": repo.gated,
-            "disabled": False,
             "downloads": repo.downloads,
-            "likes": 0,
             "lastModified": commit["date"],
             "createdAt": repo.created,
-            "tags": [*card_tags(card, tree), "region:us"],
-            "library_name": card.get("library_name"),
-            "pipeline_tag": card.get("pipeline_tag"),
+            "tags": as_list(card.get("tags")) + license,
             "siblings": [{"rfilename": path} for path in sorted(tree)],
-            "usedStorage": sum(blob.size for blob in tree.values()),
+            "cardData": card,
         }
-        if card:
-            info["cardData"] = {key: value for key, value in card.items() if key != "model-index"}
-            if "model-index" in card:
-                info["model-index"] = card["model-index"]
-        return info
 
 
 def as_list(value):
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def card_tags(card, tree):
-    library = card.get("library_name")
-    tags = as_list(library) + (["safetensors"] if any(path.endswith(".safetensors") for path in tree) else [])
-    tags += [tag for tag in as_list(card.get("tags")) if tag not in tags]
-    tags += as_list(card.get("pipeline_tag")) + as_list(card.get("language"))
-    tags += [f"dataset:{name}" for name in as_list(card.get("datasets"))]
-    tags += ["model-index"] if "model-index" in card else []
-    relation = card.get("base_model_relation") or ("adapter" if "adapter_config.json" in tree else "finetune")
-    for base in as_list(card.get("base_model")):
-        tags += [f"base_model:{base}", f"base_model:{relation}:{base}"]
-    return tags + ([f"license:{card['license']}"] if card.get("license") else [])
 
 
 def front_matter(text):

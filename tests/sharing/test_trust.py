@@ -396,8 +396,8 @@ def test_the_head_of_the_tensors_file_is_bounded(attack, door, folder, bounded):
 
 LIES = [
     {"shape": [10**9, 10**9]},
-    {"shape": [0, 2**62, 2**62]},
-    {"shape": [0, 2**64 - 1]},
+    {"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]},
+    {"shape": [0, 2**64 - 1], "data_offsets": [0, 0]},
     {"shape": [-32]},
     {"shape": [32.5]},
     {"shape": "32"},
@@ -413,8 +413,13 @@ LIES = [
 
 @each_once(entry=LIES, door=DOORS)
 def test_a_header_that_lies_is_refused(entry, door, folder):
+    def lie(header):
+        # A tensor without values may stand beside the others: safetensors lets it pass, whatever its sizes.
+        name = "x" if entry.get("data_offsets") == [0, 0] else GAMMA
+        header[name] = {**header[GAMMA], **entry}
+
     with pytest.raises((AdapterFileError, AdapterTensorError)):
-        door(edit_header(folder, lambda header: header[GAMMA].update(entry)))
+        door(edit_header(folder, lie))
 
 
 @each_once(dtype=["BOOL", "U8", "I8", "I32", "U64", "F8_E4M3", "F8_E5M2", "C64", "F4", "OBJECT", "I64"], door=DOORS)
