@@ -110,7 +110,7 @@ class Repo:
 
     def __init__(self, kind, id, private, user):
         self.kind, self.id, self.private, self.gated, self.created = kind, id, private, False, now()
-        self.commits, self.branches, self.tags, self.prs, self.downloads = {}, {}, {}, {}, 0
+        self.commits, self.branches, self.tags, self.prs, self.threads, self.downloads = {}, {}, {}, {}, {}, 0
         tree = {".gitattributes": Blob(GITATTRIBUTES.encode())}
         self.branches["main"] = self.add("initial commit", "", tree, None, user)
 
@@ -505,9 +505,10 @@ class Handler(BaseHTTPRequestHandler):
             self.writable(owner, f"your token has no write permission on {id}")
         return repo
 
-    def changeable(self, repo):
-        """Refuse who may not write, but for a pull request: everybody may open one."""
-        if self.user is None or "create_pr" not in self.query:
+    def changeable(self, repo, revision):
+        """Refuse who may not write, but for a pull request: everybody may open one, and write to one's own."""
+        own = repo.threads.get(revision, {}).get("author", {}).get("name") == self.user
+        if self.user is None or not ("create_pr" in self.query or own):
             self.repo(repo.kind, repo.id, "write")
 
     def writable(self, namespace, why):
@@ -595,7 +596,7 @@ def add_ref(h, repo, what, name):
 
 @route("POST", "/api/{repo}/preupload/(?P<revision>[^/]+)")
 def preupload(h, repo, revision):
-    h.changeable(repo)
+    h.changeable(repo, revision)
     asked, files, out = h.json(), repo.tree(revision), []
     attributes = h.hub.content(files[".gitattributes"]).decode() if ".gitattributes" in files else ""
     large = [line.split()[0] for line in attributes.splitlines() if "filter=lfs" in line]
@@ -646,12 +647,13 @@ def lfs_verify(h, oid):
 @route("POST", "/api/{repo}/commit/(?P<revision>[^/]+)")
 def commit(h, repo, revision):
     is_pr = "create_pr" in h.query
-    h.changeable(repo)
+    h.changeable(repo, revision)
     lines = [json.loads(line) for line in h.raw.splitlines() if line.strip()]
     head = next(line["value"] for line in lines if line["key"] == "header")
     branch = revision.removeprefix("refs/heads/")
     with h.hub.lock:
-        if branch not in repo.branches:
+        to_pr = revision in repo.prs
+        if not to_pr and branch not in repo.branches:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         tip = repo.resolve(revision)
         if (parent := head.get("parentCommit")) and not tip.startswith(parent):
@@ -663,6 +665,8 @@ def commit(h, repo, revision):
         if is_pr:
             number = len(repo.prs) + 1
             repo.prs[f"refs/pr/{number}"] = sha
+        elif to_pr:
+            repo.prs[revision] = sha
         else:
             repo.branches[branch] = sha
     base = f"{h.hub.url}/{'' if repo.kind == 'models' else repo.kind + '/'}{repo.id}"
@@ -700,6 +704,33 @@ def remove(hub, repo, files, value):
 
 
 CHANGES = {"file": put_file, "lfsFile": put_lfs_file, "deletedFile": remove, "deletedFolder": remove}
+
+
+@route("POST", "/api/{repo}/discussions")
+def new_discussion(h, repo):
+    """Open a pull request, to which a client that uploads with Xet commits afterwards."""
+    number = len(repo.prs) + 1
+    revision = f"refs/pr/{number}"
+    repo.prs[revision] = repo.resolve("main")
+    repo.threads[revision] = {
+        "num": number,
+        "title": h.json()["title"],
+        "status": "draft",
+        "isPullRequest": True,
+        "createdAt": now(),
+        "author": {"name": h.user},
+        "repo": {"name": repo.id, "type": "model"},
+        "events": [],
+        "diff": "",
+        "filesWithConflicts": [],
+        "changes": {"base": "refs/heads/main", "mergeCommitId": None},
+    }
+    h.send(200, {"num": number, "url": f"{h.hub.url}/{repo.id}/discussions/{number}", "pullRequest": True})
+
+
+@route("GET", "/api/{repo}/discussions/(?P<number>[0-9]+)")
+def discussion(h, repo, number):
+    h.send(200, repo.threads[f"refs/pr/{number}"])
 
 
 # -- download
@@ -754,7 +785,7 @@ def xet_token(h, repo, mode, revision):
     if not h.hub.xet_enabled:
         raise Refused(404, "Xet is not enabled")
     if mode == "write":
-        h.changeable(repo)
+        h.changeable(repo, revision)
     rights = {"casUrl": h.hub.url + "/cas", "exp": int(time.time()) + 3600, "accessToken": "xet_test"}
     head = {
         "X_Xet_Cas_Url": rights["casUrl"],
