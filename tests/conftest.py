@@ -3,6 +3,7 @@
 import atexit
 import copy
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -61,6 +62,22 @@ def script(name):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def each_once(without=(), indirect=(), **axes):
+    """Parametrise with several axes, each a list of values or a dictionary of them by their names.
+
+    Each value of each axis runs at least once; all other combinations are `slow`, and those in `without` are left out.
+    """
+    named = [axis if isinstance(axis, dict) else {str(value)[:40]: value for value in axis} for axis in axes.values()]
+    fast = {tuple(n % len(axis) for axis in named) for n in range(max(map(len, named)))}
+    rows = []
+    for index in itertools.product(*(range(len(axis)) for axis in named)):
+        names, values = zip(*(list(axis.items())[i] for axis, i in zip(named, index, strict=True)), strict=True)
+        marks = [] if index in fast else [pytest.mark.slow]
+        if values not in without:
+            rows.append(pytest.param(*values, id="-".join(map(str, names)), marks=marks))
+    return pytest.mark.parametrize(list(axes), rows, indirect=list(indirect))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import ast
 import builtins
 import copy
-import ctypes
 import errno
 import importlib.util
 import inspect
@@ -13,7 +12,6 @@ import pickle
 import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -257,77 +255,3 @@ def test_an_error_that_is_never_raised_would_be_noticed():
 def test_the_base_of_all_errors_is_public():
     assert bn_affine_adapters.BNAdapterError is errors.BNAdapterError
     assert all(issubclass(kind, BNAdapterError) for kind in CLASSES.values())
-
-
-# A disk that is really full: a file system of 64 kB in a namespace of our own.
-
-MOUNT_UNAVAILABLE = 77
-CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
-
-
-def mount_small_disk(place, size):
-    """Mount an empty file system that only this process sees."""
-    libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
-    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
-        raise OSError(ctypes.get_errno(), "unshare")
-    for file, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
-        Path("/proc/self", file).write_text(text, encoding="ascii")
-    if libc.mount(b"tmpfs", str(place).encode(), b"tmpfs", 0, f"size={size}".encode()):
-        raise OSError(ctypes.get_errno(), "mount")
-
-
-def save_on_a_full_disk(model, disk):
-    """Save an adapter, fill the disk, save again; return what there was to see."""
-    model.save_pretrained(disk / "adapter")
-    before = {path.name: path.read_bytes() for path in (disk / "adapter").iterdir()}
-    with open(disk / "filler", "wb") as filler, pytest.raises(OSError, match="No space"):  # noqa: PT012
-        while True:
-            os.write(filler.fileno(), bytes(1024))
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.weight.data.fill_(2)
-    try:
-        model.save_pretrained(disk / "adapter")
-        error = None
-    except BNAdapterError as caught:
-        error = caught
-    after = {path.name: path.read_bytes() for path in (disk / "adapter").iterdir()}
-    return {
-        "error": type(error).__name__,
-        "text": str(error),
-        "files": sorted(before),
-        "untouched": after == before,
-        "left": sorted(path.name for path in disk.iterdir()),
-    }
-
-
-@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform != "linux", reason="needs Linux's namespaces")
-def test_a_disk_that_is_really_full_keeps_the_adapter_that_was_there(folders, tmp_path):
-    model = load_bn_only_model(folders / "seeded")
-    report = tmp_path / "report.json"
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            disk = tmp_path / "disk"
-            disk.mkdir()
-            try:
-                mount_small_disk(disk, "64k")
-            except OSError:
-                status = MOUNT_UNAVAILABLE
-            else:
-                tempfile.tempdir = str(tmp_path)
-                report.write_text(json.dumps(save_on_a_full_disk(model, disk)), encoding="utf-8")
-                status = 0
-        finally:
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status == MOUNT_UNAVAILABLE:
-        pytest.skip("this machine lets no process mount a file system of its own")
-    assert status == 0
-    found = json.loads(report.read_text(encoding="utf-8"))
-    assert found["error"] == "NoSpaceError"
-    assert "seen:" in found["text"]
-    assert found["files"] == sorted([CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
-    assert found["untouched"]
-    assert found["left"] == ["adapter", "filler"], "a scratch folder was left behind"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import each_once
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -156,8 +157,7 @@ def test_gamma_beta_and_head_stay_and_running_statistics_move(train_step):
 # -- the network computes what it should
 
 
-@pytest.mark.parametrize("control", ["two_weights", "input_affine"])
-@pytest.mark.parametrize("name", NETWORKS)
+@each_once(name=NETWORKS, control=["two_weights", "input_affine"])
 def test_before_training_a_control_changes_nothing(name, control):
     plain = reinit_(timm.create_model(name), 0).eval()
     assert torch.equal(controlled(name, control).eval()(IMAGES), plain(IMAGES))
@@ -216,8 +216,7 @@ def test_the_format_in_memory_stays():
 # -- saved and loaded
 
 
-@pytest.mark.parametrize("control", ["two_weights", "input_affine"])
-@pytest.mark.parametrize("name", NETWORKS)
+@each_once(name=NETWORKS, control=["two_weights", "input_affine"])
 def test_an_adapter_stores_the_trained_values_and_running_statistics_and_gives_the_same_logits(
     name, control, train_step, tmp_path
 ):
@@ -283,20 +282,19 @@ def test_the_card_and_the_contents_say_what_trained(tmp_path):
 # -- refused
 
 
-def test_two_weights_need_a_seed(refused):
-    with refused(ConfigError, "seed"):
-        BNOnlyConfig(control="two_weights")
-
-
-@pytest.mark.parametrize("layers", [["fc"], ["bn1"], ["blocks.0"]])
-def test_control_layers_have_to_be_convolutions(layers, refused):
-    with refused(ConfigError, layers[0]):
-        controlled(control_layers=layers)
-
-
-def test_layers_of_a_control_that_is_not_there_are_refused(refused):
-    with refused(ConfigError, "control_layers"):
-        get_bn_only_model(timm.create_model("cifar_resnet14"), BNOnlyConfig(seed=0, control_layers=["conv1"]))
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"control": "two_weights", "seed": None}, "seed"),
+        ({"control": "two_weights", "control_layers": ["fc"]}, "fc"),
+        ({"control": "two_weights", "control_layers": ["bn1"]}, "bn1"),
+        ({"control": "two_weights", "control_layers": ["blocks.0"]}, "blocks.0"),
+        ({"control_layers": ["conv1"]}, "control_layers"),
+    ],
+)
+def test_a_control_needs_a_seed_and_convolutions(settings, word, refused):
+    with refused(ConfigError, word):
+        get_bn_only_model(timm.create_model("cifar_resnet14"), BNOnlyConfig(**{"seed": 0, **settings}))
 
 
 def test_a_convolution_without_filters_chooses_nothing():

@@ -210,13 +210,3 @@ def test_gradients_follow_the_configuration(settings, trained):
     assert {name for name, p in layer.bn_only_layers["one"].named_parameters() if p.requires_grad} == trained
     layer.set_adapter("one", inference_mode=True)
     assert not any(p.requires_grad for p in layer.bn_only_layers.parameters())
-
-
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-def test_enabling_gives_back_the_gradients_there_were(frozen):
-    layer = wrap(nn.BatchNorm2d(8), "one")
-    layer.set_adapter("one", inference_mode=frozen)
-    before = [p.requires_grad for p in layer.bn_only_layers.parameters()]
-    for enabled in (False, False, True, True):
-        layer.enable_adapters(enabled)
-        assert [p.requires_grad for p in layer.bn_only_layers.parameters()] == (before if enabled else [False, False])

@@ -12,6 +12,7 @@ import peft
 import pytest
 import timm
 import torch
+from conftest import each_once
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -20,13 +21,7 @@ from torch import nn
 
 from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model, reinit_
 from bn_affine_adapters.adapter.layer import BNOnlyLayer
-from bn_affine_adapters.errors import (
-    AdapterError,
-    ConfigError,
-    NoSpaceError,
-    OutputFolderError,
-    RebuildError,
-)
+from bn_affine_adapters.errors import AdapterError, ConfigError, NoSpaceError, OutputFolderError, RebuildError
 from bn_affine_adapters.norms.find import norm_layers
 
 FILES = {
@@ -51,7 +46,7 @@ ALONE = {  # architecture, creation arguments, configuration, size of the images
     "int-size": ("efficientvit_m0", {"num_classes": 5}, {"seed": 3}, 224),
     "tied": ("coat_lite_tiny", {"num_classes": 3}, {"seed": 3}, 224),
 }
-OURS = {"cifar_resnet14": ("cifar_resnet14", {"num_classes": 5}, {"seed": 3}, 32)}
+# The paper's networks, for which timm needs this package, are loaded so in tests/sharing/test_hub.py.
 
 LOAD = """
 import json, sys
@@ -59,10 +54,7 @@ import torch
 torch.set_num_threads(1)
 import timm
 from safetensors.torch import load_file, save_file
-where, ours = sys.argv[1:]
-if ours == "ours":
-    import bn_affine_adapters
-assert (ours == "ours") == ("bn_affine_adapters" in sys.modules)
+where = sys.argv[1]
 found = {}
 for case in json.load(open(f"{where}/cases.json")):
     for source in ("hf-hub:us", f"local-dir:{where}"):
@@ -74,6 +66,12 @@ for case in json.load(open(f"{where}/cases.json")):
         with torch.no_grad():
             logits = model(load_file(f"{where}/{case}.images")["images"])
         found[f"{source.partition(':')[0]} {case}"] = logits.contiguous()
+import peft
+base = timm.create_model("test_resnet", num_classes=5)
+base.load_state_dict(load_file(f"{where}/base.safetensors"))
+model = peft.PeftModel.from_pretrained(base, f"{where}/stock")
+found["stock"] = model(load_file(f"{where}/resnet.images")["images"]).detach()
+assert "bn_affine_adapters" not in sys.modules
 save_file(found, f"{where}/found.safetensors")
 """
 
@@ -112,40 +110,33 @@ def into_cache(folder, cache, name):
     os.symlink(folder, repository / "snapshots" / commit)
 
 
-def loaded_elsewhere(cases, trained, where, ours):
-    """Export the cases and load all of them in one fresh interpreter; return (logits here, logits there)."""
-    here = {}
-    for case, values in cases.items():
+@pytest.fixture(scope="module")
+def alone(trained, train_step, tmp_path_factory):
+    """The logits here, and in an interpreter without this package: of timm, and of PEFT on a base with own weights."""
+    where, here = tmp_path_factory.mktemp("alone"), {}
+    for case, values in ALONE.items():
         model, batch = trained(*values)
         with torch.no_grad():
             here[case] = model(batch)
         save_file({"images": batch}, where / f"{case}.images")
         into_cache(export(model, where / case), where / "cache", case)
-    (where / "cases.json").write_text(json.dumps(list(cases)))
+    (where / "cases.json").write_text(json.dumps(list(ALONE)))
+    base = timm.create_model(NAME, num_classes=5)
+    save_file(state(base), where / "base.safetensors")
+    model = train_step(get_bn_only_model(base, BNOnlyConfig(train_head=True)))
+    export(model, where / "stock", "ln_tuning")
+    here["stock"] = model(images()).detach()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(where / "cache")}
-    command = [sys.executable, "-c", LOAD, str(where), "ours" if ours else "alone"]
+    command = [sys.executable, "-c", LOAD, str(where)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return here, load_file(where / "found.safetensors"), done.stderr
 
 
-@pytest.fixture(scope="module")
-def alone(trained, tmp_path_factory):
-    return loaded_elsewhere(ALONE, trained, tmp_path_factory.mktemp("alone"), ours=False)
-
-
-@pytest.fixture(scope="module")
-def with_package(trained, tmp_path_factory):
-    return loaded_elsewhere(OURS, trained, tmp_path_factory.mktemp("ours"), ours=True)
-
-
-SOURCES = ["hf-hub", "local-dir"]
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("case", [*ALONE, *OURS])
-def test_timm_loads_the_export_in_a_fresh_interpreter_with_equal_logits(case, source, alone, with_package):
-    here, there, errors = alone if case in ALONE else with_package
+@pytest.mark.parametrize("source", ["hf-hub", "local-dir"])
+@pytest.mark.parametrize("case", ALONE)
+def test_timm_loads_the_export_in_a_fresh_interpreter_with_equal_logits(case, source, alone):
+    here, there, errors = alone
     assert f"{source} {case}" in there, errors
     assert here[case].unique().numel() > 1, "these logits would be equal anyway"
     assert torch.equal(there[f"{source} {case}"], here[case])
@@ -230,12 +221,11 @@ def fingerprint(model):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("format", FILES)
-@pytest.mark.parametrize("name", STATES)
-def test_the_model_is_untouched_in_every_state_and_the_export_is_its_adapter(name, format, tmp_path, trained):
+@each_once(change=STATES, format=list(FILES))
+def test_the_model_is_untouched_in_every_state_and_the_export_is_its_adapter(change, format, tmp_path, trained):
     model, batch = trained(*ALONE["head"])
     answer = model(batch)
-    STATES[name](model)
+    change(model)
     before, bits = fingerprint(model), state(model)
     assert before["layers"]
     folder = export(model, tmp_path / "out", format)
@@ -285,20 +275,14 @@ STOCK = {
     "one ambiguous name": (NAME, {}, {"seed": 3, "norm_layers": ["bn1"]}, 32),
     "its own base_layer": ("dla46x_c", {"num_classes": 5}, {"seed": 3}, 64),
     "a head of parts": ("levit_128s", {"num_classes": 5}, {"seed": 3, "train_head": True}, 224),
-    "shortcuts": (
-        "resnet18",
-        {"num_classes": 5},
-        {"seed": 3, "extra_trainable_modules": ["layer2.0.downsample"]},
-        32,
-    ),
+    "shortcuts": ("resnet18", {}, {"seed": 3, "extra_trainable_modules": ["layer2.0.downsample"]}, 32),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
-@pytest.mark.parametrize("case", STOCK)
-@pytest.mark.parametrize("adapter_name", ["default", "other"])
+@each_once(case=STOCK, adapter_name=["default", "other"])
 def test_stock_peft_loads_the_export_on_the_rebuilt_base_with_equal_logits(case, adapter_name, tmp_path, trained):
-    name, arguments, config, size = STOCK[case]
+    name, arguments, config, size = case
     model, batch = trained(name, arguments, config, size)
     model.save_pretrained(tmp_path / "ours")
     folder = export(model, tmp_path / "out", "ln_tuning")
@@ -351,31 +335,9 @@ def test_the_stock_configuration_names_no_base_for_a_seed(tmp_path):
     assert json.loads((folder / CONFIG_NAME).read_text())["base_model_name_or_path"] == "us/base"
 
 
-STOCK_ALONE = """
-import sys
-import peft, timm, torch
-torch.set_num_threads(1)
-from safetensors.torch import load_file, save_file
-where = sys.argv[1]
-base = timm.create_model("test_resnet", num_classes=5)
-base.load_state_dict(load_file(f"{where}/base.safetensors"))
-model = peft.PeftModel.from_pretrained(base, f"{where}/out")
-assert "bn_affine_adapters" not in sys.modules
-save_file({"logits": model(load_file(f"{where}/images")["images"]).detach()}, f"{where}/found")
-"""
-
-
-def test_stock_peft_loads_the_export_on_a_given_base_in_a_fresh_interpreter(tmp_path, train_step):
-    base = timm.create_model(NAME, num_classes=5)
-    save_file(state(base), tmp_path / "base.safetensors")
-    model = train_step(get_bn_only_model(base, BNOnlyConfig(train_head=True)))
-    export(model, tmp_path / "out", "ln_tuning")
-    save_file({"images": images()}, tmp_path / "images")
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK_ALONE, str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert torch.equal(load_file(tmp_path / "found")["logits"], model(images()))
+def test_stock_peft_loads_the_export_on_a_given_base_in_a_fresh_interpreter(alone):
+    here, there, _ = alone
+    assert torch.equal(there["stock"], here["stock"])
 
 
 # -- what is refused, before anything is written
@@ -457,8 +419,7 @@ def test_a_choice_that_does_not_exist_is_refused(more, kind, words, tmp_path, re
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("format", FILES)
-@pytest.mark.parametrize("what", ["folder", "file"])
+@each_once(what=["folder", "file"], format=list(FILES))
 def test_what_is_there_is_never_overwritten(what, format, tmp_path, refused):
     file = tmp_path / "out" / "thesis.txt" if what == "folder" else tmp_path / "out"
     file.parent.mkdir(exist_ok=True)
@@ -478,9 +439,10 @@ def test_an_empty_folder_is_filled_where_it_is(format, tmp_path, monkeypatch):
     assert os.path.samefile(".", tmp_path / "out")
 
 
-@pytest.mark.parametrize("format", FILES)
-@pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("os error 28"), OSError(5)])
+FULL = [OSError(errno.ENOSPC, "No space left"), SafetensorError("os error 28"), OSError(5)]
+
+
+@each_once(error=FULL, format=list(FILES), exists={"new": False, "empty": True})
 def test_a_full_disk_leaves_nothing(error, exists, format, tmp_path, monkeypatch, refused):
     def fails(*args, **kwargs):
         raise error

@@ -3,17 +3,16 @@
 Written from the client's behaviour and the public descriptions of the LFS and Xet protocols. It needs the standard
 library and PyYAML; hf_xet only where a file uploaded with Xet is downloaded without.
 
-    with Hub() as hub:                       # or: python tests/hub/server.py --port 8765
+    with Hub() as hub:
         hub.token("alice")                   # HF_ENDPOINT=hub.url, HF_HOME and HF_XET_CACHE in a temporary folder
         hub.fail("POST", "/commit/", 503)    # the next commit is refused; status 0 drops the connection
         hub.requests                         # what was asked, and how many bytes went over the wire
         hub.reset()                          # as it was at the start
 
-It holds users, organisations, tokens, private and gated repositories, branches, tags, pull requests, commits with
-their parents, LFS (in parts too) and a Xet storage. It checks no quota and merges nothing.
+It holds users, organisations, tokens, private and gated model repositories, branches, tags, pull requests, commits with
+their parents, LFS and a Xet storage: what a push and a load ask for. It checks no quota and merges nothing.
 """
 
-import argparse
 import base64
 import fnmatch
 import hashlib
@@ -40,8 +39,6 @@ SUFFIXES = [
 ]  # fmt: skip
 GITATTRIBUTES = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in SUFFIXES)
 LFS_THRESHOLD = 10 * 1024 * 1024
-PART, MULTIPART_FROM = 10_000_000, 25_000_000
-PAGE = 1000  # entries a page of a listing; lower it in a test to see the client turn pages
 USERS = {"alice": ["acme", "timm"], "bob": []}  # and their organisations
 TOKENS = {
     "hf_alice_write": ("alice", "write"),
@@ -266,7 +263,7 @@ class Hub:
     def has_object(self, sha):
         return sha in self.lfs or sha in self.xet_by_sha
 
-    def entry(self, repo, sha, path, expand=False):
+    def entry(self, repo, sha, path):
         """Return a file as a listing shows it."""
         blob = repo.commits[sha]["tree"][path]
         entry = {"type": "file", "oid": blob.oid, "size": blob.size, "path": path}
@@ -274,81 +271,31 @@ class Hub:
             entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 134}
             if blob.sha256 in self.xet_by_sha:
                 entry["xetHash"] = self.xet_by_sha[blob.sha256]
-        if expand:
-            entry["lastCommit"] = short(last_change(repo, sha, path))
-            scan = {"virusFound": False, "virusNames": None}
-            entry["securityFileStatus"] = {"status": "safe", "avScan": scan, "pickleImportScan": None}
         return entry
 
-    def info(self, repo, sha, blobs=False):
-        """Return a repository as its page shows it, with the tags that its card and its files give."""
+    def info(self, repo, sha):
+        """Return a repository as its page shows it, with the tags that its card gives."""
         commit = repo.commits[sha]
         tree, card = commit["tree"], {}
         if "README.md" in tree:
             card = front_matter(self.content(tree["README.md"]).decode("utf-8", "replace"))[0] or {}
-        siblings = []
-        for path, blob in sorted(tree.items()):
-            sibling = {"rfilename": path}
-            if blobs:
-                sibling |= {"size": blob.size, "blobId": blob.oid}
-                if blob.sha256:
-                    sibling["lfs"] = {"sha256": blob.sha256, "size": blob.size, "pointerSize": 134}
-            siblings.append(sibling)
-        info = {
-            "_id": sha[:24],
+        license = [f"license:{card['license']}"] if card.get("license") else []
+        return {
             "id": repo.id,
-            "modelId": repo.id,
-            "author": repo.id.split("/")[0],
             "sha": sha,
             "private": repo.private,
             "gated": repo.gated,
-            "disabled": False,
             "downloads": repo.downloads,
-            "likes": 0,
             "lastModified": commit["date"],
             "createdAt": repo.created,
-            "tags": [*card_tags(card, tree), "region:us"],
-            "library_name": card.get("library_name"),
-            "pipeline_tag": card.get("pipeline_tag"),
-            "siblings": siblings,
-            "usedStorage": sum(blob.size for blob in tree.values()),
+            "tags": as_list(card.get("tags")) + license,
+            "siblings": [{"rfilename": path} for path in sorted(tree)],
+            "cardData": card,
         }
-        if card:
-            info["cardData"] = {key: value for key, value in card.items() if key != "model-index"}
-            if "model-index" in card:
-                info["model-index"] = card["model-index"]
-        return info
-
-
-def short(commit):
-    return {key: commit[key] for key in ("id", "title", "date")}
-
-
-def last_change(repo, sha, path):
-    """Return the last commit that changed a file."""
-    oid = repo.commits[sha]["tree"][path].oid
-    while (parent := repo.commits[sha]["parent"]) and getattr(
-        repo.commits[parent]["tree"].get(path), "oid", None
-    ) == oid:
-        sha = parent
-    return repo.commits[sha]
 
 
 def as_list(value):
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def card_tags(card, tree):
-    library = card.get("library_name")
-    tags = as_list(library) + (["safetensors"] if any(path.endswith(".safetensors") for path in tree) else [])
-    tags += [tag for tag in as_list(card.get("tags")) if tag not in tags]
-    tags += as_list(card.get("pipeline_tag")) + as_list(card.get("language"))
-    tags += [f"dataset:{name}" for name in as_list(card.get("datasets"))]
-    tags += ["model-index"] if "model-index" in card else []
-    relation = card.get("base_model_relation") or ("adapter" if "adapter_config.json" in tree else "finetune")
-    for base in as_list(card.get("base_model")):
-        tags += [f"base_model:{base}", f"base_model:{relation}:{base}"]
-    return tags + ([f"license:{card['license']}"] if card.get("license") else [])
 
 
 def front_matter(text):
@@ -560,8 +507,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def changeable(self, repo, revision):
         """Refuse who may not write, but for a pull request: everybody may open one, and write to one's own."""
-        number = revision.removeprefix("refs/pr/")
-        own = number.isdigit() and repo.threads.get(int(number), {}).get("author", {}).get("name") == self.user
+        own = repo.threads.get(revision, {}).get("author", {}).get("name") == self.user
         if self.user is None or not ("create_pr" in self.query or own):
             self.repo(repo.kind, repo.id, "write")
 
@@ -600,117 +546,24 @@ def create(h):
     h.send(200, {"url": url, "name": id, "id": "0" * 24})
 
 
-@route("DELETE", "/api/repos/delete")
-def delete(h):
-    asked = h.json()
-    id = f"{asked.get('organization') or h.user}/{asked['name']}"
-    repo = h.repo((asked.get("type") or "model") + "s", id, "write")
-    del h.hub.repos[repo.kind, repo.id]
-    h.send(200, b"OK")
-
-
-@route("POST", "/api/repos/move")
-def move(h):
-    asked = h.json()
-    repo = h.repo(asked.get("type", "model") + "s", asked["fromRepo"], "write")
-    h.writable(asked["toRepo"].split("/")[0], "target namespace")
-    if (repo.kind, asked["toRepo"]) in h.hub.repos:
-        raise Refused(409, f"A {repo.kind[:-1]} repository called {asked['toRepo']} already exists")
-    h.hub.repos[repo.kind, asked["toRepo"]] = h.hub.repos.pop((repo.kind, repo.id))
-    repo.id = asked["toRepo"]
-    h.send(200, {})
-
-
-@route("PUT", "/api/{repo}/settings", "write")
-def settings(h, repo):
-    asked = h.json()
-    if "visibility" in asked or "private" in asked:
-        repo.private = asked.get("visibility") == "private" or bool(asked.get("private"))
-    repo.gated = asked.get("gated", repo.gated)
-    h.send(200, {"private": repo.private, "gated": repo.gated})
-
-
 @route("POST", "/api/validate-yaml")
 def validate(h):
     _, errors, warnings = front_matter(h.json()["content"])
     h.send(400 if errors else 200, {"errors": errors, "warnings": warnings})
 
 
-@route("GET", r"/api/(?P<kind>models|datasets|spaces)")
-def listing(h, kind):
-    query = {key.removesuffix("[]"): values for key, values in h.query.items()}
-    wanted = query.get("filter", []) + query.get("pipeline_tag", [])
-    out = []
-    for (of, id), repo in sorted(h.hub.repos.items()):
-        if of != kind or (repo.private and not h.may(id.split("/")[0])):
-            continue
-        info = h.hub.info(repo, repo.resolve("main"))
-        if (
-            all(tag in info["tags"] for tag in wanted)
-            and query.get("author", [info["author"]])[0] == info["author"]
-            and all(words.lower() in id.lower() for words in query.get("search", []))
-        ):
-            if not {"full", "expand", "cardData"} & query.keys():
-                left_out = ("siblings", "cardData", "sha", "model-index", "lastModified", "author")
-                info = {key: value for key, value in info.items() if key not in left_out}
-            out.append(info)
-    paged(h, out, min(int(query.get("limit", [PAGE])[0]), PAGE))
-
-
-def paged(h, items, size):
-    start, link = int(h.query.get("cursor", ["0"])[0]), {}
-    if start + size < len(items):
-        url = urlsplit(h.path)
-        query = [part for part in url.query.split("&") if part and not part.startswith("cursor=")]
-        query.append(f"cursor={start + size}")
-        link["Link"] = f'<{h.hub.url}{url.path}?{"&".join(query)}>; rel="next"'
-    h.send(200, items[start : start + size], **link)
-
-
 @route("GET", "/api/{repo}(/revision/(?P<revision>[^/]+))?")
 def info(h, repo, revision):
-    h.send(200, h.hub.info(repo, repo.resolve(revision), "blobs" in h.query))
+    h.send(200, h.hub.info(repo, repo.resolve(revision)))
 
 
-@route("GET", "/api/{repo}/auth-check(?P<write>/write)?", "read")
-def auth_check(h, repo, write):
-    if write:
-        h.writable(repo.id.split("/")[0], "write access")
-    h.send(200, {})
-
-
-@route("GET", "/api/{repo}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?")
-def tree(h, repo, revision, path):
-    sha, base, out = repo.resolve(revision), (path or "").strip("/"), {}
-    files = repo.commits[sha]["tree"]
-    expand, recursive = (h.query.get(key, ["False"])[0].lower() == "true" for key in ("expand", "recursive"))
-    for name in sorted(files):
-        if base and not name.startswith(base + "/"):
-            continue
-        parts = name[len(base) + 1 if base else 0 :].split("/")
-        for i in range(1, len(parts) if recursive else min(len(parts), 2)):
-            folder = "/".join(([base] if base else []) + parts[:i])
-            out.setdefault(folder, {"type": "directory", "oid": git_sha(folder.encode()), "size": 0, "path": folder})
-        if recursive or len(parts) == 1:
-            out[name] = h.hub.entry(repo, sha, name, expand)
-    for entry in out.values() if expand else []:
-        entry.setdefault("lastCommit", short(repo.commits[sha]))
-    if base and not out:
-        raise Refused(404, f'{base} does not exist on "{revision}"', "EntryNotFound")
-    paged(h, list(out.values()), PAGE)
-
-
-@route("POST", "/api/{repo}/paths-info/(?P<revision>[^/]+)")
-def paths_info(h, repo, revision):
-    form = parse_qs(h.raw.decode()) if b"=" in h.raw[:200] and not h.raw.startswith(b"{") else h.json()
-    sha, paths = repo.resolve(revision), form.get("paths", [])
-    files, expand = repo.commits[sha]["tree"], str((form.get("expand") or ["False"])[0]).lower() == "true"
-    last = {"lastCommit": short(repo.commits[sha])} if expand else {}
-    out = [h.hub.entry(repo, sha, path, expand) for path in paths if path in files]
-    for path in paths:
-        if any(name.startswith(path.rstrip("/") + "/") for name in files):
-            out.append({"type": "directory", "oid": git_sha(path.encode()), "size": 0, "path": path, **last})
-    h.send(200, out)
+@route("GET", "/api/{repo}/tree/(?P<revision>[^/]+)")
+def tree(h, repo, revision):
+    """List all files; a client that turns pages or opens folders one by one asks for what is not here."""
+    if h.query.get("recursive", ["False"])[0].lower() != "true":
+        raise Refused(501, "Only recursive listings are here.")
+    sha = repo.resolve(revision)
+    h.send(200, [h.hub.entry(repo, sha, name) for name in sorted(repo.commits[sha]["tree"])])
 
 
 @route("GET", "/api/{repo}/refs")
@@ -720,16 +573,6 @@ def refs(h, repo):
 
     branches, tags = named(repo.branches, "refs/heads/"), named(repo.tags, "refs/tags/")
     h.send(200, {"branches": branches, "tags": tags, "converts": [], "pullRequests": named(repo.prs, "")})
-
-
-@route("GET", "/api/{repo}/commits/(?P<revision>[^/]+)")
-def commits(h, repo, revision):
-    out = []
-    for commit in repo.history(revision):
-        out.append({key: commit[key] for key in ("id", "title", "message", "date", "authors")})
-        if "expand[]" in h.query:
-            out[-1]["formatted"] = {"title": commit["title"], "message": commit["message"]}
-    paged(h, out, PAGE)
 
 
 @route("POST", "/api/{repo}/(?P<what>branch|tag)/(?P<name>[^/]+)", "write")
@@ -748,24 +591,6 @@ def add_ref(h, repo, what, name):
     h.send(200, {})
 
 
-@route("DELETE", "/api/{repo}/(?P<what>branch|tag)/(?P<name>[^/]+)", "write")
-def delete_ref(h, repo, what, name):
-    refs = repo.branches if what == "branch" else repo.tags
-    if name not in refs:
-        raise Refused(404, f"Invalid rev id: {name}", "RevisionNotFound")
-    if what == "branch" and name == "main":
-        raise Refused(403, "Cannot delete refs/heads/main")
-    del refs[name]
-    h.send(200, {})
-
-
-@route("POST", "/api/{repo}/super-squash/(?P<revision>[^/]+)", "write")
-def squash(h, repo, revision):
-    title = h.json().get("message") or "Super-squash"
-    repo.branches[revision] = repo.add(title, "", repo.tree(revision), None, h.user)
-    h.send(200, {})
-
-
 # -- upload: preupload, then LFS or Xet, then the commit
 
 
@@ -773,8 +598,6 @@ def squash(h, repo, revision):
 def preupload(h, repo, revision):
     h.changeable(repo, revision)
     asked, files, out = h.json(), repo.tree(revision), []
-    ignored = asked.get("gitIgnore") or (h.hub.content(files[".gitignore"]).decode() if ".gitignore" in files else "")
-    ignored = [line.strip() for line in ignored.splitlines() if line.strip() and not line.startswith("#")]
     attributes = h.hub.content(files[".gitattributes"]).decode() if ".gitattributes" in files else ""
     large = [line.split()[0] for line in attributes.splitlines() if "filter=lfs" in line]
     for file in asked["files"]:
@@ -783,9 +606,8 @@ def preupload(h, repo, revision):
             raise Refused(422, f"Invalid path: {path}")
         name, old = path.rsplit("/", 1)[-1], files.get(path)
         is_lfs = file["size"] > LFS_THRESHOLD or any(fnmatch.fnmatch(name, pattern) for pattern in large)
-        skip = any(fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(name, pattern) for pattern in ignored)
         oid = old and (old.sha256 or old.oid)
-        out.append({"path": path, "uploadMode": "lfs" if is_lfs else "regular", "shouldIgnore": skip, "oid": oid})
+        out.append({"path": path, "uploadMode": "lfs" if is_lfs else "regular", "shouldIgnore": False, "oid": oid})
     h.send(200, {"files": out, "commitOid": repo.resolve(revision)})
 
 
@@ -798,40 +620,26 @@ def lfs_batch(h, repo):
     if h.hub.xet_enabled and "xet" in transfers:  # a client that leaves the choice to the server
         same = [{"oid": item["oid"], "size": item["size"]} for item in asked["objects"]]
         return h.send(200, {"transfer": "xet", "objects": same})
-    multipart = False
     for item in asked["objects"]:
         found = {"oid": item["oid"], "size": item["size"]}
         if not h.hub.has_object(item["oid"]):
             href = f"{h.hub.url}/lfs/{item['oid']}"
-            upload = {"href": href}
-            if "multipart" in transfers and item["size"] > MULTIPART_FROM:
-                multipart, count = True, -(-item["size"] // PART)
-                parts = {str(i + 1): f"{href}/{i + 1}" for i in range(count)}
-                upload = {"href": href + "/complete", "header": {"chunk_size": str(PART), **parts}}
-            found["actions"] = {"upload": upload, "verify": {"href": href + "/verify"}}
+            found["actions"] = {"upload": {"href": href}, "verify": {"href": href + "/verify"}}
         objects.append(found)
-    h.send(200, {"transfer": "multipart" if multipart else "basic", "objects": objects, "hash_algo": "sha256"})
+    h.send(200, {"transfer": "basic", "objects": objects, "hash_algo": "sha256"})
 
 
-@route("PUT", "/lfs/(?P<oid>[0-9a-f]{64})(/(?P<part>[0-9]+))?")
-def lfs_put(h, oid, part):
-    if part:
-        h.hub.lfs[oid, int(part)] = h.raw
-    elif hashlib.sha256(h.raw).hexdigest() != oid:
+@route("PUT", "/lfs/(?P<oid>[0-9a-f]{64})")
+def lfs_put(h, oid):
+    if hashlib.sha256(h.raw).hexdigest() != oid:
         raise Refused(400, "sha256 mismatch")
-    else:
-        h.hub.lfs[oid] = h.raw
+    h.hub.lfs[oid] = h.raw
     h.send(200, b"", ETag=f'"{hashlib.md5(h.raw).hexdigest()}"')
 
 
-@route("POST", "/lfs/(?P<oid>[0-9a-f]{64})/(?P<step>complete|verify)")
-def lfs_finish(h, oid, step):
-    if step == "complete":
-        data = b"".join(h.hub.lfs.pop((oid, part["partNumber"])) for part in h.json()["parts"])
-        if hashlib.sha256(data).hexdigest() != oid:
-            raise Refused(400, "sha256 mismatch")
-        h.hub.lfs[oid] = data
-    elif oid not in h.hub.lfs:
+@route("POST", "/lfs/(?P<oid>[0-9a-f]{64})/verify")
+def lfs_verify(h, oid):
+    if oid not in h.hub.lfs:
         raise Refused(404, "object not found")
     h.send(200, {})
 
@@ -900,29 +708,29 @@ CHANGES = {"file": put_file, "lfsFile": put_lfs_file, "deletedFile": remove, "de
 
 @route("POST", "/api/{repo}/discussions")
 def new_discussion(h, repo):
-    asked, number = h.json(), len(repo.prs) + 1
-    is_pr = bool(asked.get("pullRequest"))
-    if is_pr:
-        repo.prs[f"refs/pr/{number}"] = repo.resolve("main")
-    repo.threads[number] = {
+    """Open a pull request, to which a client that uploads with Xet commits afterwards."""
+    number = len(repo.prs) + 1
+    revision = f"refs/pr/{number}"
+    repo.prs[revision] = repo.resolve("main")
+    repo.threads[revision] = {
         "num": number,
-        "title": asked["title"],
+        "title": h.json()["title"],
         "status": "draft",
-        "isPullRequest": is_pr,
+        "isPullRequest": True,
         "createdAt": now(),
         "author": {"name": h.user},
-        "repo": {"name": repo.id, "type": repo.kind[:-1]},
+        "repo": {"name": repo.id, "type": "model"},
         "events": [],
         "diff": "",
         "filesWithConflicts": [],
         "changes": {"base": "refs/heads/main", "mergeCommitId": None},
     }
-    h.send(200, {"num": number, "url": f"{h.hub.url}/{repo.id}/discussions/{number}", "pullRequest": is_pr})
+    h.send(200, {"num": number, "url": f"{h.hub.url}/{repo.id}/discussions/{number}", "pullRequest": True})
 
 
 @route("GET", "/api/{repo}/discussions/(?P<number>[0-9]+)")
 def discussion(h, repo, number):
-    h.send(200, repo.threads[int(number)])
+    h.send(200, repo.threads[f"refs/pr/{number}"])
 
 
 # -- download
@@ -1051,13 +859,3 @@ def reconstruct(h, file):
 @route("GET", "/cas/xorb/(?P<xorb>[0-9a-f]{64})")
 def get_xorb(h, xorb):
     send_range(h, h.hub.xorbs[xorb][0], {})
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="A Hub in memory; stop it with Ctrl-C.")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--no-xet", action="store_true")
-    asked = parser.parse_args()
-    with Hub(port=asked.port, xet=not asked.no_xet) as hub:
-        print(hub.url, flush=True)
-        threading.Event().wait()

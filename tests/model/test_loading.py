@@ -1,11 +1,15 @@
 """A network is architecture + seed + a few kilobytes: it comes back bit for bit, or not at all."""
 
 import copy
+import ctypes
 import errno
+import gc
+import hashlib
 import json
 import shutil
-import subprocess
 import sys
+import time
+from pathlib import Path
 
 import peft
 import pytest
@@ -32,6 +36,7 @@ from bn_affine_adapters.errors import (
     UnknownKeyError,
 )
 from bn_affine_adapters.norms.find import norm_layers
+from bn_affine_adapters.seed import draws
 
 pytestmark = pytest.mark.filterwarnings("error")
 NAME = "test_resnet"
@@ -202,49 +207,52 @@ def test_counts_and_sizes_are_those_promised(name, arguments, counts, most, tmp_
     assert counts[0] * 8 < size < most  # gamma, beta and as many running statistics, in float32
 
 
-MEASURE = """
-import ctypes, gc, json, sys, time
-import torch
-torch.set_num_threads(1)
-from bn_affine_adapters import load_bn_only_model
-
 def kilobytes(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(key))
 
-small, large = sys.argv[1:]
-load_bn_only_model(small)  # what PEFT and timm import on first use
-gc.collect()
-getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # or the memory it left behind would be used again, uncounted
-before = kilobytes("VmRSS")
-model = load_bn_only_model(large)
-grown = 1024 * (kilobytes("VmHWM") - before)
-size = sum(t.numel() * t.element_size() for t in model.get_base_model().state_dict().values())
-del model
-seconds = {}
-for name, folder in (("cifar_resnet110", small), ("resnet50", large)):
+
+def grown(do):
+    """Return what a call gives, and by how many bytes it raises this process's peak."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or the memory left behind would be used again, uncounted
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = kilobytes("VmRSS")
+    found = do()
+    return found, 1024 * (kilobytes("VmHWM") - before)
+
+
+def seconds(do):
+    """Return the processor time of a call, the less of two."""
     times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        load_bn_only_model(folder)
-        times.append(time.perf_counter() - start)
-    seconds[name] = min(times)
-print(json.dumps({"seconds": seconds, "memory": grown / size, "bytes": size}))
-"""
+    for _ in range(2):
+        start = time.process_time()
+        do()
+        times.append(time.process_time() - start)
+    return min(times)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc/self/status")
-def test_rebuilding_is_fast_and_needs_little_more_memory_than_the_network(tmp_path):
-    for name in ("cifar_resnet110", "resnet50"):
-        get_bn_only_model(timm.create_model(name), BNOnlyConfig(seed=0)).save_pretrained(tmp_path / name)
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "cifar_resnet110"), str(tmp_path / "resnet50")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(found)
-    assert found["seconds"]["cifar_resnet110"] < 1
-    assert found["seconds"]["resnet50"] < 2
-    assert 0.95 < found["memory"] < 1.3  # far less than the network would mean that its peak was not seen
+@pytest.mark.parametrize(("name", "most"), [("resnet50", 3), ("cifar_resnet110", 60)])
+def test_rebuilding_is_fast_and_needs_little_more_memory_than_the_network(name, most, tmp_path):
+    get_bn_only_model(timm.create_model(name), BNOnlyConfig(seed=0)).save_pretrained(tmp_path)
+    load_bn_only_model(tmp_path)  # what is imported on first use
+    model, more = grown(lambda: load_bn_only_model(tmp_path))
+    tensors = model.get_base_model().state_dict().values()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    counts = [tensor.numel() for tensor in tensors if tensor.dim() > 1]
+
+    def draw():
+        """Draw as many numbers as the network has, and compute the digest of as many bytes."""
+        for count in counts:
+            hashlib.sha256(draws.draw((count,), 0, "weight", "normal").tobytes()).hexdigest()
+
+    # A bound for this machine: a large network takes little more, a small and deep one is mostly built and wrapped.
+    ratio = seconds(lambda: load_bn_only_model(tmp_path)) / seconds(draw)
+    print(f"{name}: {size:,} bytes, peak {more / size:.2f} of them, {ratio:.1f} times the time of its numbers")
+    assert ratio < most
+    if name == "resnet50":  # the other is too small beside what Python itself takes
+        assert 0.95 < more / size < 1.3  # far less than the network would mean that its peak was not seen
 
 
 # -- the frozen weights are verified
@@ -346,20 +354,12 @@ def test_an_adapter_with_a_head_loads_on_its_base_whatever_head_that_has(name, t
 
 
 @pytest.mark.parametrize("level", ["full", "sampled"])
-def test_other_weights_are_refused_by_full_and_sampled(level, given, refused):
-    _, folder = given
+def test_other_weights_or_another_frozen_head_are_refused(level, given, refused):
+    base, folder = given
     with refused(FingerprintError, "resnet18"):
         load_bn_only_model(folder, timm.create_model("resnet18", num_classes=3), verify=level)
-
-
-@pytest.mark.parametrize(
-    "level",
-    ["full", "sampled"],
-)
-def test_another_frozen_head_is_refused(level, given):
-    base, folder = given
     nn.init.zeros_(base.fc.weight)
-    with pytest.raises(FingerprintError, match=r"fc\.weight"):
+    with refused(FingerprintError, "fc.weight"):
         load_bn_only_model(folder, base, verify=level)
 
 
@@ -418,20 +418,7 @@ def test_a_broken_folder_is_refused(fault, folder, refused):
     refused_and_unchanged(refused, folder, AdapterFileError, words, folder.name)
 
 
-@pytest.mark.parametrize("fault", ["no-tensors", "truncated-tensors", "pickle"])
-def test_a_broken_folder_is_refused_by_peft_itself(fault, folder, refused):
-    damage, words = FILE_FAULTS[fault]
-    damage(folder)
-    with refused(AdapterFileError, words):
-        peft.PeftModel.from_pretrained(timm.create_model(NAME, num_classes=3), folder)
-    model = get_bn_only_model(timm.create_model(NAME, num_classes=3), BNOnlyConfig(seed=0)).eval()
-    before, answer = state(model), model(images())
-    with refused(AdapterFileError, words):
-        model.load_adapter(folder, "two")
-    assert list(model.peft_config) == ["default"]
-    assert same_state(state(model), before)
-    assert torch.equal(model(images()), answer)
-
+# What every door refuses, and how much of it: test_trust. Here is what the error says, and that nothing changes.
 
 CONFIG_FAULTS = {
     "newer-format": ({"format_version": 2, "wings": True}, FormatVersionError, ["format_version 2", "pip install -U"]),
@@ -439,14 +426,11 @@ CONFIG_FAULTS = {
     "other-method": ({"peft_type": "LN_TUNING"}, AdapterFileError, ["'LN_TUNING'"]),
     "no-method": ({"peft_type": None}, AdapterFileError, ["peft_type=None"]),
     "bad-value": ({"weight_init": "xavier"}, ConfigError, ["weight_init='xavier'", "kaiming_normal"]),
-    "bad-seed": ({"seed": -1}, ConfigError, ["seed=-1"]),
-    "seed-of-text": ({"seed": "0"}, ConfigError, ["seed='0'"]),
     "other-scheme": ({"init_scheme": "bnaffine-init-v9"}, ConfigError, ["bnaffine-init-v9"]),
-    "loads-something": ({"model_args": {"checkpoint_path": "x"}}, ConfigError, ["checkpoint_path"]),
     "other-names": ({"layout_hash": flipped}, FingerprintError, ["other names or shapes"]),
     "other-head": ({"head_layers": ["layer4"]}, FingerprintError, ["other names or shapes"]),
+    "no-head": ({"head_layers": None}, FingerprintError, ["other names or shapes"]),
     "foreign-norm-layer": ({"norm_layers": ["bn7"]}, MissingModuleError, ["'bn7'", "'bn1'"]),
-    "pattern-for-a-name": ({"norm_layers": ["(b+)+n1"]}, MissingModuleError, ["'(b+)+n1'"]),
     "no-norm-layer": ({"norm_layers": ["conv1"]}, ConfigError, ["conv1"]),
 }
 
@@ -457,20 +441,13 @@ def test_a_bad_configuration_is_refused(fault, edit, refused):
     refused_and_unchanged(refused, edit(**changes), kind, *words)
 
 
-@pytest.mark.parametrize("value", [None, 5, "bn1", [1]], ids=str)
-@pytest.mark.parametrize("key", ["norm_layers", "head_layers", "extra_trainable_modules"])
-def test_a_list_of_names_is_a_list_of_names(key, value, edit, refused):
-    kind = FingerprintError if (value, key) == (None, "head_layers") else ConfigError
-    if (value, key) == (None, "norm_layers"):
-        load_bn_only_model(edit(norm_layers=None))  # all of them, as when it was wrapped
-    else:
-        with refused(kind):
-            load_bn_only_model(edit(**{key: value}))
+def test_no_list_of_norm_layers_means_all_of_them(edit, folder):
+    chosen = load_bn_only_model(folder).peft_config["default"].norm_layers
+    assert load_bn_only_model(edit(norm_layers=None)).peft_config["default"].norm_layers == chosen
 
 
 REBUILD_FAULTS = {  # without a network to load on: what the architecture builds here is not what it built there
     "unknown-architecture": ({"architecture": "test_resnett"}, UnknownArchitectureError, ["'test_resnet'"]),
-    "architecture-is-a-path": ({"architecture": "local-dir:/etc"}, UnknownArchitectureError, ["timm.list_models"]),
     "other-architecture": (
         {"architecture": "test_byobnet"},
         FingerprintError,
@@ -494,16 +471,13 @@ def test_an_architecture_that_no_longer_builds_the_same_tensors_is_refused(fault
         load_bn_only_model(edit(**changes))
 
 
-@pytest.mark.parametrize("door", ["load_bn_only_model", "PeftModel.from_pretrained"])
-def test_an_adapter_without_its_fingerprint_is_refused_on_a_given_network(door, given):
+@pytest.mark.parametrize("load", [load_bn_only_model, lambda d, network: peft.PeftModel.from_pretrained(network, d)])
+def test_an_adapter_without_its_fingerprint_is_refused_on_a_given_network(load, given):
     _, folder = given
     content = json.loads((folder / CONFIG_NAME).read_text())
     (folder / CONFIG_NAME).write_text(json.dumps({**content, "backbone_fingerprint": None}))
-    other = timm.create_model("resnet18", num_classes=3)
     with pytest.raises((ConfigError, FingerprintError)):
-        load_bn_only_model(folder, other) if door == "load_bn_only_model" else peft.PeftModel.from_pretrained(
-            other, folder
-        )
+        load(folder, timm.create_model("resnet18", num_classes=3))
 
 
 def test_an_adapter_is_refused_on_a_network_with_other_strides(tmp_path):
@@ -513,45 +487,26 @@ def test_an_adapter_is_refused_on_a_network_with_other_strides(tmp_path):
         load_bn_only_model(tmp_path, timm.create_model("resnet18"))
 
 
-def drop(tensors):
-    del tensors["base_model.model.bn1.bn_only_layers.weight"]
-
-
-def smuggle(tensors):
-    tensors["base_model.model.conv1.0.weight"] = torch.zeros(1)
-
-
-def reshape(tensors):
-    tensors["base_model.model.bn1.bn_only_layers.weight"] = torch.ones(3)
-
-
-def to_integers(tensors):
-    tensors["base_model.model.bn1.bn_only_layers.weight"] = torch.ones(32, dtype=torch.int64)
-
-
-def to_nan(tensors):
-    tensors["base_model.model.bn1.bn_only_layers.running_var"][5] = torch.nan
-
-
-def rename(tensors):
-    tensors["base_model.model.bn1.bn_only_layers.default.weight"] = tensors.pop(
-        "base_model.model.bn1.bn_only_layers.weight"
-    )
-
-
+GAMMA = "base_model.model.bn1.bn_only_layers.weight"
 TENSOR_FAULTS = {
-    "missing": (drop, ["1 problems", "missing bn1.bn_only_layers.weight"]),
-    "extra": (smuggle, ["1 problems", "extra conv1.0.weight"]),
-    "wrong-shape": (reshape, ["bn1.bn_only_layers.weight", "(3,)", "(32,)"]),
-    "wrong-kind": (to_integers, ["torch.int64", "torch.float32"]),
-    "not-finite": (to_nan, ["bn1.bn_only_layers.running_var", "not finite"]),
-    "renamed": (rename, ["2 problems", "extra", "missing"]),
-    "none": (lambda tensors: tensors.clear(), ["missing"]),
+    "missing": (lambda t: t.pop(GAMMA), ["1 problems", "missing bn1.bn_only_layers.weight"]),
+    "extra": (
+        lambda t: t.update({"base_model.model.conv1.0.weight": torch.zeros(1)}),
+        ["1 problems", "extra conv1.0.weight"],
+    ),
+    "wrong-shape": (lambda t: t.update({GAMMA: torch.ones(3)}), ["bn1.bn_only_layers.weight", "(3,)", "(32,)"]),
+    "wrong-kind": (lambda t: t.update({GAMMA: torch.ones(32).long()}), ["torch.int64", "torch.float32"]),
+    "not-finite": (lambda t: t[GAMMA].fill_(torch.nan), ["bn1.bn_only_layers.weight", "not finite"]),
+    "renamed": (
+        lambda t: t.update({GAMMA.replace("weight", "default.weight"): t.pop(GAMMA)}),
+        ["2 problems", "extra", "missing"],
+    ),
+    "none": (lambda t: t.clear(), ["missing"]),
 }
 
 
 @pytest.mark.parametrize("fault", TENSOR_FAULTS)
-def test_tensors_that_do_not_fit_are_refused_on_every_path(fault, folder, refused):
+def test_tensors_that_do_not_fit_are_told_one_by_one(fault, folder, refused):
     damage, words = TENSOR_FAULTS[fault]
     path = folder / SAFETENSORS_WEIGHTS_NAME
     tensors = load_file(path)
@@ -559,17 +514,9 @@ def test_tensors_that_do_not_fit_are_refused_on_every_path(fault, folder, refuse
     save_file(tensors, path)
     with refused(AdapterTensorError, *words):
         load_bn_only_model(folder)
-    with refused(AdapterTensorError, *words):
-        peft.PeftModel.from_pretrained(timm.create_model(NAME, num_classes=3), folder)
-    model = get_bn_only_model(timm.create_model(NAME, num_classes=3), BNOnlyConfig(seed=0)).eval()
-    before = state(model)
-    with refused(AdapterTensorError, *words):
-        model.load_adapter(folder, "two")
-    assert list(model.peft_config) == ["default"]
-    assert same_state(state(model), before)
 
 
-def test_a_network_given_is_plain_again_after_a_refusal(given):
+def test_a_network_given_is_plain_and_trainable_again_after_a_refusal(given):
     base, folder = given
     save_file({}, folder / SAFETENSORS_WEIGHTS_NAME)
     before, modules = state(base), [id(module) for module in base.modules()]
@@ -579,13 +526,6 @@ def test_a_network_given_is_plain_again_after_a_refusal(given):
     assert not hasattr(base, "peft_config")
     assert same_state(state(base), before)
     assert {module.training for module in base.modules()} == {True}
-
-
-def test_a_network_given_can_be_trained_again_after_a_refusal(given):
-    base, folder = given
-    save_file({}, folder / SAFETENSORS_WEIGHTS_NAME)
-    with pytest.raises(AdapterTensorError):
-        load_bn_only_model(folder, base)
     assert all(parameter.requires_grad for parameter in base.parameters())
 
 
@@ -608,13 +548,7 @@ def test_saving_replaces_the_adapter_that_was_there(folder):
     assert {path.name for path in folder.iterdir()} == FILES
 
 
-@pytest.mark.parametrize(
-    "seed",
-    [
-        0,
-        None,
-    ],
-)
+@pytest.mark.parametrize("seed", [0, None])
 def test_a_network_on_the_meta_device_is_refused(seed, refused):
     with torch.device("meta"):
         base = timm.create_model(NAME)

@@ -76,30 +76,6 @@ def test_a_network_in_bfloat16_predicts():
     assert len(predict(small().to(torch.bfloat16), Image.new("RGB", (60, 60)))) == 3
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"input_size": [3, 10**6, 10**6]},
-        {"crop_pct": 1e-9},
-        {"input_size": "big"},
-        {"input_size": [3, 0, 8]},
-        {"mean": [0.5]},
-        {"std": [0.0, 1.0, 1.0]},
-        {"mean": "half"},
-        {"crop_pct": "all"},
-        {"interpolation": "magic"},
-        {},
-    ],
-    ids=str,
-)
-def test_a_data_configuration_that_cannot_be_used_is_refused(change, refused):
-    model = small()
-    data = model.peft_config["default"].data_config
-    model.peft_config["default"].data_config = {**data, **change} if change else None
-    with refused(ConfigError, "images are prepared"):
-        predict(model, Image.new("RGB", (60, 60)))
-
-
 def test_a_broken_image_and_a_foolish_k_are_refused(tmp_path, refused):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
     with refused(DataError, "PIL"):

@@ -1,7 +1,5 @@
 """A pretrained network adapted to real images: the adapter and its base come back together, or not at all."""
 
-import copy
-
 import datasets
 import numpy as np
 import peft
@@ -11,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, BNOnlyPeftModel, get_bn_only_model, load_bn_only_model
-from bn_affine_adapters.errors import BaseRequiredError, FingerprintError, RebuildError
 
 CLASSES, SIZE, BATCH = 43, 48, 32
 NAME = "tf_efficientnet_lite0"
@@ -112,26 +109,7 @@ def test_peft_loads_it_too(adapted, pretrained, signs):
     assert torch.equal(plain(signs["test"][0][:64]), logits)
 
 
-def test_it_asks_for_its_base(adapted, refused):
-    with refused(BaseRequiredError, "given weights", "model=base"):
-        load_bn_only_model(adapted[0])
-
-
-@pytest.mark.parametrize("change", ["one weight", "no pretraining", "another seed's"])
-def test_another_base_is_refused(change, adapted, pretrained, refused):
-    base, words = pretrained(num_classes=CLASSES), ["the first layer that differs is conv_stem.weight"]
-    if change == "one weight":
-        with torch.no_grad():
-            base.blocks[3][1].conv_dw.weight.view(torch.int32)[0, 0, 0, 0] ^= 1  # the last bit
-        words = ["the first layer that differs is blocks.3.1.conv_dw.weight", "pass the base"]
-    elif change == "no pretraining":
-        base = timm.create_model(NAME, num_classes=CLASSES)
-    else:
-        base = get_bn_only_model(timm.create_model(NAME), BNOnlyConfig(seed=3)).unload()
-    before = copy.deepcopy(base.state_dict())
-    with refused(FingerprintError, NAME, *words):
-        load_bn_only_model(adapted[0], base)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
+# That another base is refused, and none asked for: tests/model/test_loading.py.
 
 
 def test_what_the_adapter_brings_itself_may_differ_in_the_base(adapted, pretrained, signs):
@@ -140,18 +118,6 @@ def test_what_the_adapter_brings_itself_may_differ_in_the_base(adapted, pretrain
     base.bn1.running_mean += 1
     torch.nn.init.zeros_(base.classifier.weight)
     assert torch.equal(load_bn_only_model(folder, base)(signs["test"][0][:64]), logits)
-
-
-def test_another_architecture_is_refused(adapted, refused):
-    with refused(FingerprintError, "other names or shapes", NAME):
-        load_bn_only_model(adapted[0], timm.create_model("test_efficientnet"))
-
-
-def test_a_network_changed_after_loading_its_weights_asks_for_its_arguments(pretrained, refused):
-    base = pretrained(num_classes=CLASSES)
-    base.drop_rate = 0.5
-    with refused(RebuildError, "drop_rate: 0.5"):
-        get_bn_only_model(base, BNOnlyConfig())
 
 
 def test_frozen_running_statistics_are_those_of_the_base(pretrained, signs, tmp_path):

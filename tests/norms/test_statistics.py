@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from conftest import each_once
 from timm.layers import BatchNormAct2d
 from torch import nn
 
@@ -97,7 +98,9 @@ def processes(tmp_path_factory):
     """Return what each of two real processes computed."""
     folder = tmp_path_factory.mktemp("processes")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free
-    torch.multiprocessing.spawn(work, args=(store.port, str(folder)), nprocs=2)
+    # Where there is no GPU a process may be forked, and need not import anything again.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(work, args=(store.port, str(folder)), nprocs=2, start_method=method)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -162,17 +165,21 @@ NETWORKS = {
 BATCH_NORMS = {"cifar_resnet14": 15, "test_efficientnet": 13, "test_vit": 0, "adapter": 30, "frozen statistics": 30}
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])  # no GPU is needed: where it will run is all that is asked
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_state_dict_and_the_parameters_stay_what_they_are(name, device):
-    model = NETWORKS[name]()
+DEVICES = ["cpu", "cuda"]  # no GPU is needed: where it will run is all that is asked
+
+
+@each_once(create=NETWORKS, training=[True, False], device=DEVICES)
+def test_state_dict_parameters_and_modes_stay_what_they_are(create, training, device):
+    model = create().train(training)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     parameters = {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
+    modes = {key: module.training for key, module in model.named_modules()}
     assert sync_norms_(model, device) is model
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert {key: (id(p), p.requires_grad) for key, p in model.named_parameters()} == parameters
+    assert {key: module.training for key, module in model.named_modules()} == modes
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -214,16 +221,6 @@ def test_in_evaluation_mode_the_logits_are_the_same_bits(name):
     assert not model.training
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_module_keeps_its_mode(name, training, device):
-    model = NETWORKS[name]().train(training)
-    before = {key: module.training for key, module in model.named_modules()}
-    sync_norms_(model, device)
-    assert {key: module.training for key, module in model.named_modules()} == before
-
-
 def test_a_norm_layer_in_evaluation_mode_stays_there():
     model = timm.create_model("cifar_resnet14").train()
     model.bn1.eval()
@@ -238,7 +235,7 @@ def test_a_synchronised_network_can_be_synchronised_again_and_copied():
     assert torch.equal(copy.deepcopy(model)(images), model(images))
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_bare_layer_is_returned_converted(device):
     layer = sync_norms_(nn.BatchNorm2d(3), device)
     assert type(layer) is not nn.BatchNorm2d

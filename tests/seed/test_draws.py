@@ -88,17 +88,11 @@ def test_a_weight_is_the_golden_one(case):
     assert digest(array) == case["sha256_le_f32"]
 
 
-def test_gamma_is_the_golden_one():
-    case = GOLDEN["gamma_unit"]
-    array = draws.draw(tuple(case["shape"]), case["seed"], case["name"], "unit")
-    assert [word(value) for value in array[:4]] == case["first4_f32_bits"]
-    assert digest(array) == case["sha256_le_f32"]
-
-
-def test_a_bias_is_the_golden_one():
-    case = GOLDEN["bias"]
-    scale = math.sqrt(1 / case["fan_in_of_weight"])
-    array = draws.draw(tuple(case["shape"]), case["seed"], case["name"], "uniform", scale)
+@pytest.mark.parametrize(("key", "distribution"), [("gamma_unit", "unit"), ("bias", "uniform")])
+def test_gamma_and_a_bias_are_the_golden_ones(key, distribution):
+    case = GOLDEN[key]
+    scale = math.sqrt(1 / case["fan_in_of_weight"]) if key == "bias" else 1.0
+    array = draws.draw(tuple(case["shape"]), case["seed"], case["name"], distribution, scale)
     assert [word(value) for value in array[:4]] == case["first4_f32_bits"]
     assert digest(array) == case["sha256_le_f32"]
 

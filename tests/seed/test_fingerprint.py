@@ -157,15 +157,11 @@ def test_the_only_difference_is_named(name):
     assert first_difference(list(SHAPES), ours.tensors, theirs.tensors) == name
 
 
-def test_equal_digits_name_no_tensor():
+def test_equal_digits_name_no_tensor_and_too_few_the_first():
     digits = fingerprint(tensors()).tensors
     assert first_difference(list(SHAPES), digits, digits) not in SHAPES
-
-
-@pytest.mark.parametrize("theirs", ["", "abc"])
-def test_digits_that_are_too_few_name_the_first_tensor(theirs):
-    digits = fingerprint(tensors()).tensors
-    assert first_difference(list(SHAPES), digits, theirs) in SHAPES
+    assert first_difference(list(SHAPES), digits, "") in SHAPES
+    assert first_difference(list(SHAPES), digits, "abc") in SHAPES
 
 
 def test_the_layout_is_a_hash_of_names_shapes_and_scheme():

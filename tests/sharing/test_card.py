@@ -10,12 +10,10 @@ from string import Template
 
 import numpy as np
 import pytest
-import timm
 import yaml
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
-from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
 from bn_affine_adapters.adapter.rebuild import versions
 from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.sharing.card import CARD_NAME, md, render, write_card
@@ -171,37 +169,6 @@ def test_a_base_on_the_hub_is_named_as_what_was_adapted(folder):
     assert "base_model" not in metadata(text := render("me/x", config, read_tensors(folder)))
     assert "model=base" in text
     assert "base_model" not in metadata(render("me/x", read_config(folder), read_tensors(folder)))
-
-
-STRANGE = ["a\n---\nlicense: mit\n---\n", "<script>alert(1)</script>", "](http://evil.example) |", "`code` ``` \x1b[2J"]
-
-
-@pytest.mark.parametrize("text", STRANGE)
-def test_a_text_from_elsewhere_stays_one_line_of_text(text, tmp_path):
-    model = get_bn_only_model(timm.create_model("test_resnet", num_classes=2), BNOnlyConfig(seed=0))
-    config = model.peft_config["default"]
-    config.label_names, config.versions = [text, "b"], {text: text}
-    model.save_pretrained(tmp_path)
-    write_card(tmp_path, "me/x", results=[{"dataset": text, "split": text, "top1": 1, "command": text}])
-    written = (tmp_path / CARD_NAME).read_text()
-    data = metadata(written)
-    assert "license" not in data
-    assert written.count("\n---\n") == 1
-    assert data["model-index"][0]["results"][0]["dataset"]["name"] == text
-    body = written.partition("\n---\n")[2]
-    outside = re.sub(r"^```\w+\n.*?^```$|`[^`\n]+`", "", body, flags=re.DOTALL | re.MULTILINE)
-    assert not re.search(r"(?<!\\)<script|(?<!\\)\]\(http", outside)
-    assert "\x1b" not in written
-    assert re.findall(r"^```\w*$", body, re.MULTILINE) == [
-        "```bash",
-        "```",
-        "```python",
-        "```",
-        "```bash",
-        "```",
-        "```bibtex",
-        "```",
-    ]
 
 
 def test_markdown_is_escaped():

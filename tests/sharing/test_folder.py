@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from conftest import each_once
 from safetensors.torch import load_file, save_file
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
@@ -23,18 +24,18 @@ def held(folder, layer="bn1"):
     return {key.removeprefix(start) for key in tensors if key.startswith(start)}
 
 
-@pytest.mark.parametrize("norm_init", ["uniform", "ones", "ones_beta_one", "symmetric"])
-@pytest.mark.parametrize(
-    ("trains", "stored"),
-    [
-        ({}, {"weight", "bias"}),
-        ({"train_gamma": False}, {"bias"}),
-        ({"train_beta": False}, {"weight"}),
-        ({"train_gamma": False, "train_beta": False, "train_head": True}, set()),
-        ({"train_gamma": False, "train_beta": False, "extra_trainable_modules": ["bn1"]}, {"weight", "bias"}),
-    ],
-)
-def test_gamma_and_beta_that_do_not_train_are_drawn_again(trains, stored, norm_init, train_step, tmp_path):
+STORED = [
+    ({}, {"weight", "bias"}),
+    ({"train_gamma": False}, {"bias"}),
+    ({"train_beta": False}, {"weight"}),
+    ({"train_gamma": False, "train_beta": False, "train_head": True}, set()),
+    ({"train_gamma": False, "train_beta": False, "extra_trainable_modules": ["bn1"]}, {"weight", "bias"}),
+]
+
+
+@each_once(case=STORED, norm_init=["uniform", "ones", "ones_beta_one", "symmetric"])
+def test_gamma_and_beta_that_do_not_train_are_drawn_again(case, norm_init, train_step, tmp_path):
+    trains, stored = case
     model = train_step(adapted(norm_init=norm_init, **trains))
     model.save_pretrained(tmp_path)
     assert held(tmp_path) == stored | STATISTICS

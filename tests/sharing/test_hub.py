@@ -16,7 +16,7 @@ import peft
 import pytest
 import timm
 import torch
-from conftest import images
+from conftest import each_once, images
 from hub.server import as_list, front_matter
 from huggingface_hub import CommitInfo, HfApi
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -89,11 +89,6 @@ def load_as_second(adapter, **options):
 DOORS = {"load_bn_only_model": load_alone, "from_pretrained": load_with_peft, "load_adapter": load_as_second}
 
 
-@pytest.fixture(params=DOORS)
-def load(request):
-    return DOORS[request.param]
-
-
 def downloaded(hub):
     """The names of all files that were asked for, even if only for their size."""
     found = [re.search(r"/resolve/[^/]+/([^?]+)", request.path) for request in hub.requests]
@@ -103,7 +98,11 @@ def downloaded(hub):
 # -- the round
 
 
-@pytest.mark.parametrize("private", [False, True], ids=["public", "private"])
+TRANSFERS = ["xet", "lfs"]
+private = pytest.mark.parametrize("private", [False, True], ids=["public", "private"])
+
+
+@private
 def test_a_push_and_a_load_give_bit_identical_logits(private, versions, hub, transfer, alice, here, repo):
     info = push(versions[0], private=private, token=alice)
     assert isinstance(info, CommitInfo)
@@ -120,8 +119,10 @@ def test_a_push_and_a_load_give_bit_identical_logits(private, versions, hub, tra
     assert up < size + 30_000
 
 
-def test_a_push_is_one_commit_with_the_whole_adapter(versions, hub, alice, repo):
-    push(versions[0], token=alice, card=True, commit_message="The first", commit_description="It has five lines.")
+def test_a_push_is_one_commit_with_the_whole_adapter_and_a_valid_card(versions, hub, alice, repo):
+    others_pass = {"max_shard_size": "5GB", "safe_serialization": True, "use_temp_dir": True}
+    words = {"commit_message": "The first", "commit_description": "It has five lines."}
+    push(versions[0], token=alice, card=True, tags=["tiny"], license="apache-2.0", **words, **others_pass)
     assert [commit["title"] for commit in repo().history()] == ["The first", "initial commit"]
     assert repo().history()[0]["message"] == "It has five lines."
     assert paths(repo()) == WHOLE
@@ -129,15 +130,10 @@ def test_a_push_is_one_commit_with_the_whole_adapter(versions, hub, alice, repo)
         assert hub.content(repo().tree()[name]) == (versions[0].folder / name).read_bytes()
     for name in DRAWN:
         assert hub.content(repo().tree()[name]).startswith(b"\x89PNG")
-
-
-def test_the_card_is_valid_and_has_the_tags_and_the_license(versions, hub, alice, repo):
-    push(versions[0], token=alice, card=True, tags=["tiny"], license="apache-2.0")
     meta, errors, warnings = front_matter(hub.content(repo().tree()["README.md"]).decode())
     assert errors == warnings == []
     assert "tiny" in as_list(meta["tags"])
-    assert meta["license"] == "apache-2.0"
-    assert f"license:{meta['license']}" in HfApi().model_info(REPO).tags
+    assert "license:apache-2.0" in HfApi().model_info(REPO).tags
 
 
 @pytest.mark.parametrize("kind", ["list", "file"])
@@ -159,16 +155,6 @@ def test_a_saved_folder_is_pushed_as_the_model_would_be(versions, hub, alice, re
     assert len(repo().history()) == 2
 
 
-@pytest.mark.parametrize(
-    "option",
-    [{"max_shard_size": "5GB"}, {"safe_serialization": True}, {"use_temp_dir": True}],
-    ids=str,
-)
-def test_what_other_libraries_pass_is_ignored(option, versions, alice, hub, repo):
-    push(versions[0], token=alice, card=True, **option)
-    assert paths(repo()) == WHOLE
-
-
 def test_another_adapter_of_a_model_is_pushed_by_its_name(versions, alice, hub, repo, here):
     model = load_as_second(versions[1].folder)
     model.set_adapter("default")
@@ -184,14 +170,11 @@ def test_results_that_cannot_be_read_are_refused_before_anything_is_made(version
     assert not hub.repos
 
 
-def test_a_name_alone_is_a_repository_of_the_tokens_owner(versions, alice, hub):
-    push(versions[0], "x", token=alice)
-    assert set(hub.repos) == {("models", REPO)}
-
-
-def test_a_push_into_an_organisation(versions, alice, hub):
-    push(versions[0], "acme/x", token=alice)
-    assert torch.equal(load_bn_only_model("acme/x")(images()), versions[0].logits)
+@pytest.mark.parametrize(("name", "id"), [("x", REPO), ("acme/x", "acme/x")])
+def test_a_name_alone_is_the_tokens_owners_and_an_organisation_is_named(name, id, versions, alice, hub):
+    push(versions[0], name, token=alice)
+    assert set(hub.repos) == {("models", id)}
+    assert torch.equal(load_bn_only_model(id)(images()), versions[0].logits)
 
 
 def test_the_token_of_the_environment_is_used(versions, alice, hub, monkeypatch, repo):
@@ -204,35 +187,33 @@ def test_the_token_of_the_environment_is_used(versions, alice, hub, monkeypatch,
 # -- pushing again
 
 
-def test_an_unchanged_push_makes_no_commit(versions, hub, transfer, alice, repo):
-    first = push(versions[0], token=alice, card=True)
-    again = push(versions[0], token=alice, card=True)
-    assert len(repo().history()) == 2
-    assert again.oid == first.oid == repo().branches["main"]
+def test_pushing_again_commits_what_changed_alone(versions, hub, transfer, alice, repo):
+    def push_again(adapter, **options):
+        """Push, and return the paths in the commit, and those of the requests."""
+        start = len(hub.requests)
+        info = push(adapter, token=alice, card=True, **options)
+        assert info.oid == repo().branches["main"]
+        asked = hub.requests[start:]
+        commits = [request for request in asked if "/commit/" in request.path]
+        lines = [json.loads(line) for request in commits for line in request.body.splitlines()]
+        return {line["value"].get("path") for line in lines} - {None}, [request.path for request in asked]
 
-
-def test_a_second_push_is_one_commit_of_what_changed(versions, hub, transfer, alice, repo):
     push(versions[0], token=alice, card=True)
-    start = len(hub.requests)
-    push(versions[1], token=alice, card=True)
-    assert len(repo().history()) == 3
-    (commit,) = [request for request in hub.requests[start:] if "/commit/" in request.path]
-    sent = {json.loads(line)["value"].get("path") for line in commit.body.splitlines()} - {None}
+    assert push_again(versions[0])[0] == set()
+    assert len(repo().history()) == 2
+
+    sent, _ = push_again(versions[1])
     old, new = repo().tree(repo().history()[1]["id"]), repo().tree()
+    assert len(repo().history()) == 3
     assert sent == {name for name in new if new[name].oid != old[name].oid}
     assert SAFETENSORS_WEIGHTS_NAME in sent
     assert not {CONFIG_NAME, ".gitattributes"} & sent
     assert torch.equal(load_bn_only_model(REPO)(images()), versions[1].logits)
 
-
-def test_new_results_alone_send_no_tensors(versions, hub, transfer, alice, repo):
-    push(versions[0], token=alice, card=True)
-    start = len(hub.requests)
-    push(versions[0], token=alice, card=True, results=RESULTS)
-    assert len(repo().history()) == 3
-    assert not [request for request in hub.requests[start:] if re.search("/cas/v1/xorbs/|^/lfs/", request.path)]
-    (commit,) = [request for request in hub.requests[start:] if "/commit/" in request.path]
-    assert SAFETENSORS_WEIGHTS_NAME.encode() not in commit.body
+    sent, asked = push_again(versions[1], results=RESULTS)
+    assert len(repo().history()) == 4
+    assert SAFETENSORS_WEIGHTS_NAME not in sent
+    assert not [path for path in asked if re.search("/cas/v1/xorbs/|^/lfs/", path)]
 
 
 def test_files_that_somebody_added_stay(versions, hub, alice, repo):
@@ -245,7 +226,7 @@ def test_files_that_somebody_added_stay(versions, hub, alice, repo):
 # -- tags, branches, pull requests, commits
 
 
-@pytest.mark.parametrize("kind", ["tag", "branch", "commit", "pull request"])
+@each_once(kind=["tag", "branch", "commit", "pull request"], load=DOORS, transfer=TRANSFERS, indirect=["transfer"])
 def test_every_revision_loads_as_it_was(kind, load, versions, hub, transfer, alice):
     first = push(versions[0], token=alice, tag="v1")
     push(versions[1], token=alice, revision="further" if kind == "branch" else None, create_pr=kind == "pull request")
@@ -258,23 +239,14 @@ def test_every_revision_loads_as_it_was(kind, load, versions, hub, transfer, ali
     assert torch.equal(load(REPO, revision=revision)(images()), expected.logits)
 
 
-def test_a_tag_is_on_the_commit(versions, hub, alice, repo):
-    info = push(versions[0], token=alice, tag="v1")
-    assert repo().tags == {"v1": info.oid}
-
-
-def test_a_tag_can_be_put_on_what_is_there(versions, hub, alice, repo):
-    first = push(versions[0], token=alice)
-    push(versions[0], token=alice, tag="v1")
-    assert repo().tags == {"v1": first.oid}
-    assert len(repo().history()) == 2
-
-
-def test_a_tag_that_exists_is_refused_and_stays(versions, hub, alice, repo, refused, here):
+def test_a_tag_is_put_on_the_commit_or_on_what_is_there_and_never_moved(versions, hub, alice, repo, refused, here):
     first = push(versions[0], token=alice, tag="v1")
+    assert repo().tags == {"v1": first.oid}
+    push(versions[0], token=alice, tag="v2")
+    assert repo().tags == {"v1": first.oid, "v2": first.oid}
     with refused(HubConflictError, "'v1'", "another tag"):
         push(versions[1], token=alice, tag="v1")
-    assert repo().tags == {"v1": first.oid}
+    assert repo().tags == {"v1": first.oid, "v2": first.oid}
     assert repo().branches == {"main": first.oid}
 
 
@@ -286,51 +258,34 @@ def test_a_branch_is_made_and_main_stays(versions, hub, alice, repo):
     assert again.oid == info.oid
 
 
-def test_a_pull_request_leaves_main_alone(versions, hub, transfer, alice, repo):
+@pytest.mark.parametrize("who", ["the owner", "one without the right to write"])
+def test_a_pull_request_leaves_main_alone(who, versions, hub, transfer, alice, bob, repo):
     first = push(versions[0], token=alice)
-    info = push(versions[1], token=alice, create_pr=True)
+    info = push(versions[1], token=alice if who == "the owner" else bob, create_pr=True)
     assert repo().branches == {"main": first.oid}
     assert info.pr_revision == "refs/pr/1"
     assert paths(repo(), "refs/pr/1") == FILES
-
-
-def test_a_pull_request_needs_no_right_to_write(versions, hub, transfer, alice, bob, repo):
-    first = push(versions[0], token=alice)
-    push(versions[1], token=bob, create_pr=True)
-    assert repo().branches == {"main": first.oid}
     assert torch.equal(load_bn_only_model(REPO, revision="refs/pr/1")(images()), versions[1].logits)
 
 
 # -- loading
 
 
-@pytest.mark.parametrize("place", ["nested/2/", "runs/"])
+@each_once(place=["nested/2/", "runs/"], load=DOORS)
 def test_an_adapter_in_a_subfolder_loads(place, load, versions, hub):
     upload(hub, versions[0], place)
     assert torch.equal(load(REPO, subfolder=place.rstrip("/"))(images()), versions[0].logits)
     assert downloaded(hub) == {place + name for name in PAIR}
 
 
-@pytest.mark.parametrize("place", ["../", "/etc", "a/../../b"])
-def test_a_subfolder_stays_inside(place, versions, hub, refused):
-    upload(hub, versions[0])
-    with refused(AdapterFileError, "inside"):
-        load_bn_only_model(REPO, subfolder=place)
-    assert not hub.requests
-
-
-def test_loading_asks_for_two_files_and_no_other(load, versions, hub, transfer, alice):
+@each_once(load=DOORS, transfer=TRANSFERS, indirect=["transfer"])
+def test_loading_asks_for_two_files_and_no_other_and_once(load, versions, hub, transfer, alice):
     push(versions[0], token=alice, card=True, results=RESULTS)
     hub.requests.clear()
     assert torch.equal(load(REPO)(images()), versions[0].logits)
     assert downloaded(hub) == PAIR
     asked = {request.path.partition("?")[0] for request in hub.requests}
     assert not [path for path in asked if not re.search("/resolve/|/cas/|/cdn/|/xet-read-token/", path)]
-
-
-def test_a_loaded_adapter_is_not_downloaded_again(load, versions, hub, transfer):
-    upload(hub, versions[0])
-    load(REPO)
     hub.requests.clear()
     load(REPO)
     assert hub.requests
@@ -387,7 +342,12 @@ def offline(request, hub, out_of_reach, monkeypatch):
     assert not hub.requests
 
 
-@pytest.mark.parametrize("revision", [None, "v1", "commit"])
+@each_once(
+    offline=["HF_HUB_OFFLINE", "local_files_only", "the Hub is down"],
+    revision=[None, "v1", "commit"],
+    transfer=TRANSFERS,
+    indirect=["offline", "transfer"],
+)
 def test_a_cached_adapter_loads_offline(revision, offline, versions, hub, transfer, alice):
     info = push(versions[0], token=alice, tag="v1")
     revision = info.oid if revision == "commit" else revision
@@ -396,7 +356,7 @@ def test_a_cached_adapter_loads_offline(revision, offline, versions, hub, transf
 
 
 @pytest.mark.parametrize("door", ["from_pretrained", "load_adapter"])
-def test_a_cached_adapter_loads_offline_with_peft(door, versions, hub, transfer, monkeypatch):
+def test_a_cached_adapter_loads_offline_with_peft(door, versions, hub, monkeypatch):
     upload(hub, versions[0])
     DOORS[door](REPO)
     hub.requests.clear()
@@ -430,8 +390,7 @@ def test_another_revision_than_the_cached_one_is_not_taken_for_it(versions, hub,
 # -- rights
 
 
-@pytest.mark.parametrize("who", ["bob", "nobody"])
-@pytest.mark.parametrize("door", ["load_bn_only_model", "load_adapter"])
+@each_once(door=["load_bn_only_model", "load_adapter"], who=["bob", "nobody"])
 def test_a_private_adapter_is_not_seen_by_others(who, door, versions, hub, alice, bob):
     push(versions[0], token=alice, private=True)
     with pytest.raises((HubNotFoundError, HubAccessError), match="token") as caught:
@@ -439,6 +398,7 @@ def test_a_private_adapter_is_not_seen_by_others(who, door, versions, hub, alice
     assert caught.value.status == (404 if who == "bob" else 401)
 
 
+@each_once(load=DOORS, transfer=TRANSFERS, indirect=["transfer"])
 def test_a_private_adapter_is_seen_by_its_owner(load, versions, hub, alice, transfer):
     push(versions[0], token=alice, private=True)
     assert torch.equal(load(REPO, token=alice)(images()), versions[0].logits)
@@ -455,8 +415,7 @@ def test_a_gated_adapter_asks_for_access(who, status, versions, hub, bob, refuse
 PUSHERS = {"bob": ("hf_bob_write", 403), "a reader": ("hf_alice_read", 403), "a stranger": ("hf_wrong", 401)}
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["existing", "new"])
-@pytest.mark.parametrize("who", [*PUSHERS, "nobody"])
+@each_once(who=[*PUSHERS, "nobody"], there={"existing": True, "new": False})
 def test_a_push_to_anothers_namespace_is_refused(who, there, versions, hub, refused, here):
     if there:
         before = upload(hub, versions[0]).branches.copy()
@@ -488,65 +447,30 @@ def test_what_is_no_name_of_a_repository_is_refused_on_a_push(name, versions, hu
 # -- what others may have put there
 
 
-def without_tensors(files):
-    del files[SAFETENSORS_WEIGHTS_NAME]
-
-
-def a_pickle_alone(files):
-    without_tensors(files)
-    files[WEIGHTS_NAME] = pickle.dumps({})
-
-
-def truncated(files):
-    files[SAFETENSORS_WEIGHTS_NAME] = files[SAFETENSORS_WEIGHTS_NAME][:-100]
-
-
-def no_json(files):
-    files[CONFIG_NAME] = b"<html>"
-
-
-def of_another_method(files):
-    files[CONFIG_NAME] = b'{"peft_type": "LORA"}'
-
-
-def too_much_json(files):
-    files[CONFIG_NAME] = b'{"x": "' + b" " * 10_000_000 + b'"}'
-
-
 BROKEN = {
-    "no tensors": (without_tensors, AdapterFileError, SAFETENSORS_WEIGHTS_NAME),
-    "a pickle alone": (a_pickle_alone, AdapterFileError, "is a pickle and is never loaded"),
-    "truncated": (truncated, AdapterFileError, "not a whole safetensors file"),
-    "no JSON": (no_json, AdapterFileError, "not a JSON file"),
-    "another method": (of_another_method, AdapterFileError, "LORA"),
-    "too much JSON": (too_much_json, TooLargeError, "bytes"),
+    "a pickle alone": (
+        {SAFETENSORS_WEIGHTS_NAME: None, WEIGHTS_NAME: pickle.dumps({})},
+        AdapterFileError,
+        "is a pickle and is never loaded",
+    ),
+    "no tensors": ({SAFETENSORS_WEIGHTS_NAME: None}, AdapterFileError, SAFETENSORS_WEIGHTS_NAME),
+    "no configuration": ({CONFIG_NAME: None}, HubNotFoundError, CONFIG_NAME),
+    "truncated": ({SAFETENSORS_WEIGHTS_NAME: b"\0" * 100}, AdapterFileError, "not a whole safetensors file"),
+    "no JSON": ({CONFIG_NAME: b"<html>"}, AdapterFileError, "not a JSON file"),
+    "another method": ({CONFIG_NAME: b'{"peft_type": "LORA"}'}, AdapterFileError, "LORA"),
+    "too much JSON": ({CONFIG_NAME: b'{"x": "' + b" " * 10_000_000 + b'"}'}, TooLargeError, "bytes"),
 }
 
 
-@pytest.mark.parametrize("fault", BROKEN)
-@pytest.mark.parametrize("door", ["load_bn_only_model", "load_adapter"])
+@each_once(fault=BROKEN, door=["load_bn_only_model", "load_adapter"])
 def test_a_broken_repository_is_refused(fault, door, versions, hub, refused):
-    damage, kind, words = BROKEN[fault]
-    files = {name: (versions[0].folder / name).read_bytes() for name in PAIR}
-    damage(files)
-    hub.create(REPO, files)
+    changes, kind, words = fault
+    files = {name: (versions[0].folder / name).read_bytes() for name in PAIR} | changes
+    hub.create(REPO, {name: content for name, content in files.items() if content is not None})
     with refused(kind, words):
         DOORS[door](REPO)
     fetched = [request.path for request in hub.requests if request.method == "GET"]
     assert not [path for path in fetched if WEIGHTS_NAME in path]
-
-
-def test_a_repository_without_a_configuration_is_refused(versions, hub, refused):
-    hub.create(REPO, {SAFETENSORS_WEIGHTS_NAME: b"x"})
-    with refused(HubNotFoundError, CONFIG_NAME) as caught:
-        load_bn_only_model(REPO)
-    assert caught.value.status == 404
-
-
-def test_a_network_too_large_is_refused_before_it_is_built(versions, hub, refused):
-    upload(hub, versions[0])
-    with refused(TooLargeError, NAME, "max_parameters"):
-        load_bn_only_model(REPO, max_parameters=1_000)
 
 
 def test_an_adapter_of_another_network_is_refused_and_leaves_the_cache_usable(versions, hub):
@@ -575,6 +499,7 @@ def test_a_disk_that_fills_up_while_saving_loses_nothing(leave, versions, small_
     with refused(NoSpaceError, "small-disk", "free some space"):
         versions[1].model.save_pretrained(small_disk / "adapter")
     assert {path.name: path.read_bytes() for path in (small_disk / "adapter").iterdir()} == before
+    assert {path.name for path in small_disk.iterdir()} == {"adapter", "filler"}, "a scratch folder was left behind"
     filler.unlink()
     versions[1].model.save_pretrained(small_disk / "adapter")
     assert torch.equal(load_bn_only_model(small_disk / "adapter")(images()), versions[1].logits)
@@ -612,8 +537,7 @@ def everything(error):
     return [str(error), repr(error), whole, repr(pickle.loads(pickle.dumps(error))), repr(vars(error))]
 
 
-@pytest.mark.parametrize("given", ["argument", "environment"])
-@pytest.mark.parametrize("where", ["create", "preupload", "commit", "tag", "resolve"])
+@each_once(where=["create", "preupload", "commit", "tag", "resolve"], given=["argument", "environment"])
 def test_no_error_and_no_log_names_the_token(where, given, versions, hub, alice, caplog, monkeypatch, here):
     if where != "create":
         upload(hub, versions[0])
@@ -734,7 +658,7 @@ def test_a_base_that_is_not_what_the_hub_has_is_not_pinned(publish, hub, alice, 
         assert torch.equal(load_bn_only_model(REPO, cache_dir=tmp_path / "fresh")(images()), model(images()))
 
 
-@pytest.mark.parametrize("revision", [None, "main", "v1", "0" * 39, "g" * 40, "../../etc"])
+@pytest.mark.parametrize("revision", [None, "main"])  # what else is no commit: test_trust
 def test_a_base_without_a_commit_is_not_fetched(revision, publish, hub, alice, train_step, refused, tmp_path):
     publish(0)
     model = adapted(train_step)

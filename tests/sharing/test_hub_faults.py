@@ -1,5 +1,6 @@
 """Whatever goes wrong at any stage of a push or a load: an error says what to do, and nothing is left in halves."""
 
+import copy
 import re
 import shlex
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import images
+from conftest import each_once, images
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
@@ -40,8 +41,6 @@ FAULTS = {
     "answer-cut": ({"status": 0, "after": 1}, HubUnavailableError),
 }
 
-SHORT = ["503", "answer-lost"]
-
 # The stages of a push, and which requests they are.
 STAGES = {
     "create": ("POST", "/api/repos/create$"),
@@ -62,7 +61,15 @@ OVERCOME = {("create", "401"), ("create", "403")}
 # To a creation 409 says that it is there: that is met by every push to a repository or a branch that exists.
 # And the answer to an upload has no body that could be cut.
 NO_FAULT = {("create", "409"), ("branch", "409"), ("lfs-upload", "answer-cut")}
-CASES = [(stage, fault) for stage in STAGES for fault in FAULTS if (stage, fault) not in NO_FAULT]
+
+
+def pushes():
+    """Every fault at every stage: what makes the commit fails in every way, each other stage in one of its own."""
+    for i, stage in enumerate(STAGES):
+        for j, fault in enumerate(FAULTS):
+            if (stage, fault) not in NO_FAULT:
+                fast = stage == "commit" or i == j
+                yield pytest.param(stage, fault, marks=[] if fast else [pytest.mark.slow])
 
 
 def content(hub, revision="main"):
@@ -109,7 +116,7 @@ def pushed(hub, versions, alice, use):
     return old, new
 
 
-@pytest.mark.parametrize(("stage", "fault"), CASES)
+@pytest.mark.parametrize(("stage", "fault"), list(pushes()))
 def test_a_push_that_fails_leaves_the_old_or_the_new_and_can_be_resumed(
     stage, fault, versions, pushed, hub, alice, use, here
 ):
@@ -129,6 +136,7 @@ def test_a_push_that_fails_leaves_the_old_or_the_new_and_can_be_resumed(
         # Of the storage's answers the Xet client tells only the text.
         assert stage.startswith("xet") or type(caught.value) is kind, repr(caught.value)
         assert stage.startswith("xet") or caught.value.status in (arguments["status"] or None, 409)
+        assert (stage, fault) != ("commit", "412") or "meanwhile" in str(caught.value)
         assert content(hub, branch) in ([old, new, None] if branch != "main" else [old, new])
         assert content(hub, "v2") in [None, new]
         assert kept(caught.value)[0].resolve() == folder.resolve()
@@ -143,15 +151,19 @@ def test_a_push_that_fails_leaves_the_old_or_the_new_and_can_be_resumed(
         assert torch.equal(load_bn_only_model(REPO, revision="v2")(images()), versions[1].logits)
 
 
-@pytest.mark.parametrize(("stage", "fault"), [(stage, fault) for stage in STAGES for fault in SHORT])
+@each_once(stage=list(STAGES), fault=["503", "answer-lost"])
 def test_the_model_of_a_push_that_fails_is_kept_in_a_folder(stage, fault, versions, hub, alice, use, here):
     use(stage)
     arguments, _ = FAULTS[fault]
     options = {"tag": "v1", "revision": "further" if stage == "branch" else None, "card": False}
+    model = versions[1].model
+    before, config = copy.deepcopy(model.state_dict()), model.peft_config["default"].to_dict()
     there = hub.fail(*STAGES[stage], times=FOREVER, **arguments)
     with pytest.raises(HubUnavailableError) as caught:
-        versions[1].model.push_to_hub(REPO, token=alice, **options)
+        model.push_to_hub(REPO, token=alice, **options)
     assert there.hits
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert (model.peft_config["default"].to_dict(), model.training) == (config, False)
     folder, flags = kept(caught.value)
     assert same_adapter(folder, versions[1].folder)
     assert torch.equal(load_bn_only_model(folder)(images()), versions[1].logits)
@@ -164,39 +176,15 @@ def test_the_model_of_a_push_that_fails_is_kept_in_a_folder(stage, fault, versio
     assert torch.equal(load_bn_only_model(REPO, revision="v1")(images()), versions[1].logits)
 
 
-def test_the_model_that_was_not_pushed_is_as_it_was(versions, hub, alice, here):
-    model = versions[1].model
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    config = model.peft_config["default"].to_dict()
-    hub.fail("POST", "/commit/", 503, FOREVER)
-    with pytest.raises(HubUnavailableError):
-        model.push_to_hub(REPO, token=alice, card=False)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    assert model.peft_config["default"].to_dict() == config
-    assert not model.training
-
-
-@pytest.mark.parametrize("fault", ["429", "500", "503", "dropped"])
-@pytest.mark.parametrize("stage", ["preupload", "lfs-upload", "xet-token", "xet-xorb", "xet-shard"])
+@each_once(
+    stage=["preupload", "lfs-upload", "xet-token", "xet-xorb", "xet-shard"], fault=["429", "500", "503", "dropped"]
+)
 def test_a_short_trouble_is_overcome(stage, fault, versions, hub, alice, use):
     use(stage)
     there = hub.fail(*STAGES[stage], times=1, **FAULTS[fault][0])
     push_folder(versions[0].folder, REPO, token=alice, card=False)
     assert there.hits == 1
     assert torch.equal(load_bn_only_model(REPO)(images()), versions[0].logits)
-
-
-def test_a_push_to_a_branch_that_moved_meanwhile_loses_nothing(versions, hub, alice, monkeypatch):
-    """Two at work on one branch: each commit is whole, and the later one holds."""
-    push_folder(versions[0].folder, REPO, token=alice, card=False)
-    repo = hub.repos["models", REPO]
-    there = hub.fail("POST", "/commit/", 412, 1)
-    with pytest.raises(HubConflictError, match="meanwhile") as caught:
-        push_folder(versions[1].folder, REPO, token=alice, card=False)
-    assert (there.hits, caught.value.status) == (1, 412)
-    assert len(repo.history()) == 2
-    push_folder(versions[1].folder, REPO, token=alice, card=False)
-    assert len(repo.history()) == 3
 
 
 # -- loading
@@ -211,8 +199,6 @@ LOADING = {
     "xet-bytes": ("GET", "/cas/xorb/"),
 }
 LOADING_FAULTS = ["401", "403", "404", "429", "500", "503", "dropped", "answer-cut"]
-LOADING_CASES = [(stage, fault, "load_bn_only_model") for stage in LOADING for fault in LOADING_FAULTS]
-LOADING_CASES += [(stage, fault, "load_adapter") for stage in LOADING for fault in ("404", "503")]
 
 
 @pytest.fixture
@@ -233,7 +219,7 @@ def load(second):
     return by
 
 
-@pytest.mark.parametrize(("stage", "fault", "door"), LOADING_CASES)
+@each_once(stage=list(LOADING), fault=LOADING_FAULTS, door=["load_bn_only_model", "load_adapter"])
 def test_a_load_that_fails_leaves_a_usable_cache(stage, fault, door, versions, hub, alice, use, load, second):
     if stage.endswith("head") and fault == "answer-cut":
         fault = "answer-lost"  # it has no body

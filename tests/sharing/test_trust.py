@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,14 @@ import peft
 import pytest
 import timm
 import torch
+from conftest import each_once
 from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model, load_bn_only_model, predict
+from bn_affine_adapters.adapter.limits import BUILD_SECONDS
 from bn_affine_adapters.errors import (
     AdapterFileError,
     AdapterTensorError,
@@ -57,6 +59,36 @@ def honest(tmp_path_factory):
 @pytest.fixture
 def folder(honest, tmp_path):
     return shutil.copytree(honest, tmp_path / "adapter")
+
+
+def peak():
+    resource = pytest.importorskip("resource")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.fixture(scope="module")
+def seconds(honest):
+    """The processor time that an attack may take here: a constructor's limit, and so many times an honest load's."""
+    taken = []
+    for _ in range(3):  # the first also imports
+        start = time.process_time()
+        load(honest)
+        taken.append(time.process_time() - start)
+    return BUILD_SECONDS + 50 * min(taken)
+
+
+@pytest.fixture
+def bounded(seconds):
+    """Bound what is done inside: bytes of memory, and processor time."""
+
+    @contextmanager
+    def watch(memory):
+        before, start = peak(), time.process_time()
+        yield
+        assert time.process_time() - start < seconds
+        assert peak() - before < memory
+
+    return watch
 
 
 def edit(folder, **values):
@@ -116,10 +148,9 @@ def load_beside(folder):
 
 
 DOORS = {"load": load, "given": load_given, "peft": load_by_peft, "beside": load_beside}
-doors = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 
 
-@doors
+@each_once(door=DOORS)
 def test_the_honest_adapter_loads_at_every_door(door, honest):
     assert door(honest) is not None
 
@@ -147,7 +178,7 @@ def canary(tmp_path):
     assert not sung.exists()
 
 
-@doors
+@each_once(door=DOORS)
 def test_a_pickle_is_refused_by_name(door, folder, canary, refused):
     (folder / SAFETENSORS_WEIGHTS_NAME).unlink()
     (folder / WEIGHTS_NAME).write_bytes(canary)
@@ -155,8 +186,7 @@ def test_a_pickle_is_refused_by_name(door, folder, canary, refused):
         door(folder)
 
 
-@doors
-@pytest.mark.parametrize("form", ["pickle", "zip", "npy"])
+@each_once(form=["pickle", "zip", "npy"], door=DOORS)
 def test_a_pickle_under_another_name_is_not_opened(form, door, folder, canary, refused):
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if form == "zip":
@@ -216,42 +246,35 @@ def test_an_architecture_is_a_registered_name(name, folder, refused, monkeypatch
         load(edit(folder, architecture=name))
 
 
-@doors
-@pytest.mark.parametrize(
-    "name",
-    re.findall(
-        r"\w+",
-        """pretrained checkpoint_path pretrained_cfg pretrained_cfg_overlay cache_dir pretrained_filter_fn
-    pretrained_strict kwargs_filter model_cfg feature_cfg feature_cls features_only pruned device dtype scriptable""",
-    ),
-)
-@pytest.mark.parametrize("value", ["/tmp/evil.pth", True, None], ids=str)
+LOADING = """pretrained checkpoint_path pretrained_cfg pretrained_cfg_overlay cache_dir pretrained_filter_fn
+pretrained_strict kwargs_filter model_cfg feature_cfg feature_cls features_only pruned device dtype scriptable"""
+
+
+@each_once(name=LOADING.split(), value=["/tmp/evil.pth", True, None], door=DOORS)
 def test_arguments_that_load_something_are_refused(name, value, door, folder, refused):
     with refused(ConfigError, "cannot travel with an adapter", name):
         door(edit_args(folder, **{name: value}))
 
 
-@doors
-@pytest.mark.parametrize(
-    "args",
-    [
-        {"a": {"b": 1}},
-        {"a": [{"b": 1}]},
-        {"x=1); evil(": None},
-        {"a b": 1},
-        {"": 1},
-        {"a\n": 1},
-        "x",
-        [1],
-        5,
-        None,
-        '@{"a": NaN}',
-        '@{"a": -Infinity}',
-        '@{"a": 1e999}',
-        *({"num_classes": value} for value in ("7", [3], 2.5, True, -5, 10**30, "@x")),
-    ],
-    ids=lambda args: repr(args)[:30],
-)
+UNSAFE = [
+    {"a": {"b": 1}},
+    {"a": [{"b": 1}]},
+    {"x=1); evil(": None},
+    {"a b": 1},
+    {"": 1},
+    {"a\n": 1},
+    "x",
+    [1],
+    5,
+    None,
+    '@{"a": NaN}',
+    '@{"a": -Infinity}',
+    '@{"a": 1e999}',
+    *({"num_classes": value} for value in ("7", [3], 2.5, True, -5, 10**30, "@x")),
+]
+
+
+@each_once(args=UNSAFE, door=DOORS)
 def test_arguments_have_safe_types_and_names(args, door, folder, refused):
     with refused(ConfigError):
         door(edit(folder, model_args=args))
@@ -277,18 +300,10 @@ def test_arguments_have_safe_types_and_names(args, door, folder, refused):
     ],
     ids=str,
 )
-def test_a_network_beyond_the_limit_is_refused_before_memory_is_taken(architecture, args, folder):
-    before, start = peak(), time.process_time()
-    with pytest.raises((TooLargeError, ConfigError)) as caught:
+def test_a_network_beyond_the_limit_is_refused_before_memory_is_taken(architecture, args, folder, bounded):
+    with bounded(memory=300_000_000), pytest.raises((TooLargeError, ConfigError)) as caught:
         load(edit(folder, architecture=architecture, model_args=args))
     assert "max_parameters=N" in str(caught.value) or type(caught.value) is ConfigError
-    assert time.process_time() - start < 5.5
-    assert peak() - before < 300_000_000
-
-
-def peak():
-    resource = pytest.importorskip("resource")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @pytest.mark.parametrize(
@@ -296,30 +311,26 @@ def peak():
     [("tiny_vit_5m_224", {"window_sizes": [7, 7, 99_999, 7]}), ("levit_128s", {"img_size": 9_999})],
     ids=str,
 )
-def test_a_constructor_that_loops_is_stopped(architecture, args, folder):
-    start = time.process_time()
-    with pytest.raises((TooLargeError, RebuildError, FingerprintError)):
+def test_a_constructor_that_loops_is_stopped(architecture, args, folder, bounded):
+    with bounded(memory=1_000_000_000), pytest.raises((TooLargeError, RebuildError, FingerprintError)):
         load(edit(folder, architecture=architecture, model_args=args))
-    assert time.process_time() - start < 10
 
 
-@doors
-@pytest.mark.parametrize(
-    "pattern", ["(a+)+$", ".*", "bn1|bn2", "^bn", "bn1\\", "(?P<x>(x*)*)*", "a" * 5_000_000, "re:bn1"]
-)
-@pytest.mark.parametrize("key", ["norm_layers", "head_layers", "control_layers", "extra_trainable_modules"])
-def test_names_are_never_patterns(key, pattern, door, folder):
-    start = time.process_time()
-    with pytest.raises((MissingModuleError, FingerprintError, ConfigError)):
+PATTERNS = ["(a+)+$", ".*", "bn1|bn2", "^bn", "bn1\\", "(?P<x>(x*)*)*", "a" * 5_000_000, "re:bn1"]
+NAMES_OF_LAYERS = ["norm_layers", "head_layers", "control_layers", "extra_trainable_modules"]
+
+
+@each_once(pattern=PATTERNS, key=NAMES_OF_LAYERS, door=DOORS)
+def test_names_are_never_patterns(key, pattern, door, folder, bounded):
+    kind = (FingerprintError, ConfigError) if key == "head_layers" else MissingModuleError
+    with bounded(memory=300_000_000), pytest.raises(kind):
         door(edit(folder, **{key: ["bn1", pattern]}))
-    assert time.process_time() - start < 5
 
 
-@doors
-@pytest.mark.parametrize(
-    "key", ["norm_layers", "head_layers", "control_layers", "extra_trainable_modules", "label_names"]
-)
-@pytest.mark.parametrize("value", [["bn1", "bn1"], [["bn1"]], [None], {"bn1": 1}, "bn1", 5], ids=str)
+NO_NAMES = [["bn1", "bn1"], [["bn1"]], [None], {"bn1": 1}, "bn1", 5]
+
+
+@each_once(value=NO_NAMES, key=[*NAMES_OF_LAYERS, "label_names"], door=DOORS)
 def test_a_list_of_names_is_one(key, value, door, folder, refused):
     if (key, value) == ("label_names", ["bn1", "bn1"]):
         door(edit(folder, **{key: [*value, "bn2"]}))  # two classes may have one name
@@ -343,28 +354,20 @@ BIG = {
 
 
 @pytest.mark.parametrize("attack", BIG)
-def test_a_configuration_is_bounded(attack, folder, refused):
+def test_a_configuration_is_bounded(attack, folder, refused, bounded):
     kind, change = BIG[attack]
     change(folder)
-    before, start = peak(), time.process_time()
-    with refused(kind):
+    with bounded(memory=1_000_000_000), refused(kind):
         load(folder)
-    assert time.process_time() - start < 5
-    assert peak() - before < 1_000_000_000
 
 
-@doors
-@pytest.mark.parametrize(
-    "key", ["verify", "cls", "self", "runtime_config", "__class__", "target_modules", "built_here"]
-)
-def test_a_key_is_data(key, door, folder, refused, recwarn):
-    with refused(UnknownKeyError) if door is not load_by_peft or key != "runtime_config" else refused_later():
+MEANING = ["verify", "cls", "self", "runtime_config", "__class__", "target_modules", "built_here"]
+
+
+@each_once(key=MEANING, door=DOORS)
+def test_a_key_is_data(key, door, folder, refused):
+    with refused(UnknownKeyError):
         door(edit(folder, **{key: "off"}))
-
-
-def refused_later():
-    """PEFT drops this key itself, before ours is asked; load_adapter then reads the file again."""
-    return pytest.raises(UnknownKeyError)
 
 
 # -- what is in the tensors' file
@@ -383,47 +386,43 @@ HEADERS = {
 }
 
 
-@doors
-@pytest.mark.parametrize("attack", HEADERS)
-def test_the_head_of_the_tensors_file_is_bounded(attack, door, folder):
+@each_once(attack=HEADERS, door=DOORS)
+def test_the_head_of_the_tensors_file_is_bounded(attack, door, folder, bounded):
     assert MAX_TENSORS < 100_000
-    HEADERS[attack](folder)
-    before, start = peak(), time.process_time()
-    with pytest.raises((AdapterFileError, TooLargeError)):
+    attack(folder)
+    with bounded(memory=500_000_000), pytest.raises((AdapterFileError, TooLargeError)):
         door(folder)
-    assert time.process_time() - start < 5
-    assert peak() - before < 500_000_000
 
 
-@doors
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"shape": [10**9, 10**9]},
-        {"shape": [0, 2**62, 2**62]},
-        {"shape": [0, 2**64 - 1]},
-        {"shape": [-32]},
-        {"shape": [32.5]},
-        {"shape": "32"},
-        {"shape": [16]},
-        {"data_offsets": [0, 128]},
-        {"data_offsets": [0, 2**63]},
-        {"data_offsets": [128, 0]},
-        {"data_offsets": [-128, 0]},
-        {"data_offsets": None},
-        {"dtype": None},
-    ],
-    ids=str,
-)
+LIES = [
+    {"shape": [10**9, 10**9]},
+    {"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]},
+    {"shape": [0, 2**64 - 1], "data_offsets": [0, 0]},
+    {"shape": [-32]},
+    {"shape": [32.5]},
+    {"shape": "32"},
+    {"shape": [16]},
+    {"data_offsets": [0, 128]},
+    {"data_offsets": [0, 2**63]},
+    {"data_offsets": [128, 0]},
+    {"data_offsets": [-128, 0]},
+    {"data_offsets": None},
+    {"dtype": None},
+]
+
+
+@each_once(entry=LIES, door=DOORS)
 def test_a_header_that_lies_is_refused(entry, door, folder):
+    def lie(header):
+        # A tensor without values may stand beside the others: safetensors lets it pass, whatever its sizes.
+        name = "x" if entry.get("data_offsets") == [0, 0] else GAMMA
+        header[name] = {**header[GAMMA], **entry}
+
     with pytest.raises((AdapterFileError, AdapterTensorError)):
-        door(edit_header(folder, lambda header: header[GAMMA].update(entry)))
+        door(edit_header(folder, lie))
 
 
-@doors
-@pytest.mark.parametrize(
-    "dtype", ["BOOL", "U8", "I8", "I32", "U64", "F8_E4M3", "F8_E5M2", "C64", "F4", "OBJECT", "I64"]
-)
+@each_once(dtype=["BOOL", "U8", "I8", "I32", "U64", "F8_E4M3", "F8_E5M2", "C64", "F4", "OBJECT", "I64"], door=DOORS)
 def test_types_that_no_adapter_has_are_refused(dtype, door, folder):
     def change(header):
         start, end = header[GAMMA]["data_offsets"]
@@ -443,11 +442,10 @@ VALUES = {
 }
 
 
-@doors
-@pytest.mark.parametrize("attack", VALUES)
+@each_once(attack=VALUES, door=DOORS)
 def test_values_that_no_network_can_use_are_refused(attack, door, folder, refused):
     with refused(AdapterTensorError, "bn1.bn_only_layers"):
-        door(edit_tensors(folder, VALUES[attack]))
+        door(edit_tensors(folder, attack))
 
 
 NAMES = {
@@ -460,28 +458,25 @@ NAMES = {
 }
 
 
-@doors
-@pytest.mark.parametrize("attack", NAMES)
+@each_once(attack=NAMES, door=DOORS)
 def test_extra_missing_and_double_tensors_are_refused(attack, door, folder, refused):
     with refused(AdapterTensorError):
-        door(edit_tensors(folder, NAMES[attack]))
+        door(edit_tensors(folder, attack))
 
 
-@doors
-@pytest.mark.parametrize(
-    "name",
-    [
-        "conv1.0.weight",
-        "bn1.weight",
-        "bn1.base_layer.weight",
-        "conv1.0.bn_only_layers.weight",
-        "fc.base_layer.weight",
-        "bn1.bn_only_layers.default.weight",
-        "../bn1.weight",
-        "bn1.bn_only_layers.two.weight",
-    ],
-)
-@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+FROZEN = [
+    "conv1.0.weight",
+    "bn1.weight",
+    "bn1.base_layer.weight",
+    "conv1.0.bn_only_layers.weight",
+    "fc.base_layer.weight",
+    "bn1.bn_only_layers.default.weight",
+    "../bn1.weight",
+    "bn1.bn_only_layers.two.weight",
+]
+
+
+@each_once(name=FROZEN, prefix=["base_model.model.", ""], door=DOORS)
 def test_no_frozen_tensor_is_written(prefix, name, door, folder, refused):
     with refused(AdapterTensorError, "extra"):
         door(edit_tensors(folder, lambda tensors: tensors.update({prefix + name: torch.zeros(32)})))
@@ -490,28 +485,26 @@ def test_no_frozen_tensor_is_written(prefix, name, door, folder, refused):
 # -- what is verified
 
 
-@doors
-@pytest.mark.parametrize(
-    ("changes", "kind"),
-    [
-        ({"verify": "off"}, UnknownKeyError),
-        ({"backbone_fingerprint": None}, ConfigError),
-        ({"backbone_fingerprint": "0" * 64}, FingerprintError),
-        ({"layout_hash": None}, FingerprintError),
-        ({"seed": 1}, FingerprintError),
-        ({"init_scheme": "none"}, ConfigError),
-        ({"format_version": 0}, ConfigError),
-    ],
-    ids=str,
-)
-def test_a_file_cannot_turn_verification_off(changes, kind, door, folder):
+TURNED_OFF = [
+    ({"verify": "off"}, UnknownKeyError),
+    ({"backbone_fingerprint": None}, ConfigError),
+    ({"backbone_fingerprint": "0" * 64}, FingerprintError),
+    ({"layout_hash": None}, FingerprintError),
+    ({"seed": 1}, FingerprintError),
+    ({"init_scheme": "none"}, ConfigError),
+    ({"format_version": 0}, ConfigError),
+]
+
+
+@each_once(attack=TURNED_OFF, door=DOORS)
+def test_a_file_cannot_turn_verification_off(attack, door, folder):
+    changes, kind = attack
     with pytest.raises(BNAdapterError) as caught:
         door(edit(folder, **changes))
     assert isinstance(caught.value, kind) or door is load_beside or "fingerprint" in str(changes), repr(caught.value)
 
 
-@doors
-@pytest.mark.parametrize("names", [["conv1.0"], ["bn1"], ["fc", "conv1.0"], ["layer1"]], ids=str)
+@each_once(names=[["conv1.0"], ["bn1"], ["fc", "conv1.0"], ["layer1"]], door=DOORS)
 def test_only_a_head_is_resized(names, door, folder):
     # A layer taken for the head would get num_classes channels; the layout has to be made to fit, or is refused first.
     with pytest.raises((ConfigError, FingerprintError)):
@@ -521,8 +514,7 @@ def test_only_a_head_is_resized(names, door, folder):
 # -- what lies elsewhere
 
 
-@pytest.mark.parametrize("subfolder", ["..", "../..", "a/../..", "/etc", "a/../../b"])
-@pytest.mark.parametrize("adapter", ["folder", "owner/name"])
+@each_once(subfolder=["..", "../..", "a/../..", "/etc", "a/../../b"], adapter=["folder", "owner/name"])
 def test_a_subfolder_lies_inside(adapter, subfolder, folder, refused):
     with refused(AdapterFileError, "inside its repository"):
         load_bn_only_model(folder if adapter == "folder" else adapter, subfolder=subfolder)
@@ -616,7 +608,15 @@ INJECTIONS = [
     "{{ 7 * 7 }}{% for x in y %}",
     "```\nevil\n```",
     "&#60;script&#62;",
+    "](http://evil.example) |",
+    "`code` ``` \x1b[2J",
 ]
+
+
+def obeyed(text):
+    """Leave out blocks of code, escaped characters and code in a line: what is left would be obeyed."""
+    raw = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"\\.", "", raw))
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
@@ -632,10 +632,11 @@ def test_a_card_says_nothing_that_a_file_makes_it_say(text, folder, tmp_path):
     ours = honest.data.to_dict() | {"model-index": None, "metrics": None}
     assert evil.data.to_dict().keys() <= {*ours, "model-index", "metrics"}
     assert all(evil.data.to_dict()[key] == ours[key] for key in evil.data.to_dict() if ours[key])
-    # What is left without blocks of code, escaped characters and code in a line is what would be obeyed.
-    raw = re.sub(r"```.*?```", "", evil.text, flags=re.DOTALL)
-    raw = re.sub(r"`[^`\n]*`", "", re.sub(r"\\.", "", raw))
+    raw = obeyed(evil.text)
     assert not re.search(r"^#+ Evil|<script|\]\(javascript|^---$|!\[evil|^evil$|\*\*evil|&#60;", raw, re.MULTILINE)
+    assert raw.count("](http") == obeyed(honest.text).count("](http")
+    assert "\x1b" not in evil.content
+    assert evil.data.eval_results[0].dataset_name == text
     assert "{{ 7 * 7 }}" in evil.text or "49" not in evil.text
     assert evil.text.count("```") == honest.text.count("```") + 2  # the command's
 
@@ -688,7 +689,8 @@ def test_results_of_a_stranger_stay_in_their_folder(content, folder, tmp_path):
         {"input_size": [3, 32, 32], "crop_pct": -1},
         {"input_size": [3, 32, 32], "crop_pct": "x"},
         {"input_size": [3, 32, 32], "mean": [[0], [0], [0]]},
-        {"input_size": [3, 32, 32], "std": [0, 0, 0]},
+        {"input_size": [3, 32, 32], "mean": [0.5]},
+        {"input_size": [3, 32, 32], "std": [0, 1, 1]},
         {"input_size": [3, 32, 32], "std": "abc"},
         {"input_size": [3, 32, 32], "interpolation": "evil"},
         {"input_size": [3, 32, 32], "interpolation": ["bilinear"]},
@@ -703,13 +705,10 @@ def test_results_of_a_stranger_stay_in_their_folder(content, folder, tmp_path):
     ],
     ids=str,
 )
-def test_what_images_are_prepared_for_is_bounded(data, folder, refused):
+def test_what_images_are_prepared_for_is_bounded(data, folder, refused, bounded):
     model = load(edit(folder, data_config=data))
-    before, start = peak(), time.process_time()
-    with refused(ConfigError, "data_config"):
+    with bounded(memory=300_000_000), refused(ConfigError, "data_config"):
         predict(model, Image.new("RGB", (64, 48)))
-    assert time.process_time() - start < 5
-    assert peak() - before < 300_000_000
 
 
 # -- the table

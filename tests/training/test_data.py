@@ -13,24 +13,27 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
+from conftest import each_once
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_transform
 from torchvision.transforms import functional as T
 
+from bn_affine_adapters.errors import ConfigError, DataError
 from bn_affine_adapters.training import data
 from bn_affine_adapters.training.data import (
+    Batch,
+    Split,
+    TensorData,
     batches,
     check_classes,
     decode,
     epoch_order,
     eval_batches,
     load_splits,
+    steps_per_epoch,
     stream,
 )
-
-from bn_affine_adapters.training.data import Batch, Split, TensorData, steps_per_epoch  # isort: skip
-from bn_affine_adapters.errors import ConfigError, DataError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN = {"data_seed": 3, "epoch": 1, "mean": MEAN, "std": STD, "flip": False, "crop_padding": 0}
@@ -136,8 +139,7 @@ def test_grey_images_become_three_equal_channels_or_stay_one(digits, held_out):
     assert torch.equal(held_out.images, one.images.expand(-1, 3, -1, -1))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "transparent P"])
-@pytest.mark.parametrize("channels", [1, 3])
+@each_once(mode=["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "transparent P"], channels=[1, 3])
 def test_every_8_bit_mode_decodes_without_a_warning(digits, mode, channels):
     images = [digits[1].dataset[i]["image"] for i in range(5)]
     tinted = [Image.merge("RGB", (i, i.rotate(90), i.rotate(180))) for i in images]
@@ -298,9 +300,7 @@ def joined(parts: list[list[Batch]]) -> list[torch.Tensor]:
     return [torch.cat([part.images for part in ordered]), torch.cat([part.labels for part in ordered])]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("batch_size", [64, 50])
+@each_once(world=[1, 2, 3], accumulation=[1, 2], batch_size=[64, 50])
 def test_the_parts_of_all_processes_join_to_the_single_batch_bit_for_bit(held_out, world, accumulation, batch_size):
     whole = list(batches(held_out, batch_size=batch_size, **FULL))
     assert [len(batch.labels) for batch in whole] == [batch_size] * (359 // batch_size) + [359 % batch_size]
@@ -361,8 +361,7 @@ def test_channels_last_changes_the_layout_alone(held_out):
         assert torch.equal(a.images, b.images)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-@pytest.mark.parametrize("batch_size", [64, 179, 1000, 4])
+@each_once(world=[1, 2, 3, 5], batch_size=[64, 179, 1000, 4])
 def test_gathered_and_cut_predictions_are_all_images_in_order(held_out, world, batch_size):
     common = {"batch_size": batch_size, "mean": MEAN, "std": STD}
     whole = torch.cat([batch.images for batch in eval_batches(held_out, **common)])
@@ -412,8 +411,7 @@ def test_a_stream_gives_the_decoded_images_in_an_order_of_its_data_seed(digits, 
 
 def test_an_unshuffled_stream_is_in_order_and_may_drop_the_remainder(digits, held_out):
     loader = stream(digits[1], T.pil_to_tensor, batch_size=100, data_seed=5, shuffle=False, drop_remainder=True)
-    images = torch.cat([images for images, _ in loader])
-    assert torch.equal(images, held_out.images[:300])
+    assert torch.equal(torch.cat([images for images, _ in loader]), held_out.images[:300])
 
 
 def test_a_stream_of_timm_transforms_survives_pickling_and_repeats(digits):
@@ -444,10 +442,8 @@ def test_accelerate_shards_a_stream_and_sets_its_epoch(digits):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: is its batch that of the CPU?")
 def test_a_gpu_makes_the_batches_of_the_cpu(held_out):
-    made = zip(
-        batches(held_out, batch_size=64, **FULL), batches(held_out.to("cuda"), batch_size=64, **FULL), strict=True
-    )
-    for a, b in made:
+    ours, theirs = (batches(split, batch_size=64, **FULL) for split in (held_out, held_out.to("cuda")))
+    for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.labels, b.labels.cpu())
         torch.testing.assert_close(a.images, b.images.cpu(), rtol=0, atol=1e-6)
 

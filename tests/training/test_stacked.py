@@ -1,11 +1,12 @@
 """Replicates trained side by side end where each ends alone.
 
-At lr 0.1 in float32 no two ways to compute one run stay within 1e-4 for 20 steps: one unit in the last place of the
-images moves the losses as far as stacking does, which a test below shows. So the recipe's run is compared in float64,
-where stacking is exact to 1e-13, and in float32 for the first steps, and for all 20 at a lower lr.
+Twenty steps are compared in float64, where stacking is exact to 1e-13. In float32 rounding changes the sign of an
+activation that is nearly zero, and the runs part: no fixed bound holds on every processor. So one step is compared in
+float32, and its error is compared with the error that a single run has on the same machine; float64 tells both.
 """
 
 import itertools
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -119,21 +120,13 @@ def farthest(losses, expected):
     return ((losses - expected) / expected).abs().max().item()
 
 
-RUNS = {
-    "float64 at the recipe's lr": (torch.float64, 0.1, 20, 1e-10),
-    "float32 at a hundredth of it": (torch.float32, 0.001, 20, 1e-4),
-    "float32 at the recipe's lr, before rounding grows": (torch.float32, 0.1, 2, 1e-4),
-}
-
-
-@pytest.mark.parametrize("kind", RUNS)
-def test_five_replicates_of_resnet14_equal_five_single_runs(kind, digits):
-    dtype, lr, steps, bound = RUNS[kind]
-    feeds = [digits(seed, steps, dtype=dtype) for seed in range(5)]
-    networks, alone = ([adapted(seed, depth=14, dtype=dtype) for seed in range(5)] for _ in range(2))
-    expected = train_alone(alone, feeds, lr)
+def test_five_replicates_of_resnet14_equal_five_single_runs(digits):
+    steps, bound = 20, 1e-10
+    feeds = [digits(seed, steps) for seed in range(5)]
+    networks, alone = ([adapted(seed, depth=14) for seed in range(5)] for _ in range(2))
+    expected = train_alone(alone, feeds)
     stacked = Stacked(networks)
-    losses = train_stacked(stacked, feeds, lr)
+    losses = train_stacked(stacked, feeds)
     stacked.write_back()
     assert losses.shape == expected.shape == (steps, 5)
     assert farthest(losses, expected) < bound
@@ -145,12 +138,44 @@ def test_five_replicates_of_resnet14_equal_five_single_runs(kind, digits):
     assert (losses[-1] != losses[0]).all()
 
 
-def test_in_float32_at_the_recipes_lr_one_ulp_moves_a_single_run_by_more_than_the_bound(digits):
-    feed = digits(0, 20, dtype=torch.float32)
-    moved = [(images.nextafter(torch.tensor(9.0)), labels) for images, labels in feed]
-    runs = [train_alone([adapted(0, depth=14, dtype=torch.float32)], [each]) for each in (feed, feed, moved)]
-    assert torch.equal(runs[0], runs[1])
-    assert farthest(runs[2], runs[0]) > 1e-4
+class Coarse(Stacked):
+    """Stacking that loses digits: eight bits of the images are left."""
+
+    def forward(self, images):
+        return super().forward(images.bfloat16().to(images.dtype))
+
+
+def errors(networks, truth):
+    """Return the median replicate's error of each kind of tensor, as a root of mean squares.
+
+    In the median, because rounding may change the sign of an activation in one replicate, whose error is then large.
+    """
+    found = []
+    for network, exact in zip(networks, truth, strict=True):
+        states = [[(key, t.double()) for key, t in each.state_dict().items()] for each in (network, exact)]
+        kinds = {}
+        for (key, tensor), (_, there) in zip(*states, strict=True):
+            kinds.setdefault(key.split(".")[-1], []).append((tensor - there).flatten())
+        found.append({kind: torch.cat(parts).square().mean().sqrt().item() for kind, parts in kinds.items()})
+    return {kind: statistics.median(each[kind] for each in found) for kind in found[0]}
+
+
+@pytest.mark.parametrize("way", [Stacked, Coarse])
+def test_in_float32_stacking_rounds_no_more_than_a_single_run(way, digits):
+    feeds, exact = ([digits(seed, 1, dtype=dtype) for seed in range(5)] for dtype in (torch.float32, torch.float64))
+    networks, alone = ([adapted(seed, depth=14, dtype=torch.float32) for seed in range(5)] for _ in range(2))
+    truth = [adapted(seed, depth=14) for seed in range(5)]
+    train_alone(truth, exact)
+    train_alone(alone, feeds)
+    stacked = way(networks)
+    train_stacked(stacked, feeds)
+    stacked.write_back()
+    single, together = errors(alone, truth), errors(networks, truth)
+    assert single["num_batches_tracked"] == together["num_batches_tracked"] == 0
+    compared = {kind: together[kind] / single[kind] for kind in ("weight", "bias", "running_mean", "running_var")}
+    # Both errors are sums of many roundings: the ratio is 1 within a tenth. A lost digit is a factor of ten or more.
+    noticed = [kind for kind, ratio in compared.items() if ratio > 3]
+    assert noticed == (list(compared) if way is Coarse else [])
 
 
 KINDS = {
@@ -325,7 +350,9 @@ def test_the_benchmark_compares_both_sides_and_invents_no_figure_of_a_gpu():
     result = replicates.compare(batch=2, replicates=2, steps=1, rounds=1)
     rates, (ratio,) = result["images_per_second"], result["stacked_over_single"].values()
     assert set(rates) == {"single eager", "stacked eager"}
-    assert ratio == pytest.approx(rates["stacked eager"] / rates["single eager"], rel=0.05)
+    # The rates are rounded to a tenth of an image per second, the ratio to a thousandth.
+    rounding = sum(0.05 / rate for rate in rates.values()) + 0.0005 / ratio
+    assert ratio == pytest.approx(rates["stacked eager"] / rates["single eager"], rel=2 * rounding)
     page = replicates.page(result | {"device": "cpu"})
     assert "--model cifar_resnet14 --batch 2 --replicates 2 --steps 1 --rounds 1`" in page
     assert "On a GPU: not yet measured." in page
