@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import NetworkError, check_choice
 from ..norms.find import plain_modules
-from . import native
+from .backends import cpp, gpu, portable
 from .forward import plain_
-from .plans import LEVELS, Report
+from .known import ACTIVATIONS, LEVELS, Report
 from .rewrite import rewrite
 
 log = logging.getLogger(__name__)
@@ -55,18 +55,12 @@ def lean_(network: nn.Module, level: str, input_size: tuple[int, ...] | None = N
             seen=f"{len(weights)} of {len(weights)} convolutions and linear layers train",
             do="get_bn_only_model(network, BNOnlyConfig(lean=...)), or leave lean out",
         )
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    if torch.cuda.is_available():
-        native.load_triton()  # where the network is on a CPU still too: it may go to the GPU later
-    if device.type == "cpu":
-        native.load()
-        if any(weight.dtype == torch.float16 for weight in weights):
-            log.warning("float16 on a CPU: lean training runs in PyTorch's own kernels, which are slower")
+    _load_kernels(network, weights)
     if any(getattr(module, "grad_checkpointing", False) for module in network.modules()):
         log.warning("lean: the network stays plain, since its blocks are checkpointed: turn that off first")
         return Report(level)
     report = rewrite(network, level)
-    if report.places and device.type != "meta":
+    if report.places and _device(network).type != "meta":
         report.share, wrong = _tried(network, input_size)
         if wrong:
             log.warning("lean: the network stays plain, since its lean forward %s", wrong)
@@ -74,6 +68,24 @@ def lean_(network: nn.Module, level: str, input_size: tuple[int, ...] | None = N
             report = Report(level, untraced=report.untraced)
     log.info("%s", report)
     return report
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def _load_kernels(network: nn.Module, weights: list[Any]) -> None:
+    """Load the kernels that a network may use, and say what they do not compute."""
+    if torch.cuda.is_available():
+        gpu.load()  # where the network is on a CPU still too: it may go to the GPU later
+    if _device(network).type == "cpu":
+        cpp.load()
+        if any(weight.dtype == torch.float16 for weight in weights):
+            log.warning("float16 on a CPU: lean training runs in PyTorch's own kernels, which are slower")
+    present = {ACTIVATIONS[type(module)] for module in network.modules() if type(module) in ACTIVATIONS}
+    unknown = sorted(present - portable.ACTIVATIONS.keys())
+    if unknown:
+        log.warning("lean: no back end knows %s: what PyTorch keeps for it stays", ", ".join(unknown))
 
 
 def _is_weighty(module: Any) -> bool:
