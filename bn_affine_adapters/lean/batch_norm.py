@@ -37,28 +37,8 @@ class Norm(NamedTuple):
     two_outputs: bool = False
 
 
-@torch.no_grad()
-def channel_maps(statistics: Tensor, eps: float, gamma: Tensor | None, beta: Tensor | None, keep: int) -> Tensor:
-    """Return a norm layer's `ChannelMaps` as one tensor, (8, C).
-
-    Args:
-        statistics: mean and variance of each channel, and for `BYTE` its least and greatest value, (2 or 4, C).
-        eps: added to the variance.
-        gamma: (C), or None for ones.
-        beta: (C), or None for zeros.
-        keep: what is kept.
-    """
-    return backends.of_channels(statistics).channel_maps(statistics, eps, gamma, beta, keep)
-
-
 def gradient_terms(sums: Tensor, maps: Tensor, norm: Norm) -> Tensor:
-    """Return gamma's gradient, and what the input's has along kept - kept_zero and besides, (3, C).
-
-    Args:
-        sums: of the activation's input's gradient and of that times kept - kept_zero, (2, C).
-        maps: what `channel_maps` returned.
-        norm: how it is computed.
-    """
+    """Return what the operator `gradient_terms` does, from the sums of all processes that share the statistics."""
     if norm.group is None or not norm.of_batch:
         return backends.of_channels(sums).gradient_terms(sums, maps, norm.values, norm.of_batch)
     slope, step = maps[0], maps[-1]
@@ -74,14 +54,9 @@ class NormAct(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        maps: Tensor,
+        ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None, maps: Tensor,
         norm: Norm,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Return the output, in the type of z, or two of it if the norm says so.
 
         Args:
@@ -90,7 +65,7 @@ class NormAct(Function):
             gamma: (C) or None; here it only gets its gradient.
             beta: likewise.
             residual: added before the activation, which then is the identity or one of `MASKED`.
-            maps: what `channel_maps` returned.
+            maps: its `ChannelMaps`, (8, C).
             norm: how it is computed.
         """
         with_mask = norm.act in MASKED and (norm.keep != INPUT or residual is not None)
@@ -111,15 +86,9 @@ class NormAct(Function):
 
 
 def norm_gradients(
-    dy: Tensor,
-    kept: Tensor,
-    mask: Tensor | None,
-    maps: Tensor,
-    norm: Norm,
-    needs: tuple[bool, ...],
-    dtypes: list[Any],
+    dy: Tensor, kept: Tensor, mask: Tensor | None, maps: Tensor, norm: Norm, needs: tuple[bool, ...], dtypes: list[Any],
     dy2: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of a norm layer's input, gamma, beta and residual, each where needed and in its type.
 
     ``dy2`` is added to the output's gradient. Source: Ioffe and Szegedy, "Batch Normalization", section 3.
@@ -151,24 +120,10 @@ class NormActConv(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        gamma2: Tensor | None,
-        beta2: Tensor | None,
-        residual: Tensor | None,
-        kept: Tensor,
-        mask: Tensor | None,
-        maps: Tensor,
-        norm: Norm,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-        z2: Tensor,
-        maps2: Tensor,
-        norm2: Norm,
-    ) -> Tensor:
+        ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, gamma2: Tensor | None, beta2: Tensor | None,
+        residual: Tensor | None, kept: Tensor, mask: Tensor | None, maps: Tensor, norm: Norm, weight: Tensor,
+        bias: Tensor | None, geometry: Geometry, z2: Tensor, maps2: Tensor, norm2: Norm,
+    ) -> Tensor:  # fmt: skip
         """Return the output, from the second norm layer's input z2, which is not kept.
 
         Args: as `NormAct`, twice; ``kept`` and ``mask`` are what is kept of the first norm layer, ``geometry`` is the
@@ -207,14 +162,8 @@ class PooledNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        maps: Tensor,
-        norm: Norm,
-        pool: dict[str, Any],
-    ) -> Tensor:
+        ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, maps: Tensor, norm: Norm, pool: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
         """Return the output. Args: as `NormAct`; ``pool`` holds the keyword arguments of `F.max_pool2d`."""
         y, _, _ = backends.of_layer(z, norm.act).forward(z, None, maps, norm.act, NOTHING, False)
         y, index = F.max_pool2d(y, **pool, return_indices=True)

@@ -14,7 +14,7 @@ from ..norms.statistics import group_of, update_statistics_
 from . import backends
 from .backends.constants import ADDABLE, BFLOAT16, BYTE, IDENTITY, INPUT, MASKED, NOTHING, wide
 from .backends.portable import activate
-from .batch_norm import Norm, NormAct, NormActConv, PooledNorm, channel_maps
+from .batch_norm import Norm, NormAct, NormActConv, PooledNorm
 from .conv_pool import FrozenConv, Geometry, GlobalPool, MaxPool, convolve
 from .known import KnownNorm, act_of, frozen, hooked, known_norm, pooling
 from .row_norm import KeptAct, RoundedAttention, RoundedLayerNorm, RowNorm
@@ -133,7 +133,8 @@ def _statistics(own: Any, act: str, x: Tensor, keep: int) -> tuple[Norm, Tensor]
         statistics = torch.stack([own.running_mean, own.running_var]).to(wide(x.dtype))
         if keep == BYTE:
             statistics = torch.cat([statistics, backends.of_layer(x, act).stats(x, True)[2:]])
-    return Norm(act, keep, of_batch, count, group), channel_maps(statistics, own.eps, own.weight, own.bias, keep)
+    maps = backends.of_channels(statistics).channel_maps(statistics, own.eps, own.weight, own.bias, keep)
+    return Norm(act, keep, of_batch, count, group), maps
 
 
 def _over_processes(statistics: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor]:
@@ -165,15 +166,9 @@ def _row_norm(level: str, known: KnownNorm, act: str, x: Tensor) -> Tensor | Non
 
 
 def pair(
-    level: str,
-    first: nn.Module,
-    act: Any,
-    between: nn.Module,
-    second: nn.Module,
-    act2: Any,
-    x: Tensor,
+    level: str, first: nn.Module, act: Any, between: nn.Module, second: nn.Module, act2: Any, x: Tensor,
     residual: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Run norm, activation, convolution, norm (+ residual), activation; backward runs the convolution once more.
 
     Args: as `norm`, twice; ``between`` is the convolution.
@@ -262,15 +257,9 @@ def activation(level: str, act: Any, x: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor,
-    k_: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    **rest: Any,
-) -> Tensor:
+    q: Tensor, k_: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, **rest: Any,
+) -> Tensor:  # fmt: skip
     """Run `F.scaled_dot_product_attention`; without mask and dropout, q, k and v are kept in 8 bits."""
     if attn_mask is None and not dropout_p and not is_causal and not rest and _trains(q, k_, v):
         return RoundedAttention.apply(q, k_, v, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -14,6 +14,8 @@ from .backends import portable
 from .backends.constants import GELU, GELU_TANH, HARDSWISH, IDENTITY, RELU, RELU6, SILU
 from .conv_pool import Geometry
 
+# "exact" keeps a norm layer's input once for it, its activation and the convolution behind; "rounded" keeps it in
+# bfloat16; "smallest" in 8 bits, and computes some convolutions again. Rounding changes gradients alone.
 LEVELS = ("exact", "rounded", "smallest")
 
 # Modules and functions, and the activation that each is. Those that `portable` does not know run plain.

@@ -2,6 +2,8 @@
 
 import torch
 
+from bn_affine_adapters.lean import backends
+
 ACTS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")
 
 
@@ -45,3 +47,9 @@ def table(slope, offset, zero=None, step=None, by=None):
 def terms(along, constant):
     """Return the terms of an input's gradient, (3, C)."""
     return torch.stack([torch.zeros_like(along), along, constant])
+
+
+@torch.no_grad()
+def channel_maps(statistics, *args):
+    """Return the maps of a norm layer, as lean training gets them."""
+    return backends.of_channels(statistics).channel_maps(statistics, *args)

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from lean_tensors import ACTS, LAYOUTS, distance, drawn, planes, rows
+from lean_tensors import ACTS, LAYOUTS, channel_maps, distance, drawn, planes, rows
 from timm import layers as timm_layers
 from torch import nn
 from torch.autograd import gradcheck
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bn_affine_adapters.lean import LEVELS, backends, dispatch, saved_bytes
 from bn_affine_adapters.lean.backends import constants as k
 from bn_affine_adapters.lean.backends import cpp, portable
-from bn_affine_adapters.lean.batch_norm import Norm, NormAct, PooledNorm, channel_maps
+from bn_affine_adapters.lean.batch_norm import Norm, NormAct, PooledNorm
 from bn_affine_adapters.lean.conv_pool import FrozenConv, Geometry, GlobalPool, MaxPool
 from bn_affine_adapters.lean.row_norm import KeptAct, RoundedAttention, RowNorm
 

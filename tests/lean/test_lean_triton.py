@@ -11,7 +11,7 @@ import lean_tensors
 import pytest
 import timm
 import torch
-from lean_tensors import ACTS, LAYOUTS, distance, planes, rows, strided, table, terms
+from lean_tensors import ACTS, LAYOUTS, channel_maps, distance, planes, rows, strided, table, terms
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -31,7 +31,7 @@ from bn_affine_adapters.lean.backends.constants import (
     SILU,
     wide,
 )
-from bn_affine_adapters.lean.batch_norm import Norm, NormAct, channel_maps, gradient_terms
+from bn_affine_adapters.lean.batch_norm import Norm, NormAct, gradient_terms
 from bn_affine_adapters.lean.row_norm import KeptAct, RoundedAttention, RoundedLayerNorm, RowNorm
 from bn_affine_adapters.norms.find import norm_layers
 

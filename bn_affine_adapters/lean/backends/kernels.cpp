@@ -140,6 +140,7 @@ struct Shape {
   }
   // A row of numbers per channel as one per number in a row of this shape.
   template <typename W> std::vector<W> tiled(const Tensor& t, int64_t line) const {
+    TORCH_CHECK(t.dim() == 2 && t.size(0) > line && t.size(1) == channels, "bn_affine_adapters: no maps: ", t.sizes());
     const Tensor whole = t.contiguous();
     const W* from = whole.const_data_ptr<W>() + line * channels;
     std::vector<W> found;

@@ -16,26 +16,15 @@ from .constants import BFLOAT16, BYTE, wide
 
 
 class ChannelMaps(NamedTuple):
-    """Linear maps between the forms of a norm layer's input z, with a number per channel: the rows of ``maps``, (8, C).
+    """Linear maps between the forms of a norm layer's input z, a number per channel each: the rows of maps, (8, C)."""
 
-    Attributes:
-        slope: the activation's input is z slope + offset.
-        offset: see slope.
-        zero: what is kept is (z - zero) step.
-        step: see zero.
-        kept_slope: the activation's input is kept kept_slope + kept_offset.
-        kept_offset: see kept_slope.
-        kept_zero: the normalised input is (kept - kept_zero) kept_step.
-        kept_step: see kept_zero.
-    """
-
-    slope: Tensor
+    slope: Tensor  # the activation's input is z slope + offset
     offset: Tensor
-    zero: Tensor
+    zero: Tensor  # what is kept is (z - zero) step
     step: Tensor
-    kept_slope: Tensor
+    kept_slope: Tensor  # the activation's input is kept kept_slope + kept_offset
     kept_offset: Tensor
-    kept_zero: Tensor
+    kept_zero: Tensor  # the normalised input is (kept - kept_zero) kept_step
     kept_step: Tensor
 
 
