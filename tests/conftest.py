@@ -48,7 +48,7 @@ from huggingface_hub.utils import _xet
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.lean import native
+from bn_affine_adapters.lean.backends import cpp as cpp_kernels
 
 # The networks of the tests are so small that threads wait for each other for longer than they compute.
 torch.set_num_threads(1)
@@ -232,7 +232,7 @@ def bob():
 @pytest.fixture
 def cpp():
     """The operators of lean training in C++."""
-    if not native.load():
+    if not cpp_kernels.load():
         pytest.skip("needs the kernels in C++, which are not there: the log says why")
     return torch.ops.bnaa
 
@@ -242,5 +242,5 @@ def backend(request, monkeypatch):
     """Where the arithmetic of lean training runs."""
     if request.param == "C++":
         request.getfixturevalue("cpp")
-    monkeypatch.setattr(native, "loaded", request.param == "C++")
+    monkeypatch.setattr(cpp_kernels, "loaded", request.param == "C++")
     return request.param

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
-from bn_affine_adapters.lean import native
+from bn_affine_adapters.lean.backends import gpu
 from bn_affine_adapters.training.stacked import Stacked
 
 DEVICE = torch.device("cuda")
@@ -191,7 +191,7 @@ def gradients(model, run):
 def test_lean_training_has_the_gradients_of_plain_freezing(level, bound, captured):
     expected = wrapped("cifar_resnet14", torch.float64).train()
     model = wrapped("cifar_resnet14", torch.float64, lean=level).train()
-    assert native.triton_loaded
+    assert gpu.loaded
     run = torch.compile(model, mode="reduce-overhead", fullgraph=True) if captured else model
     wanted = gradients(expected, lambda x: expected(x.double()))
     found = gradients(model, lambda x: run(x.double()))

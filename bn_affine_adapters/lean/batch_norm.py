@@ -12,103 +12,41 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .kernels import BFLOAT16, BYTE, IDENTITY, INPUT, MASKED, NOTHING, kernels, triton
-from .spatial import Geometry, conv_gradient, convolve
+from . import backends
+from .backends.constants import IDENTITY, INPUT, MASKED, NOTHING
+from .conv_pool import Geometry, conv_gradient, convolve
 
 
 class Norm(NamedTuple):
     """How a norm layer is computed and what of it is kept.
 
     Attributes:
-        act: the activation behind it.
+        act: the activation behind it, which a back end knows.
         keep: what is kept of its input.
         of_batch: whether its statistics are those of the batch, and so pass a gradient on.
         values: how many each mean is of, in all processes.
         group: the processes that share the statistics, if there are several.
-        twice: whether its output is returned twice, so that the gradients of two uses are added where they are read.
+        two_outputs: whether its output is returned twice, so that two uses' gradients are added where they are read.
     """
 
-    act: int
+    act: str
     keep: int
     of_batch: bool
     values: int
     group: Any = None
-    twice: bool = False
+    two_outputs: bool = False
 
 
-class Lines(NamedTuple):
-    """Linear maps between the forms of a norm layer's input z, with a number per channel, each (C).
-
-    Attributes:
-        slope: the activation's input is z slope + level.
-        level: see there.
-        zero: what is kept is (z - zero) step.
-        step: see there.
-        kept_slope: the activation's input is kept kept_slope + kept_level.
-        kept_level: see there.
-        kept_zero: the normalised input is (kept - kept_zero) kept_step.
-        kept_step: see there.
-    """
-
-    slope: Tensor
-    level: Tensor
-    zero: Tensor
-    step: Tensor
-    kept_slope: Tensor
-    kept_level: Tensor
-    kept_zero: Tensor
-    kept_step: Tensor
-
-
-@torch.no_grad()
-def lines(statistics: Tensor, eps: float, gamma: Tensor | None, beta: Tensor | None, keep: int) -> Tensor:
-    """Return a norm layer's `Lines` as one tensor, (8, C).
-
-    Args:
-        statistics: mean and variance of each channel, and for `BYTE` its least and greatest value, (2 or 4, C).
-        eps: added to the variance.
-        gamma: (C), or None for ones.
-        beta: (C), or None for zeros.
-        keep: what is kept.
-    """
-    if triton(statistics):
-        return torch.ops.bnaa_triton.lines(statistics, eps, gamma, beta, keep)
-    mean, inverse = statistics[0], torch.rsqrt(statistics[1] + eps)
-    gamma = torch.ones_like(mean) if gamma is None else gamma.to(mean.dtype)
-    beta = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
-    slope = gamma * inverse
-    level = beta - mean * slope
-    if keep == BFLOAT16:
-        found = Lines(slope, level, mean, inverse, gamma, beta, torch.zeros_like(mean), torch.ones_like(mean))
-    elif keep == BYTE:
-        low, high = statistics[2], statistics[3]
-        width = ((high - low) / 255).clamp_min(1e-18)  # where a channel is constant, nothing is divided by zero
-        step = width * slope
-        found = Lines(slope, level, low, 1 / width, step, low * slope + level, (mean - low) / width, width * inverse)
-    else:
-        found = Lines(slope, level, mean, inverse, slope, level, mean, inverse)
-    return torch.stack(found)
-
-
-def slopes(sums: Tensor, maps: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gamma's gradient, and what the input's gradient has along kept - zero and besides, each (C).
-
-    Args:
-        sums: of the activation's input's gradient and of that times kept - zero, (2, C).
-        maps: what `lines` returned.
-        norm: how it is computed.
-    """
-    if norm.group is None and triton(sums):
-        return torch.ops.bnaa_triton.slopes(sums, maps, norm.values, norm.of_batch).unbind()
+def gradient_terms(sums: Tensor, maps: Tensor, norm: Norm) -> Tensor:
+    """Return what the operator `gradient_terms` does, from the sums of all processes that share the statistics."""
+    if norm.group is None or not norm.of_batch:
+        return backends.of_channels(sums).gradient_terms(sums, maps, norm.values, norm.of_batch)
     slope, step = maps[0], maps[-1]
     dgamma = sums[1] * step
-    if not norm.of_batch:
-        return dgamma, torch.zeros_like(slope), torch.zeros_like(slope)
     total = torch.stack([dgamma, sums[0]])
-    if norm.group is not None:
-        dist.all_reduce(total, group=norm.group)
+    dist.all_reduce(total, group=norm.group)
     along, constant = (-slope / norm.values * total).unbind()
-    return dgamma, along * step, constant
+    return torch.stack([dgamma, along * step, constant])
 
 
 class NormAct(Function):
@@ -116,14 +54,9 @@ class NormAct(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        maps: Tensor,
+        ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None, maps: Tensor,
         norm: Norm,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Return the output, in the type of z, or two of it if the norm says so.
 
         Args:
@@ -132,57 +65,50 @@ class NormAct(Function):
             gamma: (C) or None; here it only gets its gradient.
             beta: likewise.
             residual: added before the activation, which then is the identity or one of `MASKED`.
-            maps: what `lines` returned.
+            maps: its `ChannelMaps`, (8, C).
             norm: how it is computed.
         """
         with_mask = norm.act in MASKED and (norm.keep != INPUT or residual is not None)
-        first = Lines(*maps)[:4]
-        y, kept, mask = kernels(z, norm.act).forward(z, residual, *first, norm.act, norm.keep, with_mask)
+        y, kept, mask = backends.of_layer(z, norm.act).forward(z, residual, maps, norm.act, norm.keep, with_mask)
         ctx.save_for_backward(z if norm.keep == INPUT else kept, mask, maps)
         ctx.norm, ctx.with_mask = norm, with_mask
         ctx.dtypes = [None if t is None else t.dtype for t in (z, gamma, beta, residual)]
-        return (y, y.detach()) if norm.twice else y
+        return (y, y.detach()) if norm.two_outputs else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, more: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, dy2: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Return the gradients of z, gamma, beta and residual."""
         kept, mask, maps = ctx.saved_tensors
         mask = mask if ctx.with_mask else None
-        found = norm_gradients(dy, kept, mask, maps, ctx.norm, ctx.needs_input_grad[:4], ctx.dtypes, more)
-        return (*found, None, None)
+        gradients = norm_gradients(dy, kept, mask, maps, ctx.norm, ctx.needs_input_grad[:4], ctx.dtypes, dy2)
+        return (*gradients, None, None)
 
 
 def norm_gradients(
-    dy: Tensor,
-    kept: Tensor,
-    mask: Tensor | None,
-    maps: Tensor,
-    norm: Norm,
-    needs: tuple[bool, ...],
-    dtypes: list[Any],
-    more: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
+    dy: Tensor, kept: Tensor, mask: Tensor | None, maps: Tensor, norm: Norm, needs: tuple[bool, ...], dtypes: list[Any],
+    dy2: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of a norm layer's input, gamma, beta and residual, each where needed and in its type.
 
-    ``more`` is added to the output's gradient. Source: Ioffe and Szegedy, "Batch Normalization", section 3.
+    ``dy2`` is added to the output's gradient. Source: Ioffe and Szegedy, "Batch Normalization", section 3.
     """
-    slope, _, _, _, *kept_lines, _ = Lines(*maps)
-    ops, act, du = kernels(dy, norm.act), norm.act, dy
+    ops, act, du = backends.of_layer(dy, norm.act), norm.act, dy
     kept = dy if norm.keep == NOTHING else kept
     dz: Tensor | None = None
-    want_du = (needs[3] and act != IDENTITY) or (more is not None and (needs[0] or needs[3]))
+    want_du = (needs[3] and act != IDENTITY) or (dy2 is not None and (needs[0] or needs[3]))
     if norm.of_batch or needs[1] or needs[2] or want_du:
-        found, written = ops.sums(dy, kept, mask, *kept_lines, act, want_du, more)
+        sums, written = ops.sums(dy, kept, mask, maps, act, want_du, dy2)
         passes = norm.of_batch and needs[0]  # else nothing of the statistics' own gradient is needed
-        dbeta, (dgamma, along, constant) = found[0], slopes(found, maps, norm._replace(of_batch=passes))
+        dbeta, terms = sums[0], gradient_terms(sums, maps, norm._replace(of_batch=passes))
         if want_du:
             du, mask, act = written, None, IDENTITY
     else:
-        dgamma = dbeta = along = constant = torch.zeros_like(slope)
+        terms = maps.new_zeros((3, maps.shape[1]))
+        dbeta = terms[0]
     if needs[0]:
-        dz = ops.input_gradient(du, kept, mask, *kept_lines, act, slope, along, constant)
-    gradients = (dz, dgamma, dbeta, du)
+        dz = ops.input_gradient(du, kept, mask, maps, act, terms)
+    gradients = (dz, terms[0], dbeta, du)
     return tuple(g.to(d) if n and g is not None else None for g, d, n in zip(gradients, dtypes, needs, strict=True))
 
 
@@ -194,32 +120,17 @@ class NormActConv(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        gamma2: Tensor | None,
-        beta2: Tensor | None,
-        residual: Tensor | None,
-        kept: Tensor,
-        mask: Tensor | None,
-        maps: Tensor,
-        norm: Norm,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-        z2: Tensor,
-        maps2: Tensor,
-        norm2: Norm,
-    ) -> Tensor:
+        ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, gamma2: Tensor | None, beta2: Tensor | None,
+        residual: Tensor | None, kept: Tensor, mask: Tensor | None, maps: Tensor, norm: Norm, weight: Tensor,
+        bias: Tensor | None, geometry: Geometry, z2: Tensor, maps2: Tensor, norm2: Norm,
+    ) -> Tensor:  # fmt: skip
         """Return the output, from the second norm layer's input z2, which is not kept.
 
         Args: as `NormAct`, twice; ``kept`` and ``mask`` are what is kept of the first norm layer, ``geometry`` is the
         convolution's.
         """
         with_mask = norm2.act in MASKED
-        first = Lines(*maps2)[:4]
-        y, _, mask2 = kernels(z2, norm2.act).forward(z2, residual, *first, norm2.act, NOTHING, with_mask)
+        y, _, mask2 = backends.of_layer(z2, norm2.act).forward(z2, residual, maps2, norm2.act, NOTHING, with_mask)
         ctx.save_for_backward(kept, mask, maps, weight, bias, mask2 if with_mask else None, maps2)
         ctx.norms, ctx.geometry, ctx.dtype = (norm, norm2), geometry, z.dtype
         ctx.dtypes = [None if t is None else t.dtype for t in (z, gamma, beta, z2, gamma2, beta2, residual)]
@@ -232,8 +143,7 @@ class NormActConv(Function):
         kept, mask, maps, weight, bias, mask2, maps2 = ctx.saved_tensors
         norm, norm2 = ctx.norms
         needs = ctx.needs_input_grad
-        slope, level = Lines(*maps)[4:6]
-        h = kernels(dy, norm.act).restore(kept, slope, level, norm.act).to(ctx.dtype)
+        h = backends.of_layer(dy, norm.act).restore(kept, maps, norm.act).to(ctx.dtype)
         size = h.shape[2:]
         z2 = convolve(h, weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype), ctx.geometry)
         del h
@@ -252,21 +162,15 @@ class PooledNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        maps: Tensor,
-        norm: Norm,
-        pool: dict[str, Any],
-    ) -> Tensor:
+        ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, maps: Tensor, norm: Norm, pool: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
         """Return the output. Args: as `NormAct`; ``pool`` holds the keyword arguments of `F.max_pool2d`."""
-        first = Lines(*maps)[:4]
-        y, _, _ = kernels(z, norm.act).forward(z, None, *first, norm.act, NOTHING, False)
+        y, _, _ = backends.of_layer(z, norm.act).forward(z, None, maps, norm.act, NOTHING, False)
         y, index = F.max_pool2d(y, **pool, return_indices=True)
         taken = z.flatten(2).gather(2, index.flatten(2)).view(y.shape)
         taken = taken.contiguous(memory_format=torch.channels_last)
-        _, kept, mask = kernels(taken, norm.act).forward(taken, None, *first, norm.act, norm.keep, norm.keep != INPUT)
+        ops = backends.of_layer(taken, norm.act)
+        _, kept, mask = ops.forward(taken, None, maps, norm.act, norm.keep, norm.keep != INPUT)
         ctx.save_for_backward(taken if norm.keep == INPUT else kept, mask, maps)
         ctx.norm, ctx.dtypes = norm, [None if t is None else t.dtype for t in (None, gamma, beta, None)]
         return y

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .plans import hooked
+from .known import hooked
 
 log = logging.getLogger(__name__)
 

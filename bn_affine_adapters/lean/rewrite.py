@@ -1,7 +1,7 @@
 """Find what a network can do without, by tracing it, and give it a forward that does without.
 
 The network's modules, names and tensors stay; its `forward` becomes one that torch.fx wrote, in which frozen
-convolutions and chains of norm, activation, addition and pooling are calls of `runners`.
+convolutions and chains of norm, activation, addition and pooling are calls of `dispatch`.
 """
 
 import inspect
@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ..norms.find import has_copies, is_norm, unwrapped
-from . import runners
+from . import dispatch
 from .forward import lean_forward, settings
-from .plans import ACTS, Report
+from .known import ACTIVATIONS, Report, activation_of
 
 log = logging.getLogger(__name__)
 ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -106,14 +106,14 @@ def _rewrite(module: nn.Module, copy: nn.Module, name: str, report: Report) -> N
         if not name:
             images = next(node for node in graph.nodes if node.op == "placeholder")
             with graph.inserting_after(images):
-                inner = graph.call_function(runners.innermost, (images,))
+                inner = graph.call_function(dispatch.innermost, (images,))
             images.replace_all_uses_with(inner, delete_user_cb=lambda user: user is not inner)
         written = {child: settings(module.get_submodule(child)) for child in inlined}
         module.forward = MethodType(lean_forward(graph, parameters, written), module)
 
 
 def _replace(graph: fx.Graph, root: nn.Module, report: Report) -> None:
-    """Put calls of `runners` into a graph in the place of the layers they know."""
+    """Put calls of `dispatch` into a graph in the place of the layers they know."""
     level = report.level
     taken: set[fx.Node] = set()
     chains = [chain for node in list(graph.nodes) if (chain := _chain(node, root, taken)) is not None]
@@ -128,41 +128,47 @@ def _replace(graph: fx.Graph, root: nn.Module, report: Report) -> None:
     report.convs += len(inner)
     for node in list(graph.nodes):
         with graph.inserting_before(node):
-            module = _module(node, root)
-            if isinstance(module, _ConvNd) and not module.transposed and _one_input(node):
-                _put(graph, [node], runners.conv, (_get(graph, node), node.args[0]))
-                report.convs += 1
-            elif isinstance(module, nn.AdaptiveAvgPool2d) and _one_input(node):
-                _put(graph, [node], runners.global_pool, (_get(graph, node), node.args[0]))
-                report.others += 1
-            elif node.target is F.avg_pool2d and len(node.args) == 2 and not node.kwargs:
-                _put(graph, [node], runners.avg_pool, node.args)
-                report.others += 1
-            elif _is_act(node, root):
-                _put(graph, [node], runners.activation, (level, _get(graph, node), node.args[0]))
-                report.others += 1
-            elif type(module) is nn.MaxPool2d and _one_input(node):
-                _put(graph, [node], runners.max_pool, (_get(graph, node), node.args[0]))
-                report.others += 1
-            elif level == "smallest" and node.target is F.scaled_dot_product_attention:
-                _put(graph, [node], runners.attention, node.args, node.kwargs)
-                report.others += 1
+            call = _call_for(graph, node, root, level)
+            if call is not None:
+                _put(graph, [node], *call)
+                report.convs += call[0] is dispatch.conv
+                report.others += call[0] is not dispatch.conv
     if level != "smallest":
         _fork(graph)
 
 
+def _call_for(graph: fx.Graph, node: fx.Node, root: nn.Module, level: str) -> tuple[Any, ...] | None:
+    """Return the function of `dispatch` that runs a single layer, and its arguments; None for an unknown one."""
+    module = _module(node, root)
+    if node.target is F.avg_pool2d and len(node.args) == 2 and not node.kwargs:
+        return dispatch.avg_pool, node.args
+    if level == "smallest" and node.target is F.scaled_dot_product_attention:
+        return dispatch.attention, node.args, node.kwargs
+    if _is_act(node, root):
+        return dispatch.activation, (level, _get(graph, node), node.args[0])
+    if not _one_input(node):
+        return None
+    if isinstance(module, _ConvNd) and not module.transposed:
+        return dispatch.conv, (_get(graph, node), node.args[0])
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return dispatch.global_pool, (_get(graph, node), node.args[0])
+    if type(module) is nn.MaxPool2d:
+        return dispatch.max_pool, (_get(graph, node), node.args[0])
+    return None
+
+
 def _fork(graph: fx.Graph) -> None:
-    """Let norm layers whose output runners use twice, as at the start of a residual block, return it twice.
+    """Let norm layers whose output dispatch use twice, as at the start of a residual block, return it twice.
 
     Two gradients are more memory than their sum: not at "smallest".
     """
-    known = (runners.conv, runners.norm)
+    known = (dispatch.conv, dispatch.norm)
     for node in list(graph.nodes):
         users = list(node.users)
-        if node.target is runners.norm and len(users) == 2 and all(u.target in known for u in users):
-            node.update_kwarg("twice", True)
+        if node.target is dispatch.norm and len(users) == 2 and all(u.target in known for u in users):
+            node.update_kwarg("two_outputs", True)
             with graph.inserting_after(node):
-                both = graph.call_function(runners.fork, (node,))
+                both = graph.call_function(dispatch.fork, (node,))
             for i, user in enumerate(users):
                 with graph.inserting_after(both):
                     user.replace_input_with(node, graph.call_function(operator.getitem, (both, i)))
@@ -178,11 +184,11 @@ def _one_input(node: fx.Node) -> bool:
 
 
 def _is_act(node: fx.Node, root: nn.Module) -> bool:
-    """Tell whether a node is an activation that the runners know."""
+    """Tell whether a node is an activation that the dispatch know."""
     if node.op == "call_function":
         plain = set(node.kwargs) <= {"inplace"} and len(node.args) == 1 and isinstance(node.args[0], fx.Node)
-        return plain and node.target in ACTS
-    return type(_module(node, root)) in ACTS and _one_input(node)
+        return plain and activation_of(node.target) is not None
+    return activation_of(type(_module(node, root))) is not None and _one_input(node)
 
 
 def _sole_user(node: fx.Node) -> fx.Node | None:
@@ -260,18 +266,18 @@ def _write_chain(graph: fx.Graph, level: str, chain: Chain) -> None:
         own = (_get(graph, chain.norm), _get(graph, chain.act))
         if first is not None:
             front = (level, _get(graph, first.norm), _get(graph, first.act), _get(graph, chain.between))
-            _put(graph, nodes, runners.pair, (*front, *own, chain.source, chain.residual))
+            _put(graph, nodes, dispatch.pair, (*front, *own, chain.source, chain.residual))
         elif chain.pool is not None:
-            _put(graph, nodes, runners.pooled, (level, *own, _get(graph, chain.pool), chain.source))
+            _put(graph, nodes, dispatch.pooled, (level, *own, _get(graph, chain.pool), chain.source))
         else:
-            _put(graph, nodes, runners.norm, (level, *own, chain.source, chain.residual))
+            _put(graph, nodes, dispatch.norm, (level, *own, chain.source, chain.residual))
 
 
 def _get(graph: fx.Graph, node: fx.Node | None) -> Any:
-    """Return what the runners get for a node: the module that it calls, or the code of an activation."""
+    """Return what the dispatch get for a node: the module that it calls, or the name of an activation."""
     if node is None:
         return None
-    return graph.get_attr(str(node.target)) if node.op == "call_module" else ACTS[node.target]
+    return graph.get_attr(str(node.target)) if node.op == "call_module" else ACTIVATIONS[node.target]
 
 
 def _put(graph: fx.Graph, nodes: list[fx.Node], function: Callable[..., Any], args: Any, kwargs: Any = None) -> None:

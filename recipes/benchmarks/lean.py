@@ -36,7 +36,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.lean import LEVELS, native, saved_bytes
+from bn_affine_adapters.lean import LEVELS, saved_bytes
+from bn_affine_adapters.lean.backends import cpp, gpu
 from bn_affine_adapters.norms.find import norm_layers
 from bn_affine_adapters.study import figures as plots
 from bn_affine_adapters.study.costs import largest, operations, peak_memory, runs_within, unsaved_buffers
@@ -217,7 +218,7 @@ def measure(job: Job, ways: Sequence[str]) -> dict[str, Any]:
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     versions = {module.__name__: module.__version__ for module in (torch, timm, peft)}
     there = {"device": DEVICE, "machine": machine, "versions": versions}
-    return {**asdict(job), **there, "native": bool(native.loaded or native.triton_loaded), "ways": found}
+    return {**asdict(job), **there, "native": bool(cpp.loaded or gpu.loaded), "ways": found}
 
 
 def ratio(line: dict[str, Any], way: str, measure: str, to: str = "full") -> float | None:

@@ -33,7 +33,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.lean import LEVELS, native, runners, spatial
+from bn_affine_adapters.lean import LEVELS, conv_pool, dispatch
+from bn_affine_adapters.lean.backends import cpp, gpu
 from bn_affine_adapters.study.costs import conv_backward_operations
 from bn_affine_adapters.study.pages import write_section
 
@@ -160,11 +161,11 @@ def _in_float32(function: Any) -> Any:
 def as_on_a_gpu() -> Iterator[None]:
     """Let tensors without numbers, which say that they are on a CPU, take the operators of a GPU."""
     with (
-        patch.object(native, "loaded", False),
-        patch.object(native, "triton_loaded", native.load_triton()),
-        patch.object(native, "TRITON_DEVICE", "cpu"),
-        patch.object(spatial, "PIXELWISE_DEVICE", None),
-        patch.object(runners, "AUTOCAST_LEAVES", ()),
+        patch.object(cpp, "loaded", False),
+        patch.object(gpu, "loaded", gpu.load()),
+        patch.object(gpu, "DEVICE", "cpu"),
+        patch.object(conv_pool, "PIXELWISE_DEVICE", None),
+        patch.object(dispatch, "AUTOCAST_LEAVES", ()),
         patch.object(F, "layer_norm", _in_float32(F.layer_norm)),
         patch.object(F, "group_norm", _in_float32(F.group_norm)),
     ):

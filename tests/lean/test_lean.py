@@ -1,6 +1,6 @@
 """Lean training's gradients: PyTorch's where they are exact, within measured bounds where rounding is allowed.
 
-Layers are run as a rewritten network runs them, through `runners`, with kernels in C++ and with PyTorch's operators.
+Layers are run as a rewritten network runs them, through `dispatch`, with kernels in C++ and with PyTorch's operators.
 """
 
 import copy
@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from lean_tensors import ACTS, LAYOUTS, channel_maps, distance, drawn, planes, rows
 from timm import layers as timm_layers
 from torch import nn
 from torch.autograd import gradcheck
@@ -16,64 +17,33 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bn_affine_adapters.lean import LEVELS, native, runners, saved_bytes
-from bn_affine_adapters.lean import kernels as k
-from bn_affine_adapters.lean.batch_norm import Norm, NormAct, PooledNorm, lines
-from bn_affine_adapters.lean.rows import KeptAct, RoundedAttention, RowNorm
-from bn_affine_adapters.lean.spatial import FrozenConv, Geometry, GlobalPool, MaxPool
+from bn_affine_adapters.lean import LEVELS, backends, dispatch, saved_bytes
+from bn_affine_adapters.lean.backends import constants as k
+from bn_affine_adapters.lean.backends import cpp, portable
+from bn_affine_adapters.lean.batch_norm import Norm, NormAct, PooledNorm
+from bn_affine_adapters.lean.conv_pool import FrozenConv, Geometry, GlobalPool, MaxPool
+from bn_affine_adapters.lean.row_norm import KeptAct, RoundedAttention, RowNorm
 
-NAMES = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")
-ACTS = {name: code for code, name in enumerate(NAMES)}
 CORNERS = {k.RELU: (0,), k.RELU6: (0, 6), k.HARDSWISH: (-3, 3)}
 LAYERS = {k.IDENTITY: nn.Identity, k.RELU: nn.ReLU, k.RELU6: nn.ReLU6, k.SILU: nn.SiLU, k.HARDSWISH: nn.Hardswish}
-ADDABLE = (k.IDENTITY, k.RELU, k.RELU6)  # behind which activations a residual is added in the same kernel
 # Gamma and beta: training, frozen, or not there.
 KINDS = (("trains", "trains"), ("frozen", "trains"), ("trains", "frozen"), (None, None), ("frozen", "frozen"))
 PRECISE = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-6}  # a hundred and a thousand times stricter than gradcheck's own
 
 
-def drawn(*shape, seed=0, dtype=torch.float64, scale=1.0, shift=0.0, grad=False):
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (numbers * scale + shift).to(dtype).requires_grad_(grad)
-
-
-def rows(t):
-    """Channels innermost."""
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def planes(t):
-    """One channel after the other."""
-    return t.contiguous()
-
-
-def strided(t):
-    """Every other number of a tensor twice as large."""
-    return torch.stack([t, t + 1], -1)[..., 0]
-
-
-LAYOUTS = (rows, planes, strided)
-
-
-def distance(found, wanted):
-    """Return how far two tensors are apart, as a share of the second."""
-    assert found.shape == wanted.shape
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
-
-
 # Exact: gradients of float64 against differences of the function itself.
 
 
-def norm_act(act, of_batch, twice=False):
+def norm_act(act, of_batch, two_outputs=False):
     """Return NormAct as a function of z, gamma, beta and residual, with statistics of the batch or fixed ones."""
 
     def run(z, gamma, beta, residual=None):
         with torch.no_grad():
-            statistics = k.kernels(z, act).stats(z, False)
+            statistics = backends.of_layer(z, act).stats(z, False)
             if not of_batch:
                 statistics = torch.stack([torch.linspace(-1, 1, z.shape[1]), torch.ones(z.shape[1])]).to(z)
-            maps = lines(statistics, 1e-5, gamma, beta, k.INPUT)
-        how = Norm(act, k.INPUT, of_batch, z.numel() // z.shape[1], twice=twice)
+            maps = channel_maps(statistics, 1e-5, gamma, beta, k.INPUT)
+        how = Norm(act, k.INPUT, of_batch, z.numel() // z.shape[1], two_outputs=two_outputs)
         return NormAct.apply(z, gamma, beta, residual, maps, how)
 
     return run
@@ -85,25 +55,26 @@ def trainable(kind, channels, seed, scale=1.0):
 
 
 @pytest.mark.parametrize("of_batch", [True, False], ids=["batch statistics", "eval statistics"])
-@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+@pytest.mark.parametrize("act", ACTS)
 def test_batch_norm_has_the_gradient_of_its_function(backend, act, of_batch):
     cases, sides, corners = 0, set(), CORNERS.get(act, (0,))
-    options = [((2, 3, 2, 2), kinds) for kinds in KINDS] + [((4, 2), KINDS[0]), ((2, 2, 3), KINDS[0])]
+    kinds = KINDS if act in (k.RELU, k.SILU) else KINDS[:1]
+    options = [((2, 3, 2, 2), kind) for kind in kinds] + [((4, 2), KINDS[0]), ((2, 2, 3), KINDS[0])]
     for (shape, (gammas, betas)), adds in itertools.product(options, (False, True)):
-        if adds and act not in ADDABLE:
+        if adds and act not in k.ADDABLE:
             continue
         z = drawn(*shape, seed=1, grad=True)
         gamma, beta = trainable(gammas, shape[1], 2, 12), trainable(betas, shape[1], 3, 3)
         residual = drawn(*shape, seed=4, scale=2, grad=True) if adds else None
-        cpp = backend == "C++" and len(shape) != 3 and act <= k.HARDSWISH
-        assert k.kernels(z, act) is (torch.ops.bnaa if cpp else k.Portable)
+        in_cpp = backend == "C++" and len(shape) != 3 and act in cpp.ACTIVATIONS
+        assert backends.of_layer(z, act) is (torch.ops.bnaa if in_cpp else portable)
         assert gradcheck(norm_act(act, of_batch), (z, gamma, beta, residual), **PRECISE)
         if shape == (2, 3, 2, 2):
-            assert gradcheck(norm_act(act, of_batch, twice=True), (z, gamma, beta, residual), **PRECISE)
+            assert gradcheck(norm_act(act, of_batch, two_outputs=True), (z, gamma, beta, residual), **PRECISE)
         u = norm_act(k.IDENTITY, of_batch)(z, gamma, beta, residual)
         sides |= {sum(value > corner for corner in corners) for value in u.flatten().tolist()}
         cases += 1
-    assert cases == len(options) * (2 if act in ADDABLE else 1) == (14 if act in ADDABLE else 7)
+    assert cases == len(options) * (2 if act in k.ADDABLE else 1) >= 3
     assert len(sides) == len(corners) + 1, "the activation was not tried on all sides of its corners"
 
 
@@ -113,7 +84,7 @@ def test_the_gradient_check_finds_what_is_missing(backend):
 
     def run(norm):
         def with_statistics(z):
-            maps = lines(k.kernels(z, k.SILU).stats(z.detach(), False), 1e-5, gamma, beta, k.INPUT)
+            maps = channel_maps(backends.of_layer(z, k.SILU).stats(z.detach(), False), 1e-5, gamma, beta, k.INPUT)
             return NormAct.apply(z, gamma, beta, None, maps, norm)
 
         return with_statistics
@@ -127,8 +98,9 @@ def test_the_gradient_check_finds_what_is_missing(backend):
 def test_frozen_convolution_has_the_gradient_of_its_function():
     """In 1, 2 and 3 dimensions, also where the stride leaves pixels over that no output has seen."""
     cases = left_over = 0
-    options = itertools.product((1, 2, 3), (1, 3), (1, 2, 3), (0, 1, 2), (1, 2), (1, 2), (6, 7))
-    for axes, kernel, stride, padding, dilation, groups, size in options:
+    options = itertools.product((1, 2, 3), (1, 3), (1, 2, 3), (0, 1, 2), (1, 2), (6, 7))
+    for axes, kernel, stride, padding, dilation, size in options:
+        groups = 1 + cases // 2 % 2
         shape = (size, size + 1, 5)[:axes]
         x, bias = drawn(1, 2, *shape, seed=cases, grad=True), drawn(4) if cases % 2 else None
         weight = drawn(4, 2 // groups, *(kernel,) * axes, seed=1)
@@ -143,16 +115,16 @@ def test_frozen_convolution_has_the_gradient_of_its_function():
         if axes < 3 and cases % 11 == 0:
             assert gradcheck(lambda x_: FrozenConv.apply(x_, weight, bias, geometry), (x,), **PRECISE)  # noqa: B023
         cases += 1
-    assert cases == 3**3 * 2**4
-    assert left_over > 100
+    assert cases == 3**3 * 2**3
+    assert left_over > 50
 
 
 def test_a_convolution_that_is_frozen_here_keeps_only_its_weight():
     own = nn.Conv2d(4, 6, 3, stride=2, padding=1).requires_grad_(False)
     x = drawn(2, 4, 8, 8, dtype=torch.float32, grad=True)
-    assert saved_bytes(own, lambda: runners.conv(own, x))[1] == 0
+    assert saved_bytes(own, lambda: dispatch.conv(own, x))[1] == 0
     own.weight.requires_grad_(True)
-    assert saved_bytes(own, lambda: runners.conv(own, x))[1] == x.nbytes
+    assert saved_bytes(own, lambda: dispatch.conv(own, x))[1] == x.nbytes
 
 
 POOLS = [
@@ -166,7 +138,9 @@ POOLS = [
 def test_max_pooling_has_the_gradient_of_its_function():
     """With windows that overlap, and values that are equal, of which PyTorch's own takes the gradient."""
     cases = 0
-    for options, layout, size in itertools.product(POOLS, LAYOUTS, ((7, 6), (8, 9))):
+    for (options, size), layout in zip(
+        itertools.product(POOLS, ((7, 6), (8, 9))), itertools.cycle(LAYOUTS), strict=False
+    ):
         x = drawn(2, 3, *size, seed=cases, grad=True)
         equal = layout(x.detach().mul(2).round()).requires_grad_(True)
         found, wanted = MaxPool.apply(equal, options), F.max_pool2d(equal, **options)
@@ -174,10 +148,10 @@ def test_max_pooling_has_the_gradient_of_its_function():
         dy = rows(drawn(*wanted.shape, seed=1))
         (dx,), (wanted_dx,) = (torch.autograd.grad(y, equal, dy) for y in (found, wanted))
         assert distance(dx, wanted_dx) < 1e-15
-        if cases % 24 == 0:
+        if cases % 9 == 0:
             assert gradcheck(lambda x_: MaxPool.apply(x_, options), (x,), **PRECISE)  # noqa: B023
         cases += 1
-    assert cases == 32 * 3 * 2
+    assert cases == 32 * 2
 
 
 @pytest.mark.parametrize("act", [k.RELU, k.RELU6], ids=["relu", "relu6"])
@@ -187,10 +161,10 @@ def test_pooled_norm_has_the_gradient_of_its_function(backend, act):
     gamma, beta = drawn(3, seed=1, scale=3, grad=True), drawn(3, seed=2, shift=2, grad=True)
     for options, layout in itertools.product(POOLS, (rows, planes)):
         z = layout(drawn(2, 3, 7, 6, seed=cases))
-        statistics = k.kernels(z, act).stats(z, False)
+        statistics = backends.of_layer(z, act).stats(z, False)
 
         def run(gamma, beta, z=z, statistics=statistics, options=options):
-            maps = lines(statistics, 1e-5, gamma, beta, k.INPUT)
+            maps = channel_maps(statistics, 1e-5, gamma, beta, k.INPUT)
             return PooledNorm.apply(z, gamma, beta, maps, Norm(act, k.INPUT, True, 84), options)
 
         wanted = F.max_pool2d(norm_act(act, True)(z, gamma, beta), **options)
@@ -213,7 +187,7 @@ def test_global_pooling_has_the_gradient_of_its_function():
         assert gradcheck(lambda x_: GlobalPool.apply(x_, adaptive), (x,), **PRECISE)  # noqa: B023
 
 
-@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+@pytest.mark.parametrize("act", ACTS)
 def test_layer_norm_and_group_norm_have_the_gradient_of_their_function(act):
     cases = 0
     shapes = {0: ((4, 6), (2, 2, 4)), 1: ((2, 4, 3),), 2: ((2, 4, 2, 2),), 4: ((2, 4, 3),)}
@@ -227,7 +201,7 @@ def test_layer_norm_and_group_norm_have_the_gradient_of_their_function(act):
                 return RowNorm.apply(z, gamma, beta, groups, 1e-5, act, k.INPUT)
 
             plain = F.group_norm(z, groups, gamma, beta) if groups else F.layer_norm(z, (channels,), gamma, beta)
-            assert torch.equal(run(z, gamma, beta), k.activate(plain, act))
+            assert torch.equal(run(z, gamma, beta), portable.activate(plain, act))
             assert gradcheck(run, (z, gamma, beta), **PRECISE)
             cases += 1
     assert cases == 25
@@ -237,14 +211,14 @@ def test_layer_norm_of_images_has_the_gradient_of_its_function():
     own = timm_layers.LayerNormAct2d(4, act_layer=nn.GELU).double()
     for layout in LAYOUTS:
         x = layout(drawn(2, 4, 3, 2)).requires_grad_(True)
-        assert distance(runners.norm("exact", own, None, x), own(x)) < 1e-15
-        assert gradcheck(lambda x_, *_: runners.norm("exact", own, None, x_), (x, *own.parameters()), **PRECISE)
+        assert distance(dispatch.norm("exact", own, None, x), own(x)) < 1e-15
+        assert gradcheck(lambda x_, *_: dispatch.norm("exact", own, None, x_), (x, *own.parameters()), **PRECISE)
 
 
 def test_relu_that_keeps_a_bit_has_the_gradient_of_its_function():
     for act, layout in itertools.product((k.RELU, k.RELU6), LAYOUTS):
         x = layout(drawn(3, 5, 3, 3, scale=4)).requires_grad_(True)
-        assert torch.equal(KeptAct.apply(x, act), k.activate(x, act))
+        assert torch.equal(KeptAct.apply(x, act), portable.activate(x, act))
         assert gradcheck(lambda x_: KeptAct.apply(x_, act), (x,), **PRECISE)  # noqa: B023
 
 
@@ -287,7 +261,7 @@ def test_float32_is_as_near_to_float64_as_pytorch_in_every_layout(backend, act):
         own = gradients(lambda z, r: plain_block(norm, act, z, r), z, residual, norm, dy)  # noqa: B023
         for layout_z, layout_dy, layout_r in itertools.product(LAYOUTS, LAYOUTS, LAYOUTS if adds else (rows,)):
             found = gradients(
-                lambda z, r: runners.norm("exact", norm, act, z, r),  # noqa: B023
+                lambda z, r: dispatch.norm("exact", norm, act, z, r),  # noqa: B023
                 layout_z(z), layout_r(residual) if adds else None, norm, layout_dy(dy),
             )  # fmt: skip
             for a, b, c, size in zip(found, own, exact, sizes, strict=True):
@@ -298,17 +272,17 @@ def test_float32_is_as_near_to_float64_as_pytorch_in_every_layout(backend, act):
 
 def test_a_mask_read_in_another_layout_would_be_found(monkeypatch):
     """The comparison above sees the error it is there for: bits packed for one layout, read for the other."""
-    monkeypatch.setattr(native, "loaded", False)
+    monkeypatch.setattr(cpp, "loaded", False)
     norm, z, dy = (
         nn.BatchNorm2d(3),
         drawn(2, 3, 5, 7, dtype=torch.float32),
         drawn(2, 3, 5, 7, dtype=torch.float32, seed=1),
     )
-    run = lambda z, r: runners.norm("rounded", norm, k.RELU, z, r)  # noqa: E731
+    run = lambda z, r: dispatch.norm("rounded", norm, k.RELU, z, r)  # noqa: E731
     right = gradients(run, z, None, norm, dy)
-    unpack = k.unpack
+    unpack = portable.unpack
     turned = lambda packed, shape: unpack(packed, torch.Size([2, 5, 7, 3])).permute(0, 3, 1, 2)  # noqa: E731
-    monkeypatch.setattr(k, "unpack", turned)
+    monkeypatch.setattr(portable, "unpack", turned)
     wrong = gradients(run, z, None, norm, dy)
     assert all(distance(a, b) > 0.1 for a, b in zip(wrong[1:], right[1:], strict=True))
 
@@ -320,13 +294,13 @@ def test_what_is_kept_is_off_by_half_a_step_at_most(backend):
     """Normalised input and activation's input from what was kept, in float64; a constant channel's are exact."""
     z = torch.cat([drawn(4, 5, 6, 7, scale=3, shift=10), torch.full((4, 1, 6, 7), 10.0).double()], 1)
     gamma, beta = drawn(6, seed=1), drawn(6, seed=2)
-    statistics = k.kernels(z, k.IDENTITY).stats(z, True)
+    statistics = backends.of_layer(z, k.IDENTITY).stats(z, True)
     x = F.batch_norm(z, None, None, training=True)
     u = F.batch_norm(z, None, None, gamma, beta, training=True)
     spread = (x.amax((0, 2, 3)) - x.amin((0, 2, 3))) / 255
     for keep in (k.INPUT, k.BFLOAT16, k.BYTE):
-        table = lines(statistics, 1e-5, gamma, beta, keep)
-        _, kept, _ = k.kernels(z, k.IDENTITY).forward(z, None, *table[:4], k.IDENTITY, keep, False)
+        table = channel_maps(statistics, 1e-5, gamma, beta, keep)
+        _, kept, _ = backends.of_layer(z, k.IDENTITY).forward(z, None, table, k.IDENTITY, keep, False)
         kept = (z if keep == k.INPUT else kept).double()
         slope, level, zero, step = (line.view(1, -1, 1, 1) for line in table[4:])
         half = {k.INPUT: 0 * x, k.BFLOAT16: x.abs() / 256, k.BYTE: spread.view(1, -1, 1, 1) / 2}[keep] + 1e-12
@@ -360,14 +334,16 @@ class Chain(nn.Module):
                 h = F.relu(self.norms[i + 2](self.convs[i + 1](inner)) + h)
             return self.head(h.mean((2, 3)))
         codes = (k.RELU, k.SILU) * len(self.norms)
-        h = runners.norm(level, self.norms[0], k.RELU, runners.conv(self.stem, x))
+        h = dispatch.norm(level, self.norms[0], k.RELU, dispatch.conv(self.stem, x))
         for i in range(0, len(self.convs), 2):
-            z, (one, two), last = runners.conv(self.convs[i], h), self.norms[i + 1 : i + 3], self.convs[i + 1]
+            z, (one, two), last = dispatch.conv(self.convs[i], h), self.norms[i + 1 : i + 3], self.convs[i + 1]
             if level == "smallest":
-                h = runners.pair(level, one, codes[i // 2], last, two, k.RELU, z, h)
+                h = dispatch.pair(level, one, codes[i // 2], last, two, k.RELU, z, h)
             else:
-                h = runners.norm(level, two, k.RELU, runners.conv(last, runners.norm(level, one, codes[i // 2], z)), h)
-        return self.head(runners.avg_pool(h, h.shape[-2:]).flatten(1))
+                h = dispatch.norm(
+                    level, two, k.RELU, dispatch.conv(last, dispatch.norm(level, one, codes[i // 2], z)), h
+                )
+        return self.head(dispatch.avg_pool(h, h.shape[-2:]).flatten(1))
 
 
 def trained(level, dtype=torch.float32, **kwargs):
@@ -425,7 +401,7 @@ def test_masks_are_exact_at_every_level(backend, act):
     z, residual, dy = (drawn(*shape, seed=seed, dtype=torch.float32, scale=4) for seed in range(3))
     exact = plain_block(norm, act, z, residual)
     for level, layout in itertools.product(LEVELS, LAYOUTS):
-        found = gradients(lambda z, r: runners.norm(level, norm, act, z, r), z, residual, norm, layout(dy))  # noqa: B023
+        found = gradients(lambda z, r: dispatch.norm(level, norm, act, z, r), z, residual, norm, layout(dy))  # noqa: B023
         assert torch.equal(found[4], dy * ((exact > 0) & (exact < 6) if act == k.RELU6 else exact > 0))
 
 
@@ -442,8 +418,8 @@ def test_rows_are_rounded_within_measured_bounds(kind, level):
     nn.init.normal_(own.weight, 1, 0.3, generator=torch.Generator().manual_seed(0))
     z, dy = drawn(*shape, dtype=torch.float32), drawn(*shape, seed=1, dtype=torch.float32)
     wanted = gradients(lambda z, _: F.gelu(own(z)), z, None, own, dy)
-    exact = gradients(lambda z, _: runners.norm("exact", own, k.GELU, z), z, None, own, dy)
-    found = gradients(lambda z, _: runners.norm(level, own, k.GELU, z), z, None, own, dy)
+    exact = gradients(lambda z, _: dispatch.norm("exact", own, k.GELU, z), z, None, own, dy)
+    found = gradients(lambda z, _: dispatch.norm(level, own, k.GELU, z), z, None, own, dy)
     assert torch.equal(found[0], exact[0])
     assert max(distance(a, b) for a, b in zip(exact, wanted, strict=True)) < 1e-6
     bound = {"rounded": 0.003, "smallest": 0.012}[level]
@@ -457,7 +433,7 @@ def test_activations_and_attention_are_rounded_within_measured_bounds():
     shares = []
     for act in (k.SILU, k.HARDSWISH, k.GELU, k.GELU_TANH):
         x.requires_grad_(True)
-        found, wanted = KeptAct.apply(x, act), k.activate(x, act)
+        found, wanted = KeptAct.apply(x, act), portable.activate(x, act)
         assert torch.equal(found, wanted)
         shares.append(distance(*(torch.autograd.grad(y, x, dy)[0] for y in (found, wanted))))
     qkv = [drawn(2, 3, 20, 16, seed=seed, dtype=torch.float32, grad=True) for seed in range(3)]
@@ -489,10 +465,10 @@ def test_running_statistics_are_those_of_nn_batch_norm(backend, level):
                 if level_ is None:
                     y = norms[1](conv(norms[0](x).relu())).relu()
                 elif paired:
-                    y = runners.pair(level_, norms[0], k.RELU, conv, norms[1], k.RELU, x)
+                    y = dispatch.pair(level_, norms[0], k.RELU, conv, norms[1], k.RELU, x)
                 else:
-                    h = runners.norm(level_, norms[0], k.RELU, x)
-                    y = runners.norm(level_, norms[1], k.RELU, runners.conv(conv, h))
+                    h = dispatch.norm(level_, norms[0], k.RELU, x)
+                    y = dispatch.norm(level_, norms[1], k.RELU, dispatch.conv(conv, h))
                 y.sum().backward()
             assert lean.state_dict().keys() == plain.state_dict().keys()
             for (name, found), wanted in zip(lean.state_dict().items(), plain.state_dict().values(), strict=True):
@@ -513,13 +489,13 @@ def test_what_batch_norm_refuses_is_refused_in_its_words(backend):
         with pytest.raises(ValueError, match="xpected") as wanted:
             copy.deepcopy(own)(torch.zeros(shape))
         with pytest.raises(ValueError, match="xpected") as found:
-            runners.norm("exact", own, None, torch.zeros(shape))
+            dispatch.norm("exact", own, None, torch.zeros(shape))
         assert str(found.value) == str(wanted.value)
         assert all(torch.equal(own.state_dict()[name], value) for name, value in before.items())
         cases += 1
     assert cases == 5
     one = torch.ones(1, 3, 1, 1)
-    assert torch.allclose(runners.norm("exact", nn.BatchNorm2d(3).eval(), None, one), one, atol=1e-5)
+    assert torch.allclose(dispatch.norm("exact", nn.BatchNorm2d(3).eval(), None, one), one, atol=1e-5)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -532,10 +508,10 @@ def test_a_residual_of_another_shape_or_type_is_added_as_pytorch_adds_it(backend
         residual = residual.to(dtype).requires_grad_(True)
         x_ = x.clone().requires_grad_(True)
         wanted = (copy.deepcopy(two)(conv(copy.deepcopy(one)(x_).relu())) + residual).relu()
-        h = runners.norm(level, one, k.RELU, x_)
+        h = dispatch.norm(level, one, k.RELU, x_)
         for found in (
-            runners.norm(level, two, k.RELU, conv(h), residual),
-            runners.pair(level, one, k.RELU, conv, two, k.RELU, x_, residual),
+            dispatch.norm(level, two, k.RELU, conv(h), residual),
+            dispatch.pair(level, one, k.RELU, conv, two, k.RELU, x_, residual),
         ):
             assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
             assert distance(found, wanted) < (1e-6 if found.dtype != torch.bfloat16 else 5e-3)
@@ -552,14 +528,16 @@ def test_without_a_gradient_for_the_input_nothing_is_computed_for_one(cpp, monke
 
     class Recorded(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            asked.extend([args[7]] if operator is torch.ops.bnaa.sums.default else [])
+            asked.extend([args[5]] if operator is torch.ops.bnaa.sums.default else [])
             return operator(*args, **(kwargs or {}))
 
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: exchanged.append(args))
     for grad in (False, True):
         z, gamma, beta = drawn(2, 3, 4, 4, grad=grad), drawn(3, grad=True), drawn(3, grad=True)
-        maps = lines(torch.ones(2, 3, dtype=z.dtype), 1e-5, gamma, beta, k.INPUT)
-        both = NormAct.apply(z, gamma, beta, None, maps, Norm(k.RELU, k.INPUT, True, 32, group="some", twice=True))
+        maps = channel_maps(torch.ones(2, 3, dtype=z.dtype), 1e-5, gamma, beta, k.INPUT)
+        both = NormAct.apply(
+            z, gamma, beta, None, maps, Norm(k.RELU, k.INPUT, True, 32, group="some", two_outputs=True)
+        )
         with Recorded():
             (both[0] + both[1]).sum().backward()
         assert asked == [False, True][: grad + 1]
@@ -570,7 +548,7 @@ def test_without_a_gradient_for_the_input_nothing_is_computed_for_one(cpp, monke
 def test_an_activation_keeps_the_layout_of_images_and_rounds_along_their_channels(layer):
     for layout, short in ((rows, 2 * 7 * 5), (planes, 2 * 16 * 7)):
         x = layout(drawn(2, 16, 7, 5, dtype=torch.float32)).requires_grad_(True)
-        y, saved = saved_bytes(nn.Identity(), partial(runners.activation, "smallest", layer(), x))
+        y, saved = saved_bytes(nn.Identity(), partial(dispatch.activation, "smallest", layer(), x))
         (dx,) = torch.autograd.grad(y, x, layout(torch.ones_like(y)))
         wanted = layer()(x)
         (wanted_dx,) = torch.autograd.grad(wanted, x, torch.ones_like(x))
@@ -587,7 +565,7 @@ def test_under_autocast_rows_have_the_type_that_pytorchs_have(backend, level):
     for own, shape in zip(norms, ((4, 5, 32), (4, 32, 3, 3), (4, 5, 32)), strict=True):
         x, dy = drawn(*shape, dtype=torch.bfloat16), drawn(*shape, seed=1, dtype=torch.bfloat16)
         found = []
-        for run in (own, lambda x, own=own: runners.norm(level, own, None, x)):
+        for run in (own, lambda x, own=own: dispatch.norm(level, own, None, x)):
             x_ = x.detach().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16):
                 y = run(x_)

@@ -4,12 +4,12 @@ import weakref
 
 import pytest
 import torch
-from test_lean import drawn, rows
+from lean_tensors import drawn, rows
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bn_affine_adapters.lean import LEVELS, runners, saved_bytes
-from bn_affine_adapters.lean import kernels as k
+from bn_affine_adapters.lean import LEVELS, dispatch, saved_bytes
+from bn_affine_adapters.lean.backends import constants as k
 
 
 class Two(nn.Module):
@@ -24,11 +24,11 @@ class Two(nn.Module):
 
     def forward(self, z, residual):
         if self.level == "smallest":
-            return runners.pair("smallest", self.norms[0], k.RELU, self.conv, self.norms[1], k.RELU, z, residual)
-        h = runners.norm(self.level, self.norms[0], k.RELU, z)
-        z2 = runners.conv(self.conv, h)
+            return dispatch.pair("smallest", self.norms[0], k.RELU, self.conv, self.norms[1], k.RELU, z, residual)
+        h = dispatch.norm(self.level, self.norms[0], k.RELU, z)
+        z2 = dispatch.conv(self.conv, h)
         self.made = [weakref.ref(h)]
-        return runners.norm(self.level, self.norms[1], k.RELU, z2, residual)
+        return dispatch.norm(self.level, self.norms[1], k.RELU, z2, residual)
 
 
 def hidden(y):
@@ -105,15 +105,15 @@ def test_a_second_derivative_is_refused(backend):
     x = drawn(2, 4, 6, 6, dtype=torch.float32, grad=True)
     norms, conv = [nn.BatchNorm2d(4) for _ in range(2)], nn.Conv2d(4, 4, 3).requires_grad_(False)
     layers = {
-        "NormAct": lambda: runners.norm("exact", norms[0], k.SILU, x),
-        "NormActConv": lambda: runners.pair("smallest", norms[0], k.RELU, conv, norms[1], k.RELU, x),
-        "PooledNorm": lambda: runners.pooled("exact", norms[0], k.RELU, nn.MaxPool2d(2), x.detach()),
-        "FrozenConv": lambda: runners.conv(conv, x),
-        "MaxPool": lambda: runners.max_pool(nn.MaxPool2d(2), x),
-        "GlobalPool": lambda: runners.avg_pool(x, x.shape[-2:]),
-        "RowNorm": lambda: runners.norm("rounded", nn.GroupNorm(2, 4), k.GELU, x),
-        "KeptAct": lambda: runners.activation("smallest", nn.GELU(), x),
-        "RoundedAttention": lambda: runners.attention(x, x * 2, x * 3),
+        "NormAct": lambda: dispatch.norm("exact", norms[0], k.SILU, x),
+        "NormActConv": lambda: dispatch.pair("smallest", norms[0], k.RELU, conv, norms[1], k.RELU, x),
+        "PooledNorm": lambda: dispatch.pooled("exact", norms[0], k.RELU, nn.MaxPool2d(2), x.detach()),
+        "FrozenConv": lambda: dispatch.conv(conv, x),
+        "MaxPool": lambda: dispatch.max_pool(nn.MaxPool2d(2), x),
+        "GlobalPool": lambda: dispatch.avg_pool(x, x.shape[-2:]),
+        "RowNorm": lambda: dispatch.norm("rounded", nn.GroupNorm(2, 4), k.GELU, x),
+        "KeptAct": lambda: dispatch.activation("smallest", nn.GELU(), x),
+        "RoundedAttention": lambda: dispatch.attention(x, x * 2, x * 3),
     }
     for name, layer in layers.items():
         y = layer()

@@ -7,39 +7,37 @@ import os
 import subprocess
 import sys
 
+import lean_tensors
 import pytest
 import timm
 import torch
+from lean_tensors import ACTS, LAYOUTS, channel_maps, distance, planes, rows, strided, table, terms
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
-from bn_affine_adapters.lean import lean_, native, saved_bytes
-from bn_affine_adapters.lean.batch_norm import Norm, NormAct, lines, slopes
-from bn_affine_adapters.lean.kernels import (
+from bn_affine_adapters.lean import lean_, saved_bytes
+from bn_affine_adapters.lean.backends import cpp, gpu, of_layer, of_layer_norm, portable
+from bn_affine_adapters.lean.backends.constants import (
     BFLOAT16,
     BYTE,
     IDENTITY,
     INPUT,
-    LONGEST,
     MASKED,
     NOTHING,
     RELU,
     RELU6,
     SILU,
-    Portable,
-    kernels,
-    row_kernels,
+    wide,
 )
-from bn_affine_adapters.lean.rows import KeptAct, RoundedAttention, RoundedLayerNorm, RowNorm
+from bn_affine_adapters.lean.batch_norm import Norm, NormAct, gradient_terms
+from bn_affine_adapters.lean.row_norm import KeptAct, RoundedAttention, RoundedLayerNorm, RowNorm
 from bn_affine_adapters.norms.find import norm_layers
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch on Linux only")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there conftest lets Triton interpret
-ACTS = range(7)
-NAMES = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh")
 # A unit in the last place: the interpreter cuts bfloat16 off.
 CLOSE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7, torch.float16: 1e-3}
 # Each with channels, rows or pixels that fill no tile; the last is not of images.
@@ -48,61 +46,42 @@ SHAPES = ((2, 5, 3, 7), (1, 130, 3, 3), (67, 9))
 
 @pytest.fixture(scope="module")
 def ops():
-    assert native.load_triton()
+    assert gpu.load()
     return torch.ops.bnaa_triton
 
 
 @pytest.fixture
 def chosen(ops, monkeypatch):
     """Let lean training take these kernels here, whatever the device."""
-    monkeypatch.setattr(native, "loaded", False)
-    monkeypatch.setattr(native, "triton_loaded", True)
-    monkeypatch.setattr(native, "TRITON_DEVICE", DEVICE)
+    monkeypatch.setattr(cpp, "loaded", False)
+    monkeypatch.setattr(gpu, "loaded", True)
+    monkeypatch.setattr(gpu, "DEVICE", DEVICE)
+    return ops
 
 
 def drawn(shape, dtype, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
+    return lean_tensors.drawn(*(shape if isinstance(shape, tuple) else (shape,)), seed=seed).to(DEVICE, dtype)
 
 
 def columns(z, *seeds):
-    return [drawn(z.shape[1], native.wide(z.dtype), seed) for seed in seeds]
+    return [drawn(z.shape[1], wide(z.dtype), seed) for seed in seeds]
 
 
-def planes(t):
-    return t.contiguous()
-
-
-def rows(t):
-    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous()
-
-
-def strided(t):
-    return torch.stack([t, t + 1], -1)[..., 0]
-
-
-LAYOUTS = (planes, rows, strided)
-
-
-def distance(found, wanted):
-    assert found.shape == wanted.shape
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300)).item()
-
-
-@pytest.mark.parametrize("act", ACTS, ids=NAMES)
+@pytest.mark.parametrize("act", ACTS)
 def test_every_kernel_agrees_with_pytorchs_operators(ops, act):
     cases = itertools.product(CLOSE, SHAPES)
     ways = itertools.cycle(itertools.product((BYTE, BFLOAT16, INPUT, NOTHING), (planes, rows)))
     for (dtype, shape), (keep, layout) in zip(cases, ways, strict=False):
         z, dy, close = layout(drawn(shape, dtype, 1)), drawn(shape, dtype, 2), CLOSE[dtype]
-        slope, level, by, along = columns(z, 3, 4, 5, 6)
+        slope, offset, by, along = columns(z, 3, 4, 5, 6)
         statistics = ops.stats(z, True)
-        assert distance(statistics, Portable.stats(z, True)) < CLOSE[statistics.dtype]
+        assert distance(statistics, portable.stats(z, True)) < CLOSE[statistics.dtype]
         assert torch.equal(statistics[:2], ops.stats(z, False))
         zero, step = statistics[0], 255 / (statistics[3] - statistics[2]) if keep == BYTE else slope.abs()
-        masked = act in MASKED
+        maps, masked = table(slope, offset, zero, step, by), act in MASKED
         for residual in (None, dy, z) if masked else (None,):
-            args = (z, residual, slope, level, zero, step, act, keep, masked)
-            (y, kept, mask), (wanted, wanted_kept, wanted_mask) = ops.forward(*args), Portable.forward(*args)
+            args = (z, residual, table(slope, offset, zero, step), act, keep, masked)
+            (y, kept, mask), (wanted, wanted_kept, wanted_mask) = ops.forward(*args), portable.forward(*args)
             assert distance(y, wanted) < close
             assert (y.dtype, kept.dtype) == (dtype, torch.uint8 if keep == BYTE else torch.bfloat16)
             assert kept.numel() == (z.numel() if keep in (BYTE, BFLOAT16) else 0)
@@ -111,23 +90,38 @@ def test_every_kernel_agrees_with_pytorchs_operators(ops, act):
                 assert ((kept.double() - wanted_kept.double()).abs() <= unit).all()
             seen = kept if kept.numel() else z
             bits = (mask, wanted_mask) if masked else (None, None)
-            more = None if residual is None else strided(residual)
+            dy2 = None if residual is None else strided(residual)
             found, expected = (
-                [*side.sums(dy, seen, each, slope, level, zero, act, True, more),
-                 side.input_gradient(dy, seen, each, slope, level, zero, act, by, along, level)]
-                for side, each in zip((ops, Portable), bits, strict=True)
+                [*side.sums(dy, seen, each, maps, act, True, dy2),
+                 side.input_gradient(dy, seen, each, maps, act, terms(along, offset))]
+                for side, each in zip((ops, portable), bits, strict=True)
             )  # fmt: skip
             bounds = (10 * CLOSE[statistics.dtype], close, close)
             assert all(distance(*pair) < bound for *pair, bound in zip(found, expected, bounds, strict=True))
-            assert not ops.sums(dy, seen, bits[0], slope, level, zero, act, False)[1].numel()
-            assert distance(ops.restore(seen, slope, level, act), Portable.restore(seen, slope, level, act)) < 2e-6
+            assert not ops.sums(dy, seen, bits[0], maps, act, False)[1].numel()
+            assert distance(ops.restore(seen, maps, act), portable.restore(seen, maps, act)) < 2e-6
+
+
+def test_an_unknown_activation_does_not_compile_and_is_left_to_pytorch(chosen, monkeypatch):
+    z, maps = drawn((2, 3, 4, 4), torch.float32), torch.ones(8, 3, device=DEVICE)
+    assert of_layer(z, SILU) is chosen
+    assert of_layer(z, "mish") is None
+    monkeypatch.setitem(portable.ACTIVATIONS, "mish", portable.ACTIVATIONS[SILU])
+    assert of_layer(z, "mish") is portable
+    for call in (
+        lambda: chosen.forward(z, None, maps, "mish", INPUT, False),
+        lambda: chosen.sums(z, z, None, maps, "mish", False),
+        lambda: chosen.restore(z, maps, "mish"),
+    ):
+        with pytest.raises(Exception, match="no kernel for this activation"):
+            call()
 
 
 @pytest.mark.parametrize("layout", [planes, rows])
 def test_statistics_of_many_parts_are_those_of_float64(ops, layout):
     """Of channels far from zero too: more than one chunk of rows, the last one short, and planes of several tiles."""
     z = layout(drawn((15, 3, 13, 17), torch.float32) + torch.tensor([0.0, 1e3, -1e4], device=DEVICE).view(1, 3, 1, 1))
-    found, wanted = ops.stats(z, True), Portable.stats(z.double(), True)
+    found, wanted = ops.stats(z, True), portable.stats(z.double(), True)
     assert ((found[0] - wanted[0]).abs() < 1e-6 * wanted[0].abs() + 1e-6).all()
     assert ((found[1] - wanted[1]).abs() < 1e-5 * wanted[1]).all()
     assert torch.equal(found[2:].double(), wanted[2:])
@@ -136,16 +130,13 @@ def test_statistics_of_many_parts_are_those_of_float64(ops, layout):
 @pytest.mark.parametrize(("forward", "backward"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_a_mask_is_read_as_it_was_written_whatever_the_gradients_layout(ops, forward, backward):
     z, dy = drawn((3, 5, 4, 3), torch.float64, 1), drawn((3, 5, 4, 3), torch.float64, 2)
-    slope, level = columns(z, 3, 4)
+    slope, offset = columns(z, 3, 4)
+    maps = table(slope, offset, by=torch.ones_like(slope))
     for act in (RELU, RELU6):
-        _, _, mask = ops.forward(forward(z), None, slope, level, level, level, act, NOTHING, True)
-        u = z * slope.view(1, -1, 1, 1) + level.view(1, -1, 1, 1)
-        wanted = dy * ((u > 0) & (u < 6) if act == RELU6 else u > 0)
-        found = ops.sums(backward(dy), backward(dy), mask, slope, level, level, act, True)[1]
-        assert torch.equal(found, wanted)
-        one, nothing = torch.ones_like(level), torch.zeros_like(level)
-        rest = (slope, level, nothing, act, one, nothing, nothing)
-        assert torch.equal(ops.input_gradient(backward(dy), forward(z), mask, *rest), wanted)
+        _, _, mask = ops.forward(forward(z), None, table(slope, offset), act, NOTHING, True)
+        wanted = dy * portable.passes(z * slope.view(1, -1, 1, 1) + offset.view(1, -1, 1, 1), act)
+        assert torch.equal(ops.sums(backward(dy), backward(dy), mask, maps, act, True)[1], wanted)
+        assert torch.equal(ops.input_gradient(backward(dy), forward(z), mask, maps, act, 0 * maps[:3]), wanted)
 
 
 ROWS = ((67, 9), (3, 5, 130), (2, 1, 1), (2100, 8))  # the last in several tiles a program
@@ -167,10 +158,10 @@ def test_layer_norm_agrees_with_pytorchs_in_float64(chosen, monkeypatch, dtype, 
     allowed = max(CLOSE[dtype], 2**-7 if keep == BFLOAT16 else 2e-3)
     for shape in ROWS:
         z, gamma, beta = drawn(shape, dtype, 1) * 3 + 1, drawn(shape[-1], dtype, 2), drawn(shape[-1], dtype, 3)
-        assert row_kernels(z) is torch.ops.bnaa_triton
+        assert of_layer_norm(z) is torch.ops.bnaa_triton
         found = derived(lambda *given: RoundedLayerNorm.apply(*given, 1e-5, keep), z, gamma, beta)
         with monkeypatch.context() as without:
-            without.setattr(native, "triton_loaded", False)
+            without.setattr(gpu, "loaded", False)
             wanted = derived(
                 lambda *given: RowNorm.apply(*given, 0, 1e-5, IDENTITY, keep), z, gamma, beta, dtype=torch.float64
             )
@@ -181,14 +172,14 @@ def test_layer_norm_agrees_with_pytorchs_in_float64(chosen, monkeypatch, dtype, 
         assert torch.isfinite(found[1]).all()
 
 
-@pytest.mark.parametrize("act", [act for act in ACTS if act not in MASKED], ids=lambda act: NAMES[act])
+@pytest.mark.parametrize("act", [act for act in ACTS if act not in MASKED])
 def test_activations_and_rows_kept_in_8_bits_agree_with_pytorchs_operators(chosen, monkeypatch, act):
     for dtype, shape in itertools.product(CLOSE, ROWS):
         x = drawn(shape, dtype, 1) * 3
         for layout in (planes, strided):
             found = derived(lambda x: KeptAct.apply(x, act), layout(x))
             with monkeypatch.context() as without:
-                without.setattr(native, "triton_loaded", False)
+                without.setattr(gpu, "loaded", False)
                 wanted = derived(lambda x: KeptAct.apply(x, act), layout(x), dtype=torch.float64)
             assert distance(found[0], wanted[0]) < CLOSE[dtype]
             assert distance(found[1], wanted[1]) < max(CLOSE[dtype], 1e-5)  # 8 bits that are another's by one
@@ -206,8 +197,8 @@ def test_attention_keeps_rows_in_8_bits(chosen):
 
 
 def test_rows_that_fit_no_program_are_left_to_pytorch(chosen):
-    assert row_kernels(torch.zeros(2, LONGEST, device=DEVICE)) is torch.ops.bnaa_triton
-    assert row_kernels(torch.zeros(2, LONGEST + 1, device=DEVICE)) is None
+    assert of_layer_norm(torch.zeros(2, gpu.LONGEST, device=DEVICE)) is torch.ops.bnaa_triton
+    assert of_layer_norm(torch.zeros(2, gpu.LONGEST + 1, device=DEVICE)) is None
     empty = derived(
         lambda *given: RoundedLayerNorm.apply(*given, 1e-5, BYTE), *(torch.zeros(s) for s in ((0, 5), 5, 5))
     )
@@ -224,42 +215,42 @@ def test_the_arithmetic_of_channels_agrees_with_pytorchs_operators(chosen, monke
             for of_batch, values in ((True, 77), (True, 1), (False, 77)):
                 norm, found = Norm(RELU, keep, of_batch, values), []
                 for there in (True, False):
-                    monkeypatch.setattr(native, "triton_loaded", there)
-                    maps = lines(statistics[: 4 if keep == BYTE else 2], 1e-5, *given, keep)
-                    found.append([maps, *slopes(torch.stack([dbeta, product]), maps, norm)])
+                    monkeypatch.setattr(gpu, "loaded", there)
+                    maps = channel_maps(statistics[: 4 if keep == BYTE else 2], 1e-5, *given, keep)
+                    found.append([maps, gradient_terms(torch.stack([dbeta, product]), maps, norm)])
                 for ours, theirs in zip(*found, strict=True):
                     assert ((ours - theirs).abs() <= 4 * torch.finfo(dtype).eps * theirs.abs()).all()
     assert len(cases) == 24
 
 
 def test_what_is_not_a_number_stays_so_and_what_is_masked_is_zero(ops):
-    one, zero = torch.ones(3, device=DEVICE), torch.zeros(2, 3, 2, 2, device=DEVICE)
+    maps, zero = torch.ones(8, 3, device=DEVICE), torch.zeros(2, 3, 2, 2, device=DEVICE)
     nan, infinite = zero + float("nan"), zero + float("inf")
     for act in ACTS:
-        assert ops.forward(nan, None, one, one, one, one, act, NOTHING, False)[0].isnan().all()
-    _, _, mask = ops.forward(-infinite, None, one, one, one, one, RELU, NOTHING, True)
-    assert not ops.sums(infinite, nan, mask, one, one, one, RELU, True)[1].any()
+        assert ops.forward(nan, None, maps, act, NOTHING, False)[0].isnan().all()
+    _, _, mask = ops.forward(-infinite, None, maps, RELU, NOTHING, True)
+    assert not ops.sums(infinite, nan, mask, maps, RELU, True)[1].any()
 
 
 def test_compilers_are_told_the_shapes_that_the_operators_return(ops):
     for layout, shape in ((rows, SHAPES[0]), (planes, SHAPES[0]), (planes, SHAPES[2])):
         z = layout(drawn(shape, torch.float32))
-        slope, level = columns(z, 3, 4)
-        _, kept, mask = ops.forward(z, None, slope, level, level, slope, RELU, BFLOAT16, True)
+        maps = table(*columns(z, 3, 4))
+        _, kept, mask = ops.forward(z, None, maps, RELU, BFLOAT16, True)
         calls = {
             ops.stats: (z, True),
-            ops.forward: (z, z, slope, level, level, slope, RELU, BYTE, True),
-            ops.sums: (strided(z), kept, mask, slope, level, level, RELU, True, z),
-            ops.input_gradient: (z, kept, mask, slope, level, level, RELU, slope, level, level),
-            ops.restore: (kept, slope, level, SILU),
+            ops.forward: (z, z, maps, RELU, BYTE, True),
+            ops.sums: (strided(z), kept, mask, maps, RELU, True, z),
+            ops.input_gradient: (z, kept, mask, maps, RELU, maps[:3]),
+            ops.restore: (kept, maps, SILU),
         }
         for operator, args in calls.items():
             torch.library.opcheck(operator.default, args, test_utils=("test_schema", "test_faketensor"))
     statistics = ops.stats(z, True)
-    args = (statistics, 1e-5, slope, None, BYTE)
-    torch.library.opcheck(ops.lines.default, args, test_utils=("test_faketensor",))
-    args = (statistics[:2], ops.lines(*args), 7, True)
-    torch.library.opcheck(ops.slopes.default, args, test_utils=("test_faketensor",))
+    args = (statistics, 1e-5, maps[0], None, BYTE)
+    torch.library.opcheck(ops.channel_maps.default, args, test_utils=("test_faketensor",))
+    args = (statistics[:2], ops.channel_maps(*args), 7, True)
+    torch.library.opcheck(ops.gradient_terms.default, args, test_utils=("test_faketensor",))
     x, gamma = drawn((4, 7, 9), torch.float32), drawn(9, torch.float32)
     for keep in (BFLOAT16, BYTE):
         _, *kept = ops.row_forward(x, gamma, gamma, 1e-5, keep)
@@ -271,12 +262,12 @@ def test_compilers_are_told_the_shapes_that_the_operators_return(ops):
     torch.library.opcheck(ops.restore_rows.default, args, test_utils=("test_faketensor",))
 
 
-@pytest.mark.parametrize("layout", [planes, rows])
+@pytest.mark.parametrize("layout", [rows, pytest.param(planes, marks=pytest.mark.slow)])
 def test_one_graph_serves_images_of_every_number_and_size(chosen, layout):
     gamma, beta = (torch.full((3,), value, device=DEVICE, requires_grad=True) for value in (0.7, 0.1))
 
     def run(z):
-        maps = lines(kernels(z, RELU).stats(z.detach(), False), 1e-5, gamma, beta, BFLOAT16)
+        maps = channel_maps(of_layer(z, RELU).stats(z.detach(), False), 1e-5, gamma, beta, BFLOAT16)
         return NormAct.apply(z, gamma, beta, None, maps, Norm(RELU, BFLOAT16, True, z.numel() // 3))
 
     counter = CompileCounterWithBackend("aot_eager")
@@ -339,30 +330,30 @@ def test_compiled_it_keeps_as_little_as_it_does_without(chosen):
 
 
 COMPILE = """
-import json, re
+import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from bn_affine_adapters.lean import triton_columns, triton_kernels, triton_rows
+from bn_affine_adapters.lean.backends import triton_columns, triton_kernels, triton_rows
 
 Z, F, B = "*bf16", "*fp32", "*u8"
 TYPES = dict.fromkeys(("z", "x", "residual", "y", "dy", "more", "du", "dz", "dx"), Z) | {"kept": B, "mask": B}
-SWITCHES = dict(RANGE=True, ACT=1, KEEP=2, ADDS=True, MASKS=True, MASKED=True, WRITES=True, CHUNK=512, STEPS=32,
+SWITCHES = dict(RANGE=True, ACT="relu", KEEP=2, ADDS=True, MASKS=True, MASKED=True, WRITES=True, CHUNK=512, STEPS=32,
                 EPS=1e-6, IN_BYTES=True, READS=True, SCALES=True, SHIFTS=True, OF_BATCH=True)
-found = {}
+found, ACTS = {}, sys.argv[1:]
 CASES = [(name, {"LAST": last}) for name in ("stats", "merge", "forward", "sums", "input_gradient", "restore")
          for last in (True, False)]
 CASES += [(name, {"LAST": True, "MASKED": False, "ACT": act}) for name in ("input_gradient", "restore")
-          for act in range(7)]
+          for act in ACTS]
 # What is 1 Triton takes for a constant.
 CASES += [(name, {"LAST": last, "P": 1, "Q": 1, "C": 1}) for name in ("stats", "merge", "sums")
           for last in (True, False)]
 CASES = [(triton_kernels, *case) for case in CASES]
 CASES += [(triton_rows, name, {"IN_BYTES": in_bytes}) for name in ("layer_norm", "layer_norm_gradients")
           for in_bytes in (True, False)]
-CASES += [(triton_rows, name, {"ACT": act}) for name in ("keep", "restore") for act in range(7)]
-CASES += [(triton_columns, "_lines", {"KEEP": keep}) for keep in range(4)]
-CASES += [(triton_columns, "_slopes", {"OF_BATCH": of_batch}) for of_batch in (True, False)]
+CASES += [(triton_rows, name, {"ACT": act}) for name in ("keep", "restore") for act in ACTS]
+CASES += [(triton_columns, "_channel_maps", {"KEEP": keep}) for keep in range(4)]
+CASES += [(triton_columns, "_gradient_terms", {"OF_BATCH": of_batch}) for of_batch in (True, False)]
 for module, name, settings in CASES:
     kernel = getattr(module, name)
     TYPES["kept"] = B if settings.get("IN_BYTES", True) else Z
@@ -378,36 +369,42 @@ print(json.dumps(found))
 """
 
 
-def test_the_kernels_compile_for_a_gpu_that_is_not_here_and_move_16_bytes_at_a_time():
+@pytest.mark.parametrize("acts", [(SILU,), pytest.param(ACTS, marks=pytest.mark.slow)], ids=["silu", "all"])
+def test_the_kernels_compile_for_a_gpu_that_is_not_here_and_move_16_bytes_at_a_time(acts):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, "-c", COMPILE, *acts],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 12 + 14 + 6 + 4 + 14 + 4 + 2
+    assert len(found) == 12 + 6 + 4 + 4 + 2 + 4 * len(acts)
     for name, moves in found.items():
-        if "'C': 1" not in name and not name.startswith(("merge", "_lines", "_slopes")):
+        if "'C': 1" not in name and not name.startswith(("merge", "_channel_maps", "_gradient_terms")):
             assert "ld.global.v4.b32" in moves, name
             assert "st.global.v4.b32" in moves or name.startswith(("stats", "sums")), name
 
 
 def test_they_are_chosen_for_a_gpu_alone_and_can_be_left_out(ops, monkeypatch, caplog):
     z = torch.zeros(2, 3, 4, 4)
-    assert kernels(z.half(), RELU) is Portable
-    monkeypatch.setattr(native, "TRITON_DEVICE", "meta")
-    assert kernels(z.to("meta"), RELU) is ops
-    monkeypatch.setattr(native, "triton_loaded", None)
+    assert of_layer(z.half(), RELU) is portable
+    monkeypatch.setattr(gpu, "DEVICE", "meta")
+    assert of_layer(z.to("meta"), RELU) is ops
+    monkeypatch.setattr(gpu, "loaded", None)
     monkeypatch.setenv("BN_AFFINE_ADAPTERS_NATIVE", "0")
     with caplog.at_level(logging.INFO):
-        assert native.load_triton() is False
+        assert gpu.load() is False
     assert "PyTorch's own kernels" in caplog.text
-    assert kernels(z.to("meta"), RELU) is Portable
+    assert of_layer(z.to("meta"), RELU) is portable
 
 
 def test_without_triton_the_log_says_what_runs_instead(monkeypatch, caplog):
-    monkeypatch.setattr(native, "triton_loaded", None)
-    monkeypatch.setitem(sys.modules, "bn_affine_adapters.lean.triton_ops", None)
-    monkeypatch.delattr("bn_affine_adapters.lean.triton_ops", raising=False)
-    assert native.load_triton() is False
+    monkeypatch.setattr(gpu, "loaded", None)
+    monkeypatch.setitem(sys.modules, "bn_affine_adapters.lean.backends.triton_ops", None)
+    monkeypatch.delattr("bn_affine_adapters.lean.backends.triton_ops", raising=False)
+    assert gpu.load() is False
     assert "PyTorch's own kernels, which torch.compile makes fast: Triton: " in caplog.text

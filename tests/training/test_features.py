@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from bn_affine_adapters.lean import native
+from bn_affine_adapters.lean.backends import cpp
 from bn_affine_adapters.training import features, loop
 from bn_affine_adapters.training.features import FEW, LARGEST, head_only
 
@@ -36,7 +36,7 @@ def train():
 @pytest.fixture(autouse=True)
 def each_run_begins_as_in_a_process_of_its_own(monkeypatch):
     # Without the C++ kernels: nothing in front of the head is differentiated.
-    monkeypatch.setattr(native, "load", lambda: False)
+    monkeypatch.setattr(cpp, "load", lambda: False)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

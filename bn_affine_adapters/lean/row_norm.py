@@ -11,39 +11,23 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .kernels import (
-    BFLOAT16,
-    BYTE,
-    IDENTITY,
-    INPUT,
-    MASKED,
-    act_gradient,
-    activate,
-    pack,
-    passes,
-    row_kernels,
-    triton_rows,
-    unpack,
-    wide,
-)
+from . import backends
+from .backends.constants import BFLOAT16, BYTE, IDENTITY, INPUT, MASKED, wide
+from .backends.portable import act_gradient, activate, pack, passes, unpack
 
 
 def rounded(x: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Return x as it is kept and what `restored` needs besides: of 8 bits, the least value and the step of each row."""
     if keep == BFLOAT16:
         return x.to(torch.bfloat16), x.new_empty(0)
-    if triton_rows(x):
-        return torch.ops.bnaa_triton.keep_rows(x, IDENTITY, False)[:2]
-    low = x.amin(-1, keepdim=True).to(wide(x.dtype))
-    step = ((x.amax(-1, keepdim=True) - low) / 255).clamp_min(1e-18)
-    return ((x - low) / step + 0.5).clamp(0, 255).to(torch.uint8), torch.cat([low, step], -1)
+    return backends.of_rows(x, IDENTITY).keep_rows(x, IDENTITY, False)[:2]
 
 
 def restored(kept: Tensor, scale: Tensor, keep: int, dtype: torch.dtype) -> Tensor:
     """Return in a type what `rounded` kept."""
-    if keep == BYTE and triton_rows(kept):
-        return torch.ops.bnaa_triton.restore_rows(kept, scale, None, IDENTITY, dtype)
-    return torch.addcmul(scale[..., :1], kept, scale[..., 1:]).to(dtype) if keep == BYTE else kept.to(dtype)
+    if keep == BYTE:
+        return backends.of_rows(kept, IDENTITY).restore_rows(kept, scale, None, IDENTITY, dtype)
+    return kept.to(dtype)
 
 
 class RowNorm(Function):
@@ -51,7 +35,7 @@ class RowNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, groups: int, eps: float, act: int, keep: int
+        ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, groups: int, eps: float, act: str, keep: int
     ) -> Tensor:
         """Return the output.
 
@@ -125,7 +109,7 @@ class RowNorm(Function):
 
 
 class RoundedLayerNorm(Function):
-    """LayerNorm over the last axis by `row_kernels`: one pass over memory each way."""
+    """LayerNorm over the last axis in Triton: one pass over memory each way."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, keep: int) -> Tensor:
@@ -133,7 +117,7 @@ class RoundedLayerNorm(Function):
         dtype = wide(z.dtype)
         scale = z.new_ones(z.shape[-1], dtype=dtype) if gamma is None else gamma.to(dtype)
         shift = z.new_zeros(z.shape[-1], dtype=dtype) if beta is None else beta.to(dtype)
-        y, *kept = row_kernels(z).row_forward(z, scale, shift, eps, keep)
+        y, *kept = backends.of_layer_norm(z).row_forward(z, scale, shift, eps, keep)
         ctx.save_for_backward(*kept, gamma)
         ctx.dtypes = [None if t is None else t.dtype for t in (z, gamma, beta)]
         return y
@@ -144,8 +128,8 @@ class RoundedLayerNorm(Function):
         """Return the gradients of z, gamma and beta."""
         *kept, inverse, gamma = ctx.saved_tensors
         scale = inverse.new_ones(dy.shape[-1]) if gamma is None else gamma.to(inverse.dtype)
-        found = row_kernels(dy).row_backward(dy, *kept, inverse, scale)
-        wanted = zip(found, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+        gradients = backends.of_layer_norm(dy).row_backward(dy, *kept, inverse, scale)
+        wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         return (*(gradient.to(dtype) if need else None for gradient, dtype, need in wanted), None, None)
 
 
@@ -153,14 +137,13 @@ class KeptAct(Function):
     """An activation of whose input a bit is kept where that is enough, else 8 bits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, act: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, act: str) -> Tensor:
         """Return the activation of x, (..., C)."""
         ctx.act, ctx.dtype, ctx.shape = act, x.dtype, x.shape
-        if act not in MASKED and triton_rows(x):
-            kept, scale, y = torch.ops.bnaa_triton.keep_rows(x, act, True)
+        if act in MASKED:
+            kept, scale, y = pack(passes(x, act)), x.new_empty(0), activate(x, act)
         else:
-            kept, scale = (pack(passes(x, act)), x.new_empty(0)) if act in MASKED else rounded(x, BYTE)
-            y = activate(x, act)
+            kept, scale, y = backends.of_rows(x, act).keep_rows(x, act, True)
         ctx.save_for_backward(kept, scale)
         return y
 
@@ -171,9 +154,7 @@ class KeptAct(Function):
         kept, scale = ctx.saved_tensors
         if ctx.act in MASKED:
             return dy * unpack(kept, ctx.shape), None
-        if triton_rows(kept):
-            return torch.ops.bnaa_triton.restore_rows(kept, scale, dy, ctx.act, ctx.dtype), None
-        return act_gradient(dy, restored(kept, scale, BYTE, ctx.dtype), ctx.act).to(ctx.dtype), None
+        return backends.of_rows(kept, ctx.act).restore_rows(kept, scale, dy, ctx.act, ctx.dtype), None
 
 
 class RoundedAttention(Function):

@@ -1,4 +1,4 @@
-"""What of a network can be replaced, as it is at this moment: known kinds, frozen weights, no hooks."""
+"""What lean training can replace in a network, as it is at this moment: known kinds, frozen weights, no hooks."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,16 +10,20 @@ from torch.nn import functional as F
 
 from ..norms.find import running
 from ..norms.statistics import BATCH_NORMS
-from . import kernels as k
-from .spatial import Geometry
+from .backends import portable
+from .backends.constants import GELU, GELU_TANH, HARDSWISH, IDENTITY, RELU, RELU6, SILU
+from .conv_pool import Geometry
 
+# "exact" keeps a norm layer's input once for it, its activation and the convolution behind; "rounded" keeps it in
+# bfloat16; "smallest" in 8 bits, and computes some convolutions again. Rounding changes gradients alone.
 LEVELS = ("exact", "rounded", "smallest")
 
-ACTS: dict[Any, int] = {
-    nn.Identity: k.IDENTITY, nn.ReLU: k.RELU, nn.ReLU6: k.RELU6, nn.SiLU: k.SILU, timm_layers.Swish: k.SILU,
-    nn.Hardswish: k.HARDSWISH, timm_layers.HardSwish: k.HARDSWISH, nn.GELU: k.GELU, timm_layers.GELU: k.GELU,
-    timm_layers.GELUTanh: k.GELU_TANH,
-    F.relu: k.RELU, torch.relu: k.RELU, F.relu6: k.RELU6, F.silu: k.SILU, F.hardswish: k.HARDSWISH, F.gelu: k.GELU,
+# Modules and functions, and the activation that each is. Those that `portable` does not know run plain.
+ACTIVATIONS: dict[Any, str] = {
+    nn.Identity: IDENTITY, nn.ReLU: RELU, nn.ReLU6: RELU6, nn.SiLU: SILU, timm_layers.Swish: SILU,
+    nn.Hardswish: HARDSWISH, timm_layers.HardSwish: HARDSWISH, nn.GELU: GELU, timm_layers.GELU: GELU,
+    timm_layers.GELUTanh: GELU_TANH,
+    F.relu: RELU, torch.relu: RELU, F.relu6: RELU6, F.silu: SILU, F.hardswish: HARDSWISH, F.gelu: GELU,
 }  # fmt: skip
 CONVS = tuple(kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, timm_layers.Conv2dSame))
 LAYER_NORMS = {nn.LayerNorm.forward, timm_layers.LayerNorm.forward, timm_layers.LayerNormAct.forward}
@@ -71,16 +75,22 @@ def hooked(module: nn.Module) -> bool:
     return bool(own) or "forward" in module.__dict__
 
 
-def act_of(act: Any) -> int | None:
-    """Return which activation a module, or the code of one, is; None for an unknown one or one with hooks."""
+def activation_of(kind: Any) -> str | None:
+    """Return which activation a module's class or a function is; None for one that no back end knows."""
+    name = ACTIVATIONS.get(kind)
+    return name if name in portable.ACTIVATIONS else None
+
+
+def act_of(act: Any) -> str | None:
+    """Return which activation a module is, or its name already; None for an unknown one or one with hooks."""
     if act is None:
-        return k.IDENTITY
-    if isinstance(act, int):
+        return IDENTITY
+    if isinstance(act, str):
         return act
     if hooked(act):
         return None
-    code = ACTS.get(type(act))
-    return k.GELU_TANH if code == k.GELU and getattr(act, "approximate", "none") == "tanh" else code
+    name = activation_of(type(act))
+    return GELU_TANH if name == GELU and getattr(act, "approximate", "none") == "tanh" else name
 
 
 def frozen(module: nn.Module, x: Tensor) -> tuple[Any, Any, Tensor]:
@@ -102,35 +112,41 @@ def frozen(module: nn.Module, x: Tensor) -> tuple[Any, Any, Tensor]:
     return own, Geometry(own.stride, own.padding, own.dilation, own.groups), x
 
 
-class Plan(NamedTuple):
-    """A norm layer that can be computed here: its module, the activation inside it, and how it normalises."""
+class KnownNorm(NamedTuple):
+    """A norm layer that can be computed here.
+
+    Attributes:
+        module: the layer itself, of the active adapter.
+        act: the activation inside it.
+        kind: "batch", "group", "layer" or "layer2d".
+    """
 
     module: Any
-    act: int
+    act: str
     kind: str
 
 
-def plan_of(module: nn.Module) -> Plan | None:
+def known_norm(module: nn.Module) -> KnownNorm | None:
     """Return how the norm layer that runs in a module is computed; None where only it knows."""
     own = running(module)
-    forward = type(own).forward
-    if hooked(module) or hooked(own) or getattr(own, "_fast_norm", False):
-        return None
-    if forward in BATCH_NORMS:
-        kind = "batch"
-    elif forward in GROUP_NORMS:
-        kind = "group"
-    elif forward in LAYER_NORMS or forward in LAYER_NORMS_2D:
-        kind = "layer" if forward in LAYER_NORMS else "layer2d"
-        if len(own.normalized_shape) != 1:
-            return None
-    else:
-        return None
-    inner = act_of(getattr(own, "act", None))
+    kind = _norm_kind(own)
     drop = getattr(own, "drop", None)
-    if inner is None or not (drop is None or isinstance(drop, nn.Identity)):
+    inner = act_of(getattr(own, "act", None))
+    refused = hooked(module) or hooked(own) or getattr(own, "_fast_norm", False)
+    if refused or kind is None or inner is None or not (drop is None or isinstance(drop, nn.Identity)):
         return None
-    return Plan(own, inner, kind)
+    return KnownNorm(own, inner, kind)
+
+
+def _norm_kind(own: Any) -> str | None:
+    forward = type(own).forward
+    if forward in BATCH_NORMS:
+        return "batch"
+    if forward in GROUP_NORMS:
+        return "group"
+    if forward not in LAYER_NORMS | LAYER_NORMS_2D or len(own.normalized_shape) != 1:
+        return None
+    return "layer" if forward in LAYER_NORMS else "layer2d"
 
 
 def pooling(own: Any) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 //
 // A tensor is read as rows of channels: channels_last. Every kernel works on rows in chunks of a fixed size, whose
 // partial sums are added in order: what comes out does not depend on the number of threads.
-// What forward keeps for backward, `kept`, is the norm's input itself, its normalised value in bfloat16, or 8 bits per
-// value; x = (kept - zero) * step is the normalised input, and u = kept * slope + level the activation's input. Bit k
-// of byte (g, c) of a mask says whether the activation lets the gradient of row 8 g + k, number c pass.
+// What the operators compute is said in operators.py. Bit k of byte (g, c) of a mask says whether the activation lets
+// the gradient of row 8 g + k, number c pass.
 
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
@@ -15,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -24,7 +24,9 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-enum Act : int64_t { IDENTITY = 0, RELU = 1, RELU6 = 2, SILU = 3, HARDSWISH = 4 };
+// The rows of `ChannelMaps` in operators.py, which says what they are, and those of the terms of an input's gradient.
+enum Map : int64_t { SLOPE, OFFSET, ZERO, STEP, KEPT_SLOPE, KEPT_OFFSET, KEPT_ZERO };
+enum Term : int64_t { ALONG = 1, CONSTANT = 2 };
 enum Keep : int64_t { INPUT = 0, BFLOAT16 = 1, BYTE = 2, NOTHING = 3 };
 
 constexpr int64_t CHUNK = 128;  // rows, a multiple of 8
@@ -43,16 +45,9 @@ constexpr int64_t WIDTH = 128;  // the least numbers in a row: where channels ar
 template <typename T> using wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Rounded once, in forward and in backward alike: a mask that is computed again has to be the same mask.
-inline float fma_(float a, float b, float c) {
+template <typename W> inline W fma_(W a, W b, W c) {
 #ifdef __FMA__
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-inline double fma_(double a, double b, double c) {
-#ifdef __FMA__
-  return __builtin_fma(a, b, c);
+  return std::fma(a, b, c);
 #else
   return a * b + c;
 #endif
@@ -78,28 +73,51 @@ inline float exp_(float x) {
   return e * power;
 }
 
-template <int64_t ACT, typename W> inline W activate(W u) {
-  if constexpr (ACT == RELU) return u <= 0 ? W(0) : u;  // what is not a number stays so, as in PyTorch
-  if constexpr (ACT == RELU6) return u <= 0 ? W(0) : (u >= 6 ? W(6) : u);
-  if constexpr (ACT == SILU) return u / (1 + exp_(-u));
-  if constexpr (ACT == HARDSWISH) return u * (u > -3 ? (u < 3 ? (u + 3) / 6 : W(1)) : W(0));
-  return u;
-}
-
-template <int64_t ACT, typename W> inline bool passes(W u) {
-  if constexpr (ACT == RELU6) return u > 0 && u < 6;
-  return u > 0;
-}
-
-template <int64_t ACT, typename W> inline W slope_at(W u) {
-  if constexpr (ACT == RELU || ACT == RELU6) return passes<ACT>(u) ? W(1) : W(0);
-  if constexpr (ACT == SILU) {
-    W s = 1 / (1 + exp_(-u));
+// Activations. One more is one more of these, and its entry in `Activations`.
+struct Activation {
+  template <typename W> static bool passes(W u) { return u > 0; }  // where a bit is all that the gradient needs of u
+};
+struct Identity : Activation {
+  static constexpr const char* NAME = "identity";
+  template <typename W> static W value(W u) { return u; }
+  template <typename W> static W slope(W) { return 1; }
+};
+struct Relu : Activation {
+  static constexpr const char* NAME = "relu";
+  template <typename W> static W value(W u) { return u <= 0 ? W(0) : u; }  // what is not a number stays so
+  template <typename W> static W slope(W u) { return passes(u) ? W(1) : W(0); }
+};
+struct Relu6 : Activation {
+  static constexpr const char* NAME = "relu6";
+  template <typename W> static bool passes(W u) { return u > 0 && u < 6; }
+  template <typename W> static W value(W u) { return u <= 0 ? W(0) : (u >= 6 ? W(6) : u); }
+  template <typename W> static W slope(W u) { return passes(u) ? W(1) : W(0); }
+};
+struct Silu : Activation {
+  static constexpr const char* NAME = "silu";
+  template <typename W> static W value(W u) { return u / (1 + exp_(-u)); }
+  template <typename W> static W slope(W u) {
+    const W s = 1 / (1 + exp_(-u));
     return s * (1 + u * (1 - s));
   }
-  if constexpr (ACT == HARDSWISH) return u > -3 ? (u < 3 ? u / 3 + W(0.5) : W(1)) : W(0);
-  return W(1);
+};
+struct Hardswish : Activation {
+  static constexpr const char* NAME = "hardswish";
+  template <typename W> static W value(W u) { return u * (u > -3 ? (u < 3 ? (u + 3) / 6 : W(1)) : W(0)); }
+  template <typename W> static W slope(W u) { return u > -3 ? (u < 3 ? u / 3 + W(0.5) : W(1)) : W(0); }
+};
+
+template <typename... A> struct List {};
+using Activations = List<Identity, Relu, Relu6, Silu, Hardswish>;
+
+template <typename F, typename... A> void with_act(c10::string_view act, const F& body, List<A...>) {
+  const bool known = ((act == A::NAME && (body(A()), true)) || ...);
+  TORCH_CHECK(known, "bn_affine_adapters: no kernel for ", act);
 }
+template <typename F> void with_act(c10::string_view act, const F& body) { with_act(act, body, Activations()); }
+
+template <typename... A> std::vector<std::string> names(List<A...>) { return {A::NAME...}; }
+std::vector<std::string> activations() { return names(Activations()); }
 
 inline void put(float* to, float value) { *to = value; }
 inline void put(double* to, double value) { *to = value; }
@@ -120,10 +138,11 @@ struct Shape {
     width = channels * together;
     chunks = (rows + CHUNK - 1) / CHUNK;
   }
-  // A number per channel as one per number in a row.
-  template <typename W> std::vector<W> tiled(const Tensor& t) const {
+  // A row of numbers per channel as one per number in a row of this shape.
+  template <typename W> std::vector<W> tiled(const Tensor& t, int64_t line) const {
+    TORCH_CHECK(t.dim() == 2 && t.size(0) > line && t.size(1) == channels, "bn_affine_adapters: no maps: ", t.sizes());
     const Tensor whole = t.contiguous();
-    const W* from = whole.const_data_ptr<W>();
+    const W* from = whole.const_data_ptr<W>() + line * channels;
     std::vector<W> found;
     found.reserve(width);
     for (int64_t i = 0; i < together; ++i) found.insert(found.end(), from, from + channels);
@@ -143,18 +162,6 @@ Tensor innermost(const Tensor& t) {
 
 template <typename T> const T* data(const Tensor& t) { return t.const_data_ptr<T>(); }
 template <typename T> const T* data(const optional<Tensor>& t) { return t ? t->const_data_ptr<T>() : nullptr; }
-
-template <int64_t V> using Constant = std::integral_constant<int64_t, V>;
-
-template <typename F> void with_act(int64_t act, const F& body) {
-  switch (act) {
-    case RELU: return body(Constant<RELU>());
-    case RELU6: return body(Constant<RELU6>());
-    case SILU: return body(Constant<SILU>());
-    case HARDSWISH: return body(Constant<HARDSWISH>());
-    default: return body(Constant<IDENTITY>());
-  }
-}
 
 template <typename F> void with_flag(bool flag, const F& body) {
   flag ? body(std::true_type()) : body(std::false_type());
@@ -256,15 +263,15 @@ Tensor stats(const Tensor& z, bool range) {
   return out;
 }
 
-template <int64_t ACT, bool ADDS, bool MASKS, typename T, typename W>
+template <typename A, bool ADDS, bool MASKS, typename T, typename W>
 inline void forward_row(const T* __restrict x, const T* __restrict add, int64_t width, const W* __restrict slope,
-                        const W* __restrict level, T* __restrict y, uint8_t* __restrict byte, int k) {
+                        const W* __restrict offset, T* __restrict y, uint8_t* __restrict byte, int k) {
   INDEPENDENT
   for (int64_t c = 0; c < width; ++c) {
-    W u = fma_(W(x[c]), slope[c], level[c]);
+    W u = fma_(W(x[c]), slope[c], offset[c]);
     if constexpr (ADDS) u += W(add[c]);
-    put(y + c, activate<ACT>(u));
-    if constexpr (MASKS) byte[c] |= static_cast<uint8_t>(static_cast<uint32_t>(passes<ACT>(u)) << k);
+    put(y + c, A::value(u));
+    if constexpr (MASKS) byte[c] |= static_cast<uint8_t>(static_cast<uint32_t>(A::passes(u)) << k);
   }
 }
 template <typename T, typename W>
@@ -283,10 +290,8 @@ inline void keep_row(const T* __restrict x, int64_t width, const W* __restrict z
   }
 }
 
-// y = act(z * slope + level (+ residual)); what is kept of z, which is (z - zero) * step; and the mask.
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& z, const optional<Tensor>& residual, const Tensor& slope,
-                                           const Tensor& level, const Tensor& zero, const Tensor& step, int64_t act,
-                                           int64_t keep, bool with_mask) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& z, const optional<Tensor>& residual, const Tensor& maps,
+                                           c10::string_view act, int64_t keep, bool with_mask) {
   const Tensor input = innermost(z);
   const Shape s(input);
   const int64_t width = s.width;
@@ -301,9 +306,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& z, const optional<Tenso
     using T = decltype(type);
     using W = wide<T>;
     const T *x = data<T>(input), *r = data<T>(other);
-    const auto slopes = s.tiled<W>(slope), levels = s.tiled<W>(level);
-    const auto zeros = s.tiled<W>(zero), steps = s.tiled<W>(step);
-    const W *p = slopes.data(), *q = levels.data(), *o = zeros.data(), *t = steps.data();
+    const auto slopes = s.tiled<W>(maps, SLOPE), offsets = s.tiled<W>(maps, OFFSET);
+    const auto zeros = s.tiled<W>(maps, ZERO), steps = s.tiled<W>(maps, STEP);
+    const W *p = slopes.data(), *q = offsets.data(), *o = zeros.data(), *t = steps.data();
     T* out = y.data_ptr<T>();
     auto* halves = half.data_ptr<at::BFloat16>();
     auto *codes = code.data_ptr<uint8_t>(), *bits = mask.data_ptr<uint8_t>();
@@ -313,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& z, const optional<Tenso
           over_rows(s.rows, [&](int64_t, int64_t from, int64_t to) {
             for (int64_t row = from, at = from * width; row < to; ++row, at += width) {
               uint8_t* byte = masks ? bits + row / 8 * width : nullptr;
-              forward_row<decltype(which)::value, decltype(adds)::value, decltype(masks)::value>(
+              forward_row<decltype(which), decltype(adds)::value, decltype(masks)::value>(
                   x + at, adds ? r + at : nullptr, width, p, q, out + at, byte, row % 8);
               if (keep == BFLOAT16) keep_row(x + at, width, o, t, halves + at);
               if (keep == BYTE) keep_row(x + at, width, o, t, codes + at);
@@ -328,11 +333,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& z, const optional<Tenso
 
 // Calls body with the types of what was kept and of the gradient, the activation, and whether a mask stands for it.
 template <typename F>
-void with_kinds(const Tensor& kept, const Tensor& dy, const optional<Tensor>& mask, int64_t act, const F& body) {
+void with_kinds(const Tensor& kept, const Tensor& dy, const optional<Tensor>& mask, c10::string_view act,
+                const F& body) {
   with_type(dy, [&](auto type) {
     using T = decltype(type);
     const auto with_kept = [&](auto k) {
-      if (mask) return body(k, T(), Constant<RELU>(), std::true_type());
+      if (mask) return body(k, T(), Relu(), std::true_type());
       with_act(act, [&](auto which) { body(k, T(), which, std::false_type()); });
     };
     if (kept.scalar_type() == at::kByte) return with_kept(uint8_t());
@@ -344,20 +350,19 @@ void with_kinds(const Tensor& kept, const Tensor& dy, const optional<Tensor>& ma
 }
 
 // The gradient of the activation's input, at one value.
-template <int64_t ACT, bool MASKED, typename W>
-inline W through(W dy, W kept, W slope, W level, uint8_t byte, int k) {
+template <typename A, bool MASKED, typename W>
+inline W through(W dy, W kept, W slope, W offset, uint8_t byte, int k) {
   if constexpr (MASKED) return (byte >> k) & 1 ? dy : W(0);
-  if constexpr (ACT == IDENTITY) return dy;
-  return dy * slope_at<ACT>(fma_(kept, slope, level));
+  return dy * A::slope(fma_(kept, slope, offset));
 }
 
-template <int64_t ACT, bool MASKED, bool WRITES, typename K, typename G, typename T, typename W>
+template <typename A, bool MASKED, bool WRITES, typename K, typename G, typename T, typename W>
 inline void sum_row(const K* __restrict x, const G* __restrict dy, int64_t width, const W* __restrict slope,
-                    const W* __restrict level, const W* __restrict zero, const uint8_t* __restrict byte, int k,
+                    const W* __restrict offset, const W* __restrict zero, const uint8_t* __restrict byte, int k,
                     T* __restrict du, W* __restrict sum, W* __restrict product) {
   INDEPENDENT
   for (int64_t c = 0; c < width; ++c) {
-    const W v = W(x[c]), d = through<ACT, MASKED>(W(dy[c]), v, slope[c], level[c], MASKED ? byte[c] : uint8_t(0), k);
+    const W v = W(x[c]), d = through<A, MASKED>(W(dy[c]), v, slope[c], offset[c], MASKED ? byte[c] : uint8_t(0), k);
     if constexpr (WRITES) put(du + c, d);
     sum[c] += d;
     product[c] += d * (v - zero[c]);
@@ -370,16 +375,14 @@ inline void add_gradients(const T* __restrict a, const T* __restrict b, int64_t 
   for (int64_t c = 0; c < width; ++c) to[c] = W(a[c]) + W(b[c]);
 }
 
-// Sums over the rows of du and of du * (kept - zero), (2, C); and du itself if asked for, which a residual needs. `more`
-// is added to dy: an output that is used twice has two gradients.
 std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const optional<Tensor>& mask,
-                                const Tensor& slope, const Tensor& level, const Tensor& zero, int64_t act,
-                                bool want_du, const optional<Tensor>& more) {
-  const Tensor dy = innermost(dy_), kept = innermost(kept_), other = more ? innermost(*more) : Tensor();
+                                const Tensor& maps, c10::string_view act, bool want_du,
+                                const optional<Tensor>& dy2) {
+  const Tensor dy = innermost(dy_), kept = innermost(kept_), other = dy2 ? innermost(*dy2) : Tensor();
   const Shape s(dy);
   const int64_t width = s.width;
   Tensor du = want_du ? at::empty_like(dy) : at::empty({0}, dy.options());
-  Tensor out = at::zeros({2, s.channels}, slope.options());
+  Tensor out = at::zeros({2, s.channels}, maps.options());
   std::vector<double> partial(s.chunks * 2 * width);
   with_kinds(kept, dy, mask, act, [&](auto kind, auto type, auto which, auto masked) {
     using K = decltype(kind);
@@ -387,25 +390,26 @@ std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const op
     using W = wide<T>;
     const K* x = data<K>(kept);
     const T* g = data<T>(dy);
-    const T* h = more ? data<T>(other) : nullptr;
+    const T* h = dy2 ? data<T>(other) : nullptr;
     T* written = du.data_ptr<T>();
     const uint8_t* bits = data<uint8_t>(mask);
-    const auto slopes = s.tiled<W>(slope), levels = s.tiled<W>(level), zeros = s.tiled<W>(zero);
-    const W *p = slopes.data(), *q = levels.data(), *o = zeros.data();
+    const auto slopes = s.tiled<W>(maps, KEPT_SLOPE), offsets = s.tiled<W>(maps, KEPT_OFFSET);
+    const auto zeros = s.tiled<W>(maps, KEPT_ZERO);
+    const W *p = slopes.data(), *q = offsets.data(), *o = zeros.data();
     with_flag(want_du, [&](auto writes) {
       over_rows(s.rows, [&](int64_t index, int64_t from, int64_t to) {
         std::vector<W> room(2 * width);
-        std::vector<W> both(more ? width : 0);
+        std::vector<W> both(dy2 ? width : 0);
         double* total = &partial[index * 2 * width];
         for (int64_t begin = from; begin < to; begin += BLOCK) {
           std::fill(room.begin(), room.end(), W(0));
           for (int64_t row = begin, at = begin * width; row < std::min(to, begin + BLOCK); ++row, at += width) {
             const auto add_row = [&](const auto* gradient) {
-              sum_row<decltype(which)::value, decltype(masked)::value, decltype(writes)::value>(
+              sum_row<decltype(which), decltype(masked)::value, decltype(writes)::value>(
                   x + at, gradient, width, p, q, o, masked ? bits + row / 8 * width : nullptr, row % 8,
                   writes ? written + at : nullptr, room.data(), room.data() + width);
             };
-            if (!more) {
+            if (!dy2) {
               add_row(g + at);
             } else {
               add_gradients(g + at, h + at, width, both.data());
@@ -428,22 +432,20 @@ std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& kept_, const op
   return {out, du};
 }
 
-template <int64_t ACT, bool MASKED, typename K, typename T, typename W>
+template <typename A, bool MASKED, typename K, typename T, typename W>
 inline void input_row(const K* __restrict x, const T* __restrict dy, int64_t width, const W* __restrict slope,
-                      const W* __restrict level, const W* __restrict zero, const uint8_t* __restrict byte, int k,
+                      const W* __restrict offset, const W* __restrict zero, const uint8_t* __restrict byte, int k,
                       const W* __restrict by, const W* __restrict along, const W* __restrict constant,
                       T* __restrict dz) {
   INDEPENDENT
   for (int64_t c = 0; c < width; ++c) {
-    const W v = W(x[c]), d = through<ACT, MASKED>(W(dy[c]), v, slope[c], level[c], MASKED ? byte[c] : uint8_t(0), k);
+    const W v = W(x[c]), d = through<A, MASKED>(W(dy[c]), v, slope[c], offset[c], MASKED ? byte[c] : uint8_t(0), k);
     put(dz + c, fma_(d, by[c], fma_(v - zero[c], along[c], constant[c])));
   }
 }
 
-// dz = du * by + (kept - zero) * along + constant, with du from dy as in `sums`.
-Tensor input_gradient(const Tensor& dy_, const Tensor& kept_, const optional<Tensor>& mask, const Tensor& slope,
-                      const Tensor& level, const Tensor& zero, int64_t act, const Tensor& by, const Tensor& along,
-                      const Tensor& constant) {
+Tensor input_gradient(const Tensor& dy_, const Tensor& kept_, const optional<Tensor>& mask, const Tensor& maps,
+                      c10::string_view act, const Tensor& terms) {
   const Tensor dy = innermost(dy_), kept = innermost(kept_);
   const Shape s(dy);
   const int64_t width = s.width;
@@ -456,202 +458,51 @@ Tensor input_gradient(const Tensor& dy_, const Tensor& kept_, const optional<Ten
     const T* g = data<T>(dy);
     T* out = dz.data_ptr<T>();
     const uint8_t* bits = data<uint8_t>(mask);
-    const auto slopes = s.tiled<W>(slope), levels = s.tiled<W>(level), zeros = s.tiled<W>(zero);
-    const W *p = slopes.data(), *q = levels.data(), *o = zeros.data();
-    const auto bys = s.tiled<W>(by), alongs = s.tiled<W>(along), constants = s.tiled<W>(constant);
+    const auto slopes = s.tiled<W>(maps, KEPT_SLOPE), offsets = s.tiled<W>(maps, KEPT_OFFSET);
+    const auto zeros = s.tiled<W>(maps, KEPT_ZERO);
+    const W *p = slopes.data(), *q = offsets.data(), *o = zeros.data();
+    const auto bys = s.tiled<W>(maps, SLOPE), alongs = s.tiled<W>(terms, ALONG);
+    const auto constants = s.tiled<W>(terms, CONSTANT);
     const W *b = bys.data(), *a = alongs.data(), *d = constants.data();
     over_rows(s.rows, [&](int64_t, int64_t from, int64_t to) {
       for (int64_t row = from, at = from * width; row < to; ++row, at += width)
-        input_row<decltype(which)::value, decltype(masked)::value>(
+        input_row<decltype(which), decltype(masked)::value>(
             x + at, g + at, width, p, q, o, masked ? bits + row / 8 * width : nullptr, row % 8, b, a, d, out + at);
     });
   });
   return dz;
 }
 
-template <int64_t ACT, typename K, typename W>
-inline void restore_row(const K* __restrict x, int64_t width, const W* __restrict slope, const W* __restrict level,
+template <typename A, typename K, typename W>
+inline void restore_row(const K* __restrict x, int64_t width, const W* __restrict slope, const W* __restrict offset,
                         W* __restrict y) {
   INDEPENDENT
-  for (int64_t c = 0; c < width; ++c) y[c] = activate<ACT>(fma_(W(x[c]), slope[c], level[c]));
+  for (int64_t c = 0; c < width; ++c) y[c] = A::value(fma_(W(x[c]), slope[c], offset[c]));
 }
 
-// act(kept * slope + level) in the type of `slope`: the activation's output from what was kept.
-Tensor restore(const Tensor& kept_, const Tensor& slope, const Tensor& level, int64_t act) {
+Tensor restore(const Tensor& kept_, const Tensor& maps, c10::string_view act) {
   const Tensor kept = innermost(kept_);
   const Shape s(kept);
-  Tensor y = at::empty_like(kept, kept.options().dtype(slope.scalar_type()));
+  Tensor y = at::empty_like(kept, kept.options().dtype(maps.scalar_type()));
   with_kinds(kept, y, optional<Tensor>(), act, [&](auto kind, auto type, auto which, auto) {
     using K = decltype(kind);
     using W = wide<decltype(type)>;
     const K* x = data<K>(kept);
     W* out = y.data_ptr<W>();
-    const auto slopes = s.tiled<W>(slope), levels = s.tiled<W>(level);
-    const W *p = slopes.data(), *q = levels.data();
+    const auto slopes = s.tiled<W>(maps, KEPT_SLOPE), offsets = s.tiled<W>(maps, KEPT_OFFSET);
+    const W *p = slopes.data(), *q = offsets.data();
     over_rows(s.rows, [&](int64_t, int64_t from, int64_t to) {
       for (int64_t at = from * s.width; at < to * s.width; at += s.width)
-        restore_row<decltype(which)::value>(x + at, s.width, p, q, out + at);
+        restore_row<decltype(which)>(x + at, s.width, p, q, out + at);
     });
   });
   return y;
 }
 
-// LayerNorm over the last axis. A row's sums are taken in LANES parts, as vector registers do.
-constexpr int64_t LANES = 16;
-
-template <typename W, typename F> inline W sum_of(int64_t width, const F& value) {
-  W parts[LANES] = {};
-  int64_t c = 0;
-  for (; c + LANES <= width; c += LANES)
-    for (int64_t j = 0; j < LANES; ++j) parts[j] += value(c + j);
-  W total = 0;
-  for (; c < width; ++c) total += value(c);
-  for (int64_t j = 0; j < LANES; ++j) total += parts[j];
-  return total;
-}
-
-// The least of the numbers times a sign.
-template <typename W> inline W least_of(const W* __restrict x, int64_t width, W sign) {
-  W parts[LANES];
-  std::fill(parts, parts + LANES, std::numeric_limits<W>::infinity());
-  int64_t c = 0;
-  for (; c + LANES <= width; c += LANES)
-    for (int64_t j = 0; j < LANES; ++j) parts[j] = sign * x[c + j] < parts[j] ? sign * x[c + j] : parts[j];
-  for (; c < width; ++c) parts[0] = sign * x[c] < parts[0] ? sign * x[c] : parts[0];
-  return *std::min_element(parts, parts + LANES);
-}
-
-inline void keep_value(at::BFloat16* to, float value, float, float) { put(to, value); }
-inline void keep_value(at::BFloat16* to, double value, double, double) { put(to, value); }
-template <typename W> inline void keep_value(uint8_t* to, W value, W low, W per_step) {
-  const W v = fma_(value - low, per_step, W(0.5));
-  *to = static_cast<uint8_t>(static_cast<int32_t>(v > 0 ? (v < 255 ? v : W(255)) : W(0)));
-}
-
-template <typename F> void with_rounded(int64_t keep, const F& body) {
-  keep == BYTE ? body(uint8_t()) : body(at::BFloat16());
-}
-
-// The output, the normalised input x as it is kept, of 8 bits each row's least value and step, and one over the
-// standard deviation of each row.
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_forward(const Tensor& z, const Tensor& gamma, const Tensor& beta,
-                                                       double eps, int64_t keep) {
-  const Tensor input = z.contiguous(), g = gamma.contiguous(), b = beta.contiguous();
-  const int64_t width = input.size(-1), rows = input.numel() / width;
-  auto column = input.sizes().vec();
-  column.back() = 1;
-  Tensor y = at::empty_like(input), inverse = at::empty(column, g.options());
-  Tensor kept = at::empty_like(input, input.options().dtype(keep == BYTE ? at::kByte : at::kBFloat16));
-  column.back() = keep == BYTE ? 2 : 0;
-  Tensor scale = at::empty(column, g.options());
-  with_type(input, [&](auto type) {
-    using T = decltype(type);
-    using W = wide<T>;
-    with_rounded(keep, [&](auto kind) {
-      using K = decltype(kind);
-      const T* from = data<T>(input);
-      const W *p = data<W>(g), *q = data<W>(b);
-      T* out = y.data_ptr<T>();
-      K* codes = kept.data_ptr<K>();
-      W *inverses = inverse.data_ptr<W>(), *scales = scale.data_ptr<W>();
-      over_rows(rows, [&](int64_t, int64_t first, int64_t last) {
-        std::vector<W> line(width);
-        W* __restrict x = line.data();
-        for (int64_t row = first; row < last; ++row) {
-          const T* __restrict in = from + row * width;
-          T* __restrict write = out + row * width;
-          K* __restrict code = codes + row * width;
-          const W mean = sum_of<W>(width, [&](int64_t c) { return W(in[c]); }) / width;
-          const W square = sum_of<W>(width, [&](int64_t c) { return (W(in[c]) - mean) * (W(in[c]) - mean); });
-          const W factor = inverses[row] = 1 / std::sqrt(square / width + W(eps));
-          W low = 0, step = 1;
-          for (int64_t c = 0; c < width; ++c) x[c] = (W(in[c]) - mean) * factor;
-          if (keep == BYTE) {
-            scales[2 * row] = low = least_of(x, width, W(1));
-            scales[2 * row + 1] = step = std::max((-least_of(x, width, W(-1)) - low) / 255, W(1e-18));
-          }
-          const W per_step = 1 / step;
-          INDEPENDENT
-          for (int64_t c = 0; c < width; ++c) {
-            put(write + c, fma_(x[c], p[c], q[c]));
-            keep_value(code + c, x[c], low, per_step);
-          }
-        }
-      });
-    });
-  });
-  return {y, kept, scale, inverse};
-}
-
-// The gradients of the input, gamma and beta.
-std::tuple<Tensor, Tensor, Tensor> row_backward(const Tensor& dy_, const Tensor& kept, const Tensor& scale,
-                                                const Tensor& inverse, const Tensor& gamma) {
-  const Tensor dy = dy_.contiguous(), g = gamma.contiguous();
-  const int64_t width = dy.size(-1), rows = dy.numel() / width, chunks = (rows + CHUNK - 1) / CHUNK;
-  Tensor dz = at::empty_like(dy), dgamma = at::empty_like(g), dbeta = at::empty_like(g);
-  std::vector<double> partial(chunks * 2 * width);
-  with_type(dy, [&](auto type) {
-    using T = decltype(type);
-    using W = wide<T>;
-    with_rounded(kept.scalar_type() == at::kByte ? BYTE : BFLOAT16, [&](auto kind) {
-      using K = decltype(kind);
-      const T* from = data<T>(dy);
-      const K* codes = data<K>(kept);
-      const W *p = data<W>(g), *inverses = data<W>(inverse), *scales = data<W>(scale);
-      T* out = dz.data_ptr<T>();
-      over_rows(rows, [&](int64_t index, int64_t first, int64_t last) {
-        std::vector<W> room(4 * width);
-        W *__restrict x = room.data(), *__restrict d = x + width;
-        W *__restrict sum = d + width, *__restrict product = sum + width;
-        double* total = &partial[index * 2 * width];
-        for (int64_t row = first; row < last; ++row) {
-          const T* __restrict grad = from + row * width;
-          const K* __restrict code = codes + row * width;
-          T* __restrict write = out + row * width;
-          const W low = scale.numel() ? scales[2 * row] : W(0), step = scale.numel() ? scales[2 * row + 1] : W(1);
-          INDEPENDENT
-          for (int64_t c = 0; c < width; ++c) {
-            x[c] = fma_(W(code[c]), step, low);
-            d[c] = W(grad[c]) * p[c];
-            sum[c] += W(grad[c]);
-            product[c] += W(grad[c]) * x[c];
-          }
-          const W mean = sum_of<W>(width, [&](int64_t c) { return d[c]; }) / width;
-          const W slope = sum_of<W>(width, [&](int64_t c) { return d[c] * x[c]; }) / width;
-          INDEPENDENT
-          for (int64_t c = 0; c < width; ++c) put(write + c, inverses[row] * (d[c] - mean - x[c] * slope));
-        }
-        for (int64_t c = 0; c < width; ++c) total[c] = sum[c], total[width + c] = product[c];
-      });
-      W *to_gamma = dgamma.data_ptr<W>(), *to_beta = dbeta.data_ptr<W>();
-      for (int64_t c = 0; c < width; ++c) {
-        double sum = 0, product = 0;
-        for (int64_t i = 0; i < chunks; ++i) {
-          sum += partial[2 * i * width + c];
-          product += partial[(2 * i + 1) * width + c];
-        }
-        to_beta[c] = sum;
-        to_gamma[c] = product;
-      }
-    });
-  });
-  return {dz, dgamma, dbeta};
-}
-
 }  // namespace
 
-TORCH_LIBRARY(bnaa, m) {
-  m.def("stats(Tensor z, bool range) -> Tensor");
-  m.def("forward(Tensor z, Tensor? residual, Tensor slope, Tensor level, Tensor zero, Tensor step, int act, int keep, "
-        "bool with_mask) -> (Tensor, Tensor, Tensor)");
-  m.def("sums(Tensor dy, Tensor kept, Tensor? mask, Tensor slope, Tensor level, Tensor zero, int act, bool want_du, "
-        "Tensor? more=None) -> (Tensor, Tensor)");
-  m.def("input_gradient(Tensor dy, Tensor kept, Tensor? mask, Tensor slope, Tensor level, Tensor zero, int act, "
-        "Tensor by, Tensor along, Tensor constant) -> Tensor");
-  m.def("restore(Tensor kept, Tensor slope, Tensor level, int act) -> Tensor");
-  m.def("row_forward(Tensor z, Tensor gamma, Tensor beta, float eps, int keep) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("row_backward(Tensor dy, Tensor kept, Tensor scale, Tensor inverse, Tensor gamma) -> (Tensor, Tensor, Tensor)");
-}
+// The schemas of the others are registered by cpp.py, from operators.py.
+TORCH_LIBRARY_FRAGMENT(bnaa, m) { m.def("activations() -> str[]", activations); }
 
 TORCH_LIBRARY_IMPL(bnaa, CPU, m) {
   m.impl("stats", stats);
@@ -659,6 +510,4 @@ TORCH_LIBRARY_IMPL(bnaa, CPU, m) {
   m.impl("sums", sums);
   m.impl("input_gradient", input_gradient);
   m.impl("restore", restore);
-  m.impl("row_forward", row_forward);
-  m.impl("row_backward", row_backward);
 }

@@ -1,17 +1,20 @@
 """Norm + activation on a GPU, in Triton: one pass over memory each way. `triton_ops` launches these.
 
 A tensor is read as a matrix, P rows of Q columns: in channels_last as rows of channels; else as planes, a row for each
-image and channel. What `kept`, its lines and a mask are is in `kernels.cpp`; here bit k of byte (g, i) of a mask is of
+image and channel. What they compute is said in `operators`. Bit k of byte (g, i) of a mask is of
 row 8 g + k, column i.
 """
 
 import triton
 import triton.language as tl
 
-from .native import BFLOAT16, BYTE
+from . import constants
+from .constants import BFLOAT16, BYTE
 
-# Activations, as `kernels` numbers them.
-RELU, RELU6, SILU, HARDSWISH, GELU, GELU_TANH = (tl.constexpr(act) for act in range(1, 7))
+# The activations that `_activate` and `_through` compute: any other does not compile.
+IDENTITY, RELU, RELU6 = (tl.constexpr(name) for name in (constants.IDENTITY, constants.RELU, constants.RELU6))
+SILU, HARDSWISH = tl.constexpr(constants.SILU), tl.constexpr(constants.HARDSWISH)
+GELU, GELU_TANH = tl.constexpr(constants.GELU), tl.constexpr(constants.GELU_TANH)
 KEEPS_HALF, KEEPS_BYTE = tl.constexpr(BFLOAT16), tl.constexpr(BYTE)
 ROOT_HALF = tl.constexpr(0.7071067811865476)  # sqrt(1 / 2)
 DENSITY = tl.constexpr(0.3989422804014327)  # of a normal number at zero, 1 / sqrt(2 pi)
@@ -38,6 +41,8 @@ def _activate(u, ACT: tl.constexpr):
         u = u * 0.5 * (1 + tl.erf(u * ROOT_HALF))
     elif ACT == GELU_TANH:
         u = u * _sigmoid(u * (u * u * TANH_CUBE + 1) * TANH_SCALE)
+    else:
+        tl.static_assert(ACT == IDENTITY, "no kernel for this activation")
     return u
 
 
@@ -64,6 +69,8 @@ def _through(dy, u, ACT: tl.constexpr):
     elif ACT == GELU_TANH:
         s = _sigmoid(u * (u * u * TANH_CUBE + 1) * TANH_SCALE)
         dy = dy * s * (1 + u * (1 - s) * TANH_SCALE * (u * u * TANH_CUBE * 3 + 1))
+    else:
+        tl.static_assert(ACT == IDENTITY, "no kernel for this activation")
     return dy
 
 
@@ -78,15 +85,15 @@ def _line(values, rows, cols, Q, C, LAST: tl.constexpr):
 
 @triton.jit
 def _du(
-    dy, x, mask, slope, level, rows, cols, here, Q, C,
+    dy, x, mask, slope, offset, rows, cols, here, Q, C,
     LAST: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of the activation's input, by the mask or from what was kept, x."""
     if MASKED:
         byte = tl.load(mask + (rows // 8)[:, None] * Q + cols[None, :], here, 0).to(tl.int32)
         dy = tl.where(((byte >> (rows % 8).to(tl.int32)[:, None]) & 1) != 0, dy, 0.0)
-    elif ACT != 0:
-        u = tl.fma(x, _line(slope, rows, cols, Q, C, LAST), _line(level, rows, cols, Q, C, LAST))
+    elif ACT != IDENTITY:
+        u = tl.fma(x, _line(slope, rows, cols, Q, C, LAST), _line(offset, rows, cols, Q, C, LAST))
         dy = _through(dy, u, ACT)
     return dy
 
@@ -187,18 +194,18 @@ def merge(
 
 @triton.jit
 def forward(
-    z, residual, slope, level, zero, step, y, kept, mask, P, Q, C,
+    z, residual, slope, offset, zero, step, y, kept, mask, P, Q, C,
     LAST: tl.constexpr, ACT: tl.constexpr, KEEP: tl.constexpr, ADDS: tl.constexpr, MASKS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """act(z * slope + level (+ residual)), what is kept of z, which is (z - zero) * step, and the mask."""
+    """act(z * slope + offset (+ residual)), what is kept of z, which is (z - zero) * step, and the mask."""
     W: tl.constexpr = slope.dtype.element_ty
     group = tl.program_id(0).to(tl.int64) * (ROWS // 8)
     rows, cols = group * 8 + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     here = (rows < P)[:, None] & (cols < Q)[None, :]
     at = rows[:, None] * Q + cols[None, :]
     x = tl.load(z + at, here, 0.0).to(W)
-    u = tl.fma(x, _line(slope, rows, cols, Q, C, LAST), _line(level, rows, cols, Q, C, LAST))
+    u = tl.fma(x, _line(slope, rows, cols, Q, C, LAST), _line(offset, rows, cols, Q, C, LAST))
     if ADDS:
         u += tl.load(residual + at, here, 0.0).to(W)
     tl.store(y + at, _activate(u, ACT).to(y.dtype.element_ty), here)
@@ -217,7 +224,7 @@ def forward(
 
 @triton.jit(do_not_specialize=["parts"])
 def sums(
-    dy, more, kept, mask, slope, level, zero, du, out, P, Q, C, parts,
+    dy, more, kept, mask, slope, offset, zero, du, out, P, Q, C, parts,
     LAST: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, WRITES: tl.constexpr, ADDS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
     CHUNK: tl.constexpr, STEPS: tl.constexpr,
@@ -234,7 +241,7 @@ def sums(
         x, d = tl.load(kept + at, here, 0).to(W), tl.load(dy + at, here, 0.0).to(W)
         if ADDS:
             d += tl.load(more + at, here, 0.0).to(W)
-        d = _du(d, x, mask, slope, level, rows, cols, here, Q, C, LAST, ACT, MASKED)
+        d = _du(d, x, mask, slope, offset, rows, cols, here, Q, C, LAST, ACT, MASKED)
         if WRITES:
             tl.store(du + at, d.to(du.dtype.element_ty), here)
         total += d
@@ -254,7 +261,7 @@ def sums(
 
 @triton.jit
 def input_gradient(
-    dy, kept, mask, slope, level, zero, by, along, constant, dz, P, Q, C,
+    dy, kept, mask, slope, offset, zero, by, along, constant, dz, P, Q, C,
     LAST: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Return du * by + (kept - zero) * along + constant, with du from dy as in `sums`."""
@@ -264,7 +271,7 @@ def input_gradient(
     here = (rows < P)[:, None] & (cols < Q)[None, :]
     at = rows[:, None] * Q + cols[None, :]
     x, d = tl.load(kept + at, here, 0).to(W), tl.load(dy + at, here, 0.0).to(W)
-    d = _du(d, x, mask, slope, level, rows, cols, here, Q, C, LAST, ACT, MASKED)
+    d = _du(d, x, mask, slope, offset, rows, cols, here, Q, C, LAST, ACT, MASKED)
     rest = tl.fma(
         x - _line(zero, rows, cols, Q, C, LAST),
         _line(along, rows, cols, Q, C, LAST),
@@ -276,14 +283,14 @@ def input_gradient(
 
 @triton.jit
 def restore(
-    kept, slope, level, y, P, Q, C,
+    kept, slope, offset, y, P, Q, C,
     LAST: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """act(kept * slope + level)."""
+    """act(kept * slope + offset)."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     here = (rows < P)[:, None] & (cols < Q)[None, :]
     at = rows[:, None] * Q + cols[None, :]
     x = tl.load(kept + at, here, 0).to(slope.dtype.element_ty)
-    u = tl.fma(x, _line(slope, rows, cols, Q, C, LAST), _line(level, rows, cols, Q, C, LAST))
+    u = tl.fma(x, _line(slope, rows, cols, Q, C, LAST), _line(offset, rows, cols, Q, C, LAST))
     tl.store(y + at, _activate(u, ACT), here)

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .native import BYTE, wide
+from .constants import BYTE
 from .triton_kernels import _activate, _through
-from .triton_ops import TILE, define
+from .triton_ops import OUT, TILE, implement
 
 PARTS = 1024  # into how many parts sums over rows are split, about
 
@@ -133,30 +133,20 @@ def _launch(kernel: Any, like: Tensor, *tensors: Tensor, steps: int = 1, **rest:
             kernel[(triton.cdiv(count, height * steps),)](*tensors, **rest)
 
 
-# The operators. Without ``real`` they say what they return and compute nothing, for torch.compile.
-
-
-def row_forward(
-    real: bool, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, keep: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def row_forward(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return LayerNorm's output, what is kept of the normalised input, and one over each row's standard deviation."""
+    y, kept, scale, inverse = OUT.row_forward(z, gamma, beta, eps, keep)
     z = z.contiguous()
-    dtype = torch.uint8 if keep == BYTE else torch.bfloat16
-    y, kept = torch.empty_like(z), torch.empty_like(z, dtype=dtype)
-    scale, inverse = (z.new_empty((*z.shape[:-1], n), dtype=wide(z.dtype)) for n in (2 if keep == BYTE else 0, 1))
-    if real:
-        _launch(layer_norm, z, z, gamma, beta, y, kept, scale, inverse, EPS=eps, IN_BYTES=keep == BYTE)
+    _launch(layer_norm, z, z, gamma, beta, y, kept, scale, inverse, EPS=eps, IN_BYTES=keep == BYTE)
     return y, kept, scale, inverse
 
 
 def row_backward(
-    real: bool, dy: Tensor, kept: Tensor, scale: Tensor, inverse: Tensor, gamma: Tensor
+    dy: Tensor, kept: Tensor, scale: Tensor, inverse: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of LayerNorm's input, gamma and beta."""
+    dz, _, _ = OUT.row_backward(dy, kept, scale, inverse, gamma)
     dy = dy.contiguous()
-    dz = torch.empty_like(dy)
-    if not real:
-        return dz, torch.empty_like(gamma), torch.empty_like(gamma)
     (count, height), width = _shape(dy), dy.shape[-1]
     # The longer a part, the fewer sums there are to add; the more parts, the more run at once.
     steps = min(64, triton.next_power_of_2(max(1, count // (height * PARTS))))
@@ -168,27 +158,22 @@ def row_backward(
     return dz, sums[0].sum(0), sums[1].sum(0)  # two tensors: results of an operator share no memory
 
 
-def keep_rows(real: bool, x: Tensor, act: int, want_y: bool) -> tuple[Tensor, Tensor, Tensor]:
+def keep_rows(x: Tensor, act: str, want_y: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows in 8 bits a value, the least value and the step of each, and their activation if asked for."""
+    kept, scale, y = OUT.keep_rows(x, act, want_y)
     x = x.contiguous()
-    y = torch.empty_like(x) if want_y else x.new_empty(0)
-    kept, scale = torch.empty_like(x, dtype=torch.uint8), x.new_empty((*x.shape[:-1], 2), dtype=wide(x.dtype))
-    if real:
-        _launch(keep, x, x, y, kept, scale, ACT=act, WRITES=want_y)
+    _launch(keep, x, x, y, kept, scale, ACT=act, WRITES=want_y)
     return kept, scale, y
 
 
-def restore_rows(real: bool, kept: Tensor, scale: Tensor, dy: Tensor | None, act: int, dtype: torch.dtype) -> Tensor:
+def restore_rows(kept: Tensor, scale: Tensor, dy: Tensor | None, act: str, dtype: torch.dtype) -> Tensor:
     """Return the rows in a type, or if dy is given the gradient of the activation's input, which they are."""
-    x = torch.empty_like(kept, dtype=dtype)
-    if real:
-        dy = x if dy is None else dy.contiguous()
-        _launch(restore, kept, dy, kept, scale, x, ACT=act, READS=dy is not x)
+    x = OUT.restore_rows(kept, scale, dy, act, dtype)
+    _launch(restore, kept, x if dy is None else dy.contiguous(), kept, scale, x, ACT=act, READS=dy is not None)
     return x
 
 
-_ROWS = "Tensor kept, Tensor scale"
-define(row_forward, "Tensor z, Tensor gamma, Tensor beta, float eps, int keep) -> (Tensor, Tensor, Tensor, Tensor)")
-define(row_backward, f"Tensor dy, {_ROWS}, Tensor inverse, Tensor gamma) -> (Tensor, Tensor, Tensor)")
-define(keep_rows, "Tensor x, int act, bool want_y) -> (Tensor, Tensor, Tensor)")
-define(restore_rows, f"{_ROWS}, Tensor? dy, int act, ScalarType dtype) -> Tensor")
+implement(OUT.row_forward, row_forward)
+implement(OUT.row_backward, row_backward)
+implement(OUT.keep_rows, keep_rows)
+implement(OUT.restore_rows, restore_rows)
