@@ -4,6 +4,7 @@ BNAA_FUZZ=10000 runs so many, BNAA_FUZZ_SEED=1 others. They are loaded in a proc
 """
 
 import ctypes
+import faulthandler
 import gc
 import json
 import multiprocessing
@@ -445,6 +446,7 @@ LIMIT = 0.4  # of what follows, in seconds of processor time
 
 
 def crashing(*request):
+    faulthandler.disable()  # or it prints the stack of the whole suite
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
