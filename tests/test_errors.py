@@ -4,14 +4,12 @@ import ast
 import builtins
 import copy
 import errno
-import importlib.util
 import inspect
 import json
 import os
 import pickle
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,8 @@ import bn_affine_adapters
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, errors, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.sharing.hub import _ADVICE, _OTHERWISE, push_folder
 from bn_affine_adapters.training.data import load_splits
+from bn_affine_adapters.training.recipe import Recipe
+from bn_affine_adapters.training.train import check_output
 
 REPOSITORY = Path(__file__).parent.parent
 CLASSES = {n: k for n, k in vars(errors).items() if inspect.isclass(k) and k.__module__ == errors.__name__}
@@ -153,12 +153,8 @@ def drop_a_tensor(here):
 
 
 def fill_an_output_folder(here):
-    spec = importlib.util.spec_from_file_location("recipe_to_test", REPOSITORY / "recipes" / "train.py")
-    train = importlib.util.module_from_spec(spec)
-    here.monkeypatch.setitem(sys.modules, spec.name, train)  # its dataclasses look themselves up
-    spec.loader.exec_module(train)
     (here.scratch / "result.json").write_text("{}", encoding="utf-8")
-    return train.prepare_output(train.Recipe(output_dir=str(here.scratch)))
+    return check_output(Recipe(output_dir=str(here.scratch)))
 
 
 def fill_the_disk(here):

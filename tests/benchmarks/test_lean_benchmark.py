@@ -242,7 +242,7 @@ def test_the_targets_name_what_is_measured():
 def test_both_sides_of_the_data_path_show_all_images_the_same_way(monkeypatch):
     feed = script("benchmarks/feed")
     monkeypatch.setattr(feed, "REPEATS", 1)
-    result = feed.compare(size=8, workers=[0], rounds=1)
+    result = feed.compare(size=8, batch=128, workers=[0], rounds=1)
     rates = result["images_per_second"]
     assert set(rates) == {"feed", "0 workers"}
     assert result["over_feed"]["0 workers"] == pytest.approx(rates["0 workers"] / rates["feed"], abs=0.01)
