@@ -246,7 +246,7 @@ def test_both_sides_of_the_data_path_show_all_images_the_same_way(monkeypatch):
     rates = result["images_per_second"]
     assert set(rates) == {"feed", "0 workers"}
     assert result["over_feed"]["0 workers"] == pytest.approx(rates["0 workers"] / rates["feed"], abs=0.01)
-    assert f"| feed | {rates['feed']} | 1.0 |" in feed.page(result)
+    assert f"| feed | {rates['feed']} | 1.0 |" in feed.section(result)
 
 
 def test_the_loader_of_the_data_path_normalises_as_the_feed_does():
