@@ -64,7 +64,7 @@ class RowNorm(Function):
             lines = z
         column = (-1, 1) if groups else (*z.shape[:-1], 1)
         mean, inverse = mean.to(dtype).view(column), inverse.to(dtype).view(column)
-        kept, scale = (lines, mean) if keep == INPUT else rounded((lines.to(dtype) - mean) * inverse, keep)
+        kept, scale = (lines, mean) if keep == INPUT else rounded((lines.to(dtype) - mean).mul_(inverse), keep)
         ctx.save_for_backward(kept, scale, inverse, gamma, beta)
         y = activate(y, act)
         return y if y.dtype == z.dtype else y.to(z.dtype)
@@ -99,7 +99,7 @@ class RowNorm(Function):
             )
         dz, dgamma, dbeta = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
         if dz is not None:
-            dz = (dz.view(kept.shape) * inverse).view(ctx.shape).to(ctx.dtype)
+            dz = dz.view(kept.shape).mul_(inverse).view(ctx.shape).to(ctx.dtype)
         return (
             dz,
             None if dgamma is None or gamma is None else dgamma.to(gamma.dtype),
