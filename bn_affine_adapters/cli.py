@@ -6,6 +6,7 @@ Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2
 import json
 import time
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ from .adapter.config import BNOnlyConfig
 from .adapter.limits import MAX_PARAMETERS, bounded
 from .adapter.rebuild import create_pretrained, frozen_tensors
 from .deploy.exporting import export
-from .errors import BNAdapterError, FingerprintError, OutputFolderError, check_choice, printable
+from .errors import BNAdapterError, ConfigError, FingerprintError, OutputFolderError, printable
 from .model.loading import load_bn_only_model
 from .model.peft_model import BNOnlyPeftModel
 from .model.prediction import predict
@@ -93,21 +94,22 @@ def _table(rows: list[list[Any]]) -> None:
     click.echo(text_table([["" if cell is None else printable(str(cell), 100) for cell in row] for row in rows]))
 
 
-def _script(name: str, about: str, function: str = "command", extra: str = "train", **how: Any) -> None:
-    """Make a script of training, which `python -m bn_affine_adapters.training.NAME` runs too, a command."""
+def _script(name: str, about: str, part: str = "training", extra: str = "train", **how: Any) -> None:
+    """Make a script, which `python -m bn_affine_adapters.PART.NAME` runs too, a command."""
 
     # The script has a --help of its own.
     @main.command(name, help=about, context_settings={"ignore_unknown_options": True, "help_option_names": []})
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def run(arguments: tuple[str, ...]) -> None:
         with installed(extra):
-            getattr(import_module(f".training.{name}", __package__), function)(list(arguments), **how)
+            import_module(f".{part}.{name}", __package__).command(list(arguments), **how)
 
 
 _script("train", "Train norm parameters by a recipe, and save them as an adapter.")
 _script("validate", "Measure an adapter's accuracy on a test split.")
-_script("sweep", "Train many recipes, as a YAML file lists them.", "main", prog_name="bn-adapters sweep")
-_script("tune", "Choose hyper-parameters with Optuna.", "main", "tune", prog_name="bn-adapters tune")
+_script("sweep", "Train many recipes, as a YAML file lists them.", prog_name="bn-adapters sweep")
+_script("tune", "Choose hyper-parameters with Optuna.", extra="tune", prog_name="bn-adapters tune")
+_script("analyse", "Analyse gamma, beta and dead activations of a trained network.", "study")
 
 
 @main.group(invoke_without_command=True)
@@ -129,8 +131,11 @@ def configs(context: click.Context) -> None:
 
 
 def _config_text(name: str) -> str:
-    check_choice("NAME", name, config_files())
-    return config_files()[name].read_text(encoding="utf-8")
+    files = config_files()
+    if name not in files:
+        near = ", ".join(get_close_matches(name, files)) or "no name is near it"
+        raise ConfigError(f"There is no packaged file {name}.", seen=near, do="bn-adapters configs")
+    return files[name].read_text(encoding="utf-8")
 
 
 @configs.command()

@@ -64,19 +64,29 @@ def script(name):
     return module
 
 
-def each_once(without=(), indirect=(), **axes):
+def values_by_name(axis, values):
+    """Return the values of an axis by names that are the same in every process: pytest-xdist compares them."""
+    plain = (str, int, float, type(None))
+    names = [
+        str(value)[:60] if isinstance(value, plain) else getattr(value, "__name__", f"{axis}{index}")
+        for index, value in enumerate(values)
+    ]
+    assert len(set(names)) == len(names), f"two values of {axis} have one name: {names}"
+    return dict(zip(names, values, strict=True))
+
+
+def each_once(indirect=(), **axes):
     """Parametrise with several axes, each a list of values or a dictionary of them by their names.
 
-    Each value of each axis runs at least once; all other combinations are `slow`, and those in `without` are left out.
+    Each value of each axis runs at least once; all other combinations are `slow`.
     """
-    named = [axis if isinstance(axis, dict) else {str(value)[:40]: value for value in axis} for axis in axes.values()]
+    named = [axis if isinstance(axis, dict) else values_by_name(key, list(axis)) for key, axis in axes.items()]
     fast = {tuple(n % len(axis) for axis in named) for n in range(max(map(len, named)))}
     rows = []
     for index in itertools.product(*(range(len(axis)) for axis in named)):
         names, values = zip(*(list(axis.items())[i] for axis, i in zip(named, index, strict=True)), strict=True)
         marks = [] if index in fast else [pytest.mark.slow]
-        if values not in without:
-            rows.append(pytest.param(*values, id="-".join(map(str, names)), marks=marks))
+        rows.append(pytest.param(*values, id="-".join(map(str, names)), marks=marks))
     return pytest.mark.parametrize(list(axes), rows, indirect=list(indirect))
 
 

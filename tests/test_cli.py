@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.cli import main
-from bn_affine_adapters.training.recipe import CONFIGS, config_files
+from bn_affine_adapters.training.recipe import CONFIGS, config_files, find_config
+from bn_affine_adapters.training.sweeps import read_sweep
 
-COMMANDS = {"inspect", "verify", "predict", "push", "card", "export", "diff", "configs", "train", "validate"}
+COMMANDS = {"inspect", "verify", "predict", "push", "card", "export", "diff", "configs", "train", "validate", "analyse"}
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -232,8 +233,36 @@ def test_configs_lists_every_file_with_its_first_line(run):
     assert [line.split()[0] for line in lines] == list(config_files())
     assert {"digits", "sweeps/paper", "tune/digits"} <= set(config_files())
     assert len(lines) == len(list(CONFIGS.rglob("*.yaml"))) >= 16
-    assert all(len(line.split()) > 5 for line in lines)
+    assert all(len(line.split()) > 5 and line.endswith(".") for line in lines), "each line is a whole sentence"
     assert "handwritten digits" in next(line for line in lines if line.startswith("digits "))
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("sweep nosuch", "The sweep nosuch cannot be read"),
+        ("tune nosuch", "The tuning nosuch cannot be read"),
+        ("train nosuch", "The recipe cannot be read"),
+        ("train sweeps/digits", "bn-adapters sweep sweeps/digits"),
+        ("train digits model=nosuch", "timm cannot create the network nosuch"),
+        ("train digits model=resnet18 model_args.foo=1", "unexpected keyword argument 'foo'"),
+        ("train digits tracker=nosuch", "tracker='nosuch'"),
+        ("validate foo=1", "bn-adapters validate has no key 'foo'"),
+        ("configs show digit", "digits"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_in_three_parts_and_exit_code_2(words, shown, run, here):
+    code, _, errors = run(*words.split())
+    assert code == 2
+    assert shown in errors
+    assert "  seen:  " in errors
+    assert "  do:    " in errors
+    assert not list(here.rglob("adapter_model.safetensors"))
+
+
+def test_a_listed_name_is_found_by_its_own_command(here):
+    assert read_sweep("sweeps/digits").networks == read_sweep("digits").networks
+    assert find_config("tune/digits", "tune") == find_config("digits", "tune") == CONFIGS / "tune" / "digits.yaml"
 
 
 def test_configs_shows_and_copies_and_overwrites_nothing(run, here):

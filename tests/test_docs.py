@@ -107,7 +107,7 @@ def test_the_commands_of_the_sharing_page_run_after_its_python(me, capsys):
     Image.new("RGB", (40, 30)).save("cat.png")
     shutil.rmtree("plain")
     ran = run_commands(code(page, "bash"))
-    assert set(ran) == set(main.commands) - {"train", "validate", "configs", "sweep", "tune"}
+    assert set(ran) == set(main.commands) - {"train", "validate", "configs", "sweep", "tune", "analyse"}
 
 
 def test_the_commands_of_the_command_line_page_run(me):
@@ -152,7 +152,7 @@ def check_script(line):
 def check_plan(name, words):
     """Parse a sweep's or a search's line with its own options, and read the file that it names."""
     module = importlib.import_module(f"bn_affine_adapters.training.{name}")
-    file = module.main.make_context(name, words).params["file"]
+    file = module.command.make_context(name, words).params["file"]
     read_sweep(file) if name == "sweep" else module.read_tuning(file)
 
 

@@ -221,6 +221,27 @@ def test_a_heavy_import_at_the_top_would_be_noticed(tmp_path):
     assert found == {("training.data", "datasets"), ("norms.statistics", "accelerate"), ("training.feed", "sklearn")}
 
 
+def long_functions(folder, limit=40):
+    """Return {file:function: lines} of the functions that do not fit on a screen."""
+    nodes = [(path, node) for path in sorted(folder.rglob("*.py")) for node in ast.walk(ast.parse(path.read_text()))]
+    functions = [(p, n) for p, n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lines = {f"{p.relative_to(folder)}:{n.name}": n.end_lineno - n.lineno + 1 for p, n in functions}
+    assert lines, f"no function in {folder}"
+    return {name: count for name, count in lines.items() if count > limit}
+
+
+def test_functions_fit_on_a_screen_but_for_three_with_many_arguments():
+    assert set(long_functions(PACKAGE)) == {
+        "model/loading.py:load_bn_only_model", "model/peft_model.py:push_to_hub", "sharing/hub.py:push_folder",
+    }  # fmt: skip
+    assert long_functions(RECIPES) == {}
+
+
+def test_a_long_function_would_be_noticed(tmp_path):
+    (tmp_path / "a.py").write_text("def f():\n" + "    x = 1\n" * 39 + "async def g():\n" + "    x = 1\n" * 40)
+    assert long_functions(tmp_path) == {"a.py:g": 41}
+
+
 def test_recipes_are_never_imported():
     names = {path.stem for path in RECIPES.rglob("*.py")}
     assert "train" in names

@@ -39,10 +39,10 @@ def write_card(
     """Write an adapter's model card, figure and results.
 
     Args:
-        folder: an adapter's, with results.json if `recipes/train.py` wrote one.
+        folder: an adapter's, with results.json if `bn-adapters train` wrote one.
         repo_id: the repository's name, for the snippet.
         results: what was measured: a dictionary with "dataset", "top1" (%), and if known "split" and "top5" (%), a line
-            of `recipes/train.py`, or a list of those; or a .jsonl file, of which replicates of this recipe are used.
+            of `bn-adapters train`, or a list of those; or a .jsonl file, of which replicates of this recipe are used.
             The first result on a data set is this adapter's own.
         license: an identifier of the Hub; left out when not given.
         tags: added to those that every adapter has.

@@ -47,7 +47,7 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
         raise ConfigError(
             "The results cannot be read.",
             seen=f"{type(error).__name__}: {error}",
-            do='give dictionaries with "dataset" and "top1" in %, or a .jsonl file that recipes/train.py wrote',
+            do='give dictionaries with "dataset" and "top1" in %, or a .jsonl file that `bn-adapters train` wrote',
         ) from error
     return [line for i, line in enumerate(lines) if recipes[i] is None or recipes[i] not in recipes[:i]]
 

@@ -1,10 +1,15 @@
 """Analyse a trained network: gamma and beta, accuracy with small gammas set to zero, dead activations, on a test split.
 
-    accelerate launch recipes/analyse.py adapter=runs/digits/adapter [dataset=digits] [key=value ...]
+    bn-adapters analyse [ADAPTER] [dataset=digits] [key=value ...]
 
-``adapter`` is an adapter's folder or Hub id, as for recipes/validate.py, or the folder of a plain timm network,
-config.json and model.safetensors, as `export` writes it. Image size, mean and std are its own. Prints one JSON line,
-and writes it to output=FILE. One process. `--help` lists every key.
+ADAPTER is a folder or a Hub id, as for `bn-adapters validate`, or the folder of a plain timm network, config.json and
+model.safetensors, as `export` writes it. Image size, mean and std are its own. Prints one JSON line, and writes it to
+output=FILE. One process.
+
+Example:
+  bn-adapters analyse runs/digits/adapter
+
+Keys and their defaults:
 """
 
 import json
@@ -19,24 +24,19 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..errors import ConfigError, NetworkError, RebuildError
-from ..model.loading import load_bn_only_model
-from ..sharing.folder import check_files, read_config
-from ..sharing.hub import fetch
-from ..training import scripts
 from ..training.data import check_classes
-from ..training.feed import DataOptions, Feed, accuracy, own_options
+from ..training.feed import Feed, accuracy, own_options
+from ..training.scripts import AdapterOptions, data_options, load_adapter, run_script
+from ..training.scripts import read_options as read
 from .networks import DEAD, GRID, clamped, dead_activations, dead_share, distribution, norm_values
 
 DIGITS = 4  # after the point, of every number in the line
 
 
 @dataclass
-class Options(DataOptions):
+class Options(AdapterOptions):
     """Every key: the network, its base if it has one, the data, and what to analyse."""
 
-    adapter: str = "runs/digits/adapter"
-    pretrained: bool = False
-    pretrained_file: str | None = None
     clamp: list[float] = field(default_factory=lambda: [0.01, 0.05])  # thresholds of |gamma|
     layers: bool = False  # also mean, std and near zero of each layer: about 130 bytes a layer
     output: str | None = None
@@ -52,13 +52,12 @@ def own(adapter: str) -> dict[str, Any]:
     """Return the data options in the network's own configuration."""
     if is_plain(adapter):
         return own_options(json.loads(Path(adapter, "config.json").read_text(encoding="utf-8"))["pretrained_cfg"])
-    check_files(folder := fetch(adapter))
-    return own_options(read_config(folder).data_config or {})
+    return data_options(adapter)
 
 
 def read_options(arguments: list[str]) -> Options:
     """Merge the network's own data configuration with the key=value arguments."""
-    return scripts.read_options(arguments, Options, "analyse.py", __doc__, own)
+    return read(arguments, Options, "bn-adapters analyse", __doc__, own)
 
 
 def load(options: Options, feed: Feed) -> nn.Module:
@@ -67,10 +66,7 @@ def load(options: Options, feed: Feed) -> nn.Module:
         model = load_plain(Path(options.adapter).resolve())
         check_classes(feed.test, model.num_classes)
         return model.to(feed.accelerator.device)
-    config = read_config(fetch(options.adapter))
-    check_classes(feed.test, config.model_args.get("num_classes", len(feed.label_names)))
-    base = scripts.given_base(config, options.pretrained, options.pretrained_file)
-    return load_bn_only_model(options.adapter, base, device=feed.accelerator.device)
+    return load_adapter(options, feed)
 
 
 def load_plain(folder: Path) -> Any:
@@ -117,7 +113,10 @@ def run(options: Options) -> dict[str, Any]:
     """Load, evaluate, analyse; return the result line."""
     accelerator = Accelerator()
     if accelerator.num_processes > 1:  # their shares of the last batch overlap, and would be counted twice
-        seen, do = f"{accelerator.num_processes} processes", "accelerate launch --num_processes 1 recipes/analyse.py"
+        seen, do = (
+            f"{accelerator.num_processes} processes",
+            "start it alone, without accelerate launch",
+        )
         raise ConfigError("Activations are counted by one process.", seen=seen, do=do)
     feed = Feed(options, accelerator)
     model = load(options, feed).to(memory_format=feed.format)
@@ -139,7 +138,7 @@ def command(arguments: list[str]) -> None:
 
 def main() -> None:
     """Run from the command line."""
-    scripts.run_script(command)
+    run_script(command)
 
 
 if __name__ == "__main__":

@@ -27,5 +27,5 @@ def cifar_networks(runs: Iterable[Run]) -> list[str]:
 def command_of(entry: Mapping[str, Any], network: str = "") -> str:
     """Return the command that makes the runs that an entry of paper.yaml needs."""
     if "sweep" in entry:
-        return f"python recipes/sweep.py {entry['sweep']}"
-    return f"accelerate launch recipes/train.py --config imagenet model={network} condition={entry['of']}"
+        return f"bn-adapters sweep {entry['sweep']}"
+    return f"bn-adapters train imagenet model={network} condition={entry['of']}"

@@ -42,7 +42,7 @@ def read_runs(
     """Return the runs of every .jsonl file in a folder, in an order that does not depend on the files'.
 
     Args:
-        folder: of files that recipes/train.py wrote.
+        folder: of files that `bn-adapters train` wrote.
         recipes: by data set, the settings of the full recipe.
         names: other names of networks, with the name that stands for both.
 

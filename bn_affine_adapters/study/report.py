@@ -32,7 +32,7 @@ def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at:
         runs: of all data sets.
         figures: what `draw` returned of each.
         at: where the page will lie; links to the figures start there.
-        tuning: a folder with the results of recipes/tune.py.
+        tuning: a folder with the results of `bn-adapters tune`.
     """
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True

@@ -40,7 +40,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
-        do = "give a .jsonl file that recipes/train.py or recipes/sweep.py wrote"
+        do = "give a .jsonl file that `bn-adapters train` or `bn-adapters sweep` wrote"
         raise ConfigError(f"{path} cannot be read.", seen=str(error), do=do) from error
     *whole, rest = text.split("\n")
     if rest:
@@ -60,7 +60,7 @@ def _line(path: Path, number: int, text: str) -> dict[str, Any]:
         raise ConfigError(
             f"{path}, line {number}, is not the result of a run.",
             seen=f"{type(error).__name__}: {error}; {text[:80]}",
-            do='every line is a JSON object with "recipe" and "top1", as recipes/train.py writes it',
+            do='every line is a JSON object with "recipe" and "top1", as `bn-adapters train` writes it',
         ) from error
     return line
 

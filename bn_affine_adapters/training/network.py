@@ -5,7 +5,6 @@ import time
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ from .data import check_classes
 from .feed import Feed
 from .optimizer import create_optimizer
 from .recipe import CONDITIONS, FULL_CONDITIONS, Recipe
+from .scripts import timm_network
 
 WARM_UP, TIMED, LONGEST = 2, 5, 20.0  # steps, steps, and the seconds after which no further step is timed
 
@@ -53,14 +53,14 @@ def build_network(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module
 
     Raises:
         DataError: the data have another number of classes.
+        NetworkError: timm cannot create the network.
         ConfigError: statistics are to stay frozen in a network that trains whole.
     """
     if recipe.condition in FULL_CONDITIONS and recipe.running_statistics != "update":
         seen, do = f"condition={recipe.condition}, running_statistics={recipe.running_statistics}", "leave it out"
         raise ConfigError("A network that trains whole updates its running statistics.", seen=seen, do=do)
     check_classes(feed.train, config.model_args["num_classes"])
-    overlay = {"pretrained_cfg_overlay": {"file": recipe.pretrained_file}} if recipe.pretrained_file else {}
-    network = timm.create_model(recipe.model, pretrained=recipe.pretrained, **config.model_args, **overlay)
+    network = timm_network(recipe.model, config.model_args, recipe.pretrained, recipe.pretrained_file)
     if recipe.condition not in FULL_CONDITIONS:
         config.extra_trainable_modules = shortcut_convs(network) if "shortcut" in recipe.condition else []
         return get_bn_only_model(network, config)

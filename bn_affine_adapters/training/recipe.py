@@ -112,10 +112,10 @@ def find_config(name: str, folder: str = "") -> Path:
     """Return a YAML file: the one of that path if it is there, or else the packaged one of that name.
 
     Args:
-        name: a path, or e.g. "cifar10".
+        name: a path, or e.g. "cifar10"; "sweeps/digits", as `bn-adapters configs` lists it, is a sweep's.
         folder: of the packaged ones, "sweeps", "tune", or none for recipes.
     """
-    packaged = CONFIGS / folder / f"{name.removesuffix('.yaml')}.yaml"
+    packaged = CONFIGS / folder / f"{name.removesuffix('.yaml').removeprefix(f'{folder}/')}.yaml"
     return packaged if packaged.is_file() and not Path(name).is_file() else Path(name)
 
 
@@ -182,7 +182,11 @@ def read_recipe(arguments: Sequence[str], default: Path) -> Recipe:
         file, changes = (changes[at + 1 : at + 2] or ["--config"])[0], changes[:at] + changes[at + 2 :]
     elif changes and "=" not in changes[0]:
         file, changes = changes[0], changes[1:]
-    do = f"give key=value arguments, after a FILE.yaml or one of {', '.join(n for n in config_files() if '/' not in n)}"
+    names = ", ".join(name for name in config_files() if "/" not in name)
+    if file in config_files() and "/" in file and not Path(file).is_file():
+        of = file.partition("/")[0].removesuffix("s")
+        raise ConfigError(f"{file} is no recipe.", seen=file, do=f"bn-adapters {of} {file}, or a recipe: {names}")
+    do = f"give key=value arguments, after a FILE.yaml or one of {names}"
     recipe = read(Recipe, find_config(file), changes, what="The recipe", do=do)
     check_values(recipe)
     return recipe

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,26 @@ import timm
 import torch
 from torch import nn
 
-from ..adapter.config import BNOnlyConfig
 from ..adapter.rebuild import versions
-from ..errors import BNAdapterError, ConfigError
+from ..errors import BNAdapterError, ConfigError, NetworkError
+from ..model.loading import load_bn_only_model
+from ..model.peft_model import BNOnlyPeftModel
+from ..sharing.folder import check_files, read_config
+from ..sharing.hub import fetch
+from .data import check_classes
+from .feed import DataOptions, Feed, own_options
 from .recipe import Options, read
 
 PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass
+class AdapterOptions(DataOptions):
+    """The keys of a script that loads an adapter: the adapter, its base if it has one, and the data."""
+
+    adapter: str = "runs/digits/adapter"
+    pretrained: bool = False
+    pretrained_file: str | None = None
 
 
 @contextmanager
@@ -36,10 +51,10 @@ def installed(extra: str) -> Generator[None, None, None]:
         raise ConfigError("This needs a package that is not installed.", seen=str(error), do=do) from error
 
 
-def run_script(command: Callable[[list[str]], None]) -> None:
+def run_script(command: Callable[[list[str]], None], extra: str = "train") -> None:
     """Run a command with the arguments of this process; an error ends it with its three parts and status 1."""
     try:
-        with installed("train"):
+        with installed(extra):
             command(sys.argv[1:])
     except BNAdapterError as error:
         sys.exit(f"{type(error).__name__}: {error}")
@@ -64,7 +79,7 @@ def read_options(
     Args:
         arguments: of the command line; the first may be the adapter itself, without ``adapter=``.
         options: a dataclass whose fields all have defaults, ``adapter`` among them.
-        script: its name in messages, e.g. "validate.py".
+        script: its name in messages, e.g. "bn-adapters validate".
         about: what ``--help`` prints above the keys.
         own: from ``adapter`` to the options that it sets unless they are given.
 
@@ -82,18 +97,44 @@ def read_options(
     return read(options, own(given.adapter), arguments, **messages)
 
 
-def given_base(config: BNOnlyConfig, pretrained: bool, file: str | None) -> nn.Module | None:
-    """Return the base with timm's weights, or those of a file, for an adapter without a seed; None where none is meant.
+def data_options(adapter: str) -> dict[str, Any]:
+    """Return the data options in an adapter's own configuration."""
+    check_files(folder := fetch(adapter))
+    return own_options(read_config(folder).data_config or {})
 
-    Args:
-        config: the adapter's.
-        pretrained: take the weights that timm names for the architecture.
-        file: take these instead.
+
+def load_adapter(options: AdapterOptions, feed: Feed) -> BNOnlyPeftModel:
+    """Rebuild and verify an adapter's network for a test split, on its device.
+
+    An adapter without a seed is loaded on the weights of ``pretrained_file``, or on timm's if ``pretrained``.
+
+    Raises:
+        DataError: the network has another number of classes than the data.
     """
-    if config.seed is not None or not (pretrained or file):
-        return None
+    config = read_config(fetch(options.adapter))
+    check_classes(feed.test, config.model_args.get("num_classes", len(feed.label_names)))
+    given = config.seed is None and (options.pretrained or options.pretrained_file)
+    base = timm_network(str(config.architecture), config.model_args, True, options.pretrained_file) if given else None
+    return load_bn_only_model(options.adapter, base, device=feed.accelerator.device)
+
+
+def timm_network(name: str, arguments: dict[str, Any], pretrained: bool, file: str | None = None) -> nn.Module:
+    """Return a network of timm, with the weights of ``file`` instead of timm's download if it is given.
+
+    Raises:
+        NetworkError: timm cannot create it, or cannot download or read its weights.
+    """
     overlay = {"pretrained_cfg_overlay": {"file": file}} if file else {}
-    return timm.create_model(config.architecture, pretrained=True, **config.model_args, **overlay)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments, **overlay)
+    except Exception as error:  # every architecture takes arguments, and reads weights, in its own way
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise NetworkError(
+            f"timm cannot create the network {name}.",
+            seen=f"{type(error).__name__}: {reason}; model_args={arguments}, pretrained={pretrained}",
+            do="choose a name of timm.list_models() and arguments that it takes; without a connection to the Hub, give "
+            "pretrained_file=FILE.safetensors",
+        ) from error
 
 
 def cores() -> int:

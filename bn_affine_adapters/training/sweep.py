@@ -1,10 +1,10 @@
-"""Train conditions x networks x replicates, as one YAML file lists them; one JSON line a run, and no run twice.
+"""Train conditions x networks x replicates, as one YAML file lists them, and write one JSON line for each run.
 
     bn-adapters sweep NAME|FILE.yaml [key=value ...] [--dry-run] [--workers 2] [--ray]
 
-In a checkout, `python recipes/sweep.py` does the same. NAME is a packaged sweep, such as `paper` or `digits`. A sweep
-that was killed continues with the same command: runs in the results file are finished, and interrupted runs resume
-from their checkpoints. key=value arguments change the recipe of every run. `--help` lists the options.
+NAME is a packaged sweep, such as `paper` or `digits`. A sweep that was killed continues with the same command: runs in
+the results file are finished and skipped, and interrupted runs resume from their checkpoints. key=value arguments
+change the recipe of every run. `--help` lists the options.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ from typing import IO, Any, NamedTuple
 import click
 import torch
 
-from ..errors import BNAdapterError, ConfigError, NetworkError
+from ..errors import ConfigError, NetworkError
 from .feed import DataOptions, Feed
 from .lines import read_results
 from .network import measured_step
 from .recipe import Recipe, run_key, words
-from .scripts import cores
+from .scripts import cores, run_script
 from .sweeps import PlannedRun, Sweep, epochs_done, planned_runs, read_sweep, result_of
 from .tables import text_table
 
@@ -262,29 +262,26 @@ def dry_run_text(plan: Mapping[str, Any]) -> str:
 @click.option("--ray-address", help="Address of a Ray cluster, or auto.")
 @click.option("--gpus-per-run", type=float, help="Share of a GPU, through Ray; 0.25, or 0 where there is none.")
 @click.option("--cpus-per-run", default=1.0, help="CPUs, through Ray; also the threads unless threads= says.")
-def main(file: str, changes: tuple[str, ...], output: Path | None, workers: int, **options: Any) -> None:
+def command(file: str, changes: tuple[str, ...], output: Path | None, workers: int, **options: Any) -> None:
     """Do the runs that are not finished, append a line for each; exit with 1 if one failed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through every `finally`
     on_ray = options["use_ray"] or options["ray_address"]
     share = max(1, int(options["cpus_per_run"])) if on_ray else max(1, cores() // workers) if workers > 1 else 0
-    try:
-        sweep = read_sweep(file)
-        runs = planned_runs(sweep, list(changes), output or Path("runs/sweeps", Path(file).stem), threads=share)
-        if options["dry_run"]:
-            plan = dry_run(runs, finished(Path(sweep.results)))
-            click.echo(json.dumps(plan) if options["as_json"] else dry_run_text(plan))
-            return
-        results, done = open_results(Path(sweep.results))
-        left = unfinished(sweep, runs, done)
-        failed: list[PlannedRun] = []
-        report = reporter(results, len(left), failed)
-        if on_ray:
-            cluster = Cluster(options["ray_address"], options["cpus_per_run"], options["gpus_per_run"])
-            run_on_ray(left, sweep.analyse, workers, report, cluster)
-        else:
-            asyncio.run(run_here(left, sweep.analyse, workers, report))
-    except BNAdapterError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    sweep = read_sweep(file)
+    runs = planned_runs(sweep, list(changes), output or Path("runs/sweeps", Path(file).stem), threads=share)
+    if options["dry_run"]:
+        plan = dry_run(runs, finished(Path(sweep.results)))
+        click.echo(json.dumps(plan) if options["as_json"] else dry_run_text(plan))
+        return
+    results, done = open_results(Path(sweep.results))
+    left = unfinished(sweep, runs, done)
+    failed: list[PlannedRun] = []
+    report = reporter(results, len(left), failed)
+    if on_ray:
+        cluster = Cluster(options["ray_address"], options["cpus_per_run"], options["gpus_per_run"])
+        run_on_ray(left, sweep.analyse, workers, report, cluster)
+    else:
+        asyncio.run(run_here(left, sweep.analyse, workers, report))
     if failed:
         sys.exit(f"{len(failed)} of {len(left)} runs failed:\n" + "\n".join(f"  {run}" for run in failed))
 
@@ -316,6 +313,11 @@ def reporter(results: IO[bytes], total: int, failed: list[PlannedRun]) -> Report
         click.echo(f"{begin}: {line['top1']:.2f} %, {line['seconds']:.0f} s, {where}")
 
     return report
+
+
+def main() -> None:
+    """Run from the command line."""
+    run_script(command)
 
 
 if __name__ == "__main__":

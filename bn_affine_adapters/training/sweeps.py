@@ -27,12 +27,12 @@ class Sweep:
     results: str = ""  # the .jsonl file
     set: dict[str, Any] = field(default_factory=dict)  # changes for all runs
     replicates: int = 1  # replicate r has seed = data_seed = r
-    analyse: bool = False  # recipes/analyse.py after every run
+    analyse: bool = False  # `bn-adapters analyse` after every run
 
 
 @dataclass
 class PlannedRun:
-    """One run of a sweep: its place, the arguments of recipes/train.py, the recipe that they give, its folder."""
+    """One run of a sweep: its place, the arguments of `bn-adapters train`, the recipe that they give, its folder."""
 
     condition: str
     network: str

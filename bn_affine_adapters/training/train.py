@@ -10,7 +10,7 @@ OUTPUT/result.json too.
 Example:
   bn-adapters train digits epochs=10 output_dir=runs/short
 
-Keys, their values where the recipe's file has none, and the range of numbers:
+Keys with their defaults and the range of numbers:
 """
 
 import atexit
@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch import nn
 
 from ..adapter.config import BNOnlyConfig
 from ..deploy.exporting import export_network
-from ..errors import OutputFolderError
+from ..errors import OutputFolderError, check_choice
 from ..model.peft_model import BNOnlyPeftModel
 from ..sharing.results import RESULTS_NAME
 from . import recipe as recipes
@@ -73,6 +74,8 @@ def train(recipe: Recipe) -> list[Replicate]:
 
 def start(recipe: Recipe) -> Accelerator:
     """Return the accelerator; set the threads and the seed of this process; refuse an output folder in use."""
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    check_choice("tracker", recipe.tracker, (None, "all", *trackers))  # Accelerate itself trains without a missing one
     accelerator = Accelerator(mixed_precision=recipe.precision, log_with=recipe.tracker, project_dir=recipe.output_dir)
     torch.set_num_threads(recipe.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     check_output(recipe)

@@ -2,9 +2,9 @@
 
     bn-adapters tune NAME|FILE.yaml [key=value ...] [--trials N] [--output runs/tune/NAME]
 
-In a checkout, `python recipes/tune.py` does the same. NAME is a packaged tuning: `digits` or `cifar10`. A trial is one
-run of training. Trials are kept in OUTPUT/study.db: the same command continues where it stopped. Prints the best trial
-as one JSON line, with the command that trains its settings by the whole recipe.
+NAME is a packaged tuning: `digits` or `cifar10`. A trial is one run of training. Trials are kept in OUTPUT/study.db:
+the same command continues where it stopped. Result lines are in OUTPUT/results.jsonl. Prints the best trial as one JSON
+line, with the command that trains its settings by the whole recipe.
 """
 
 import json
@@ -19,9 +19,9 @@ import click
 import optuna
 from optuna.trial import TrialState
 
-from ..errors import BNAdapterError, ConfigError, check_keys
-from .lines import read_results
+from ..errors import ConfigError, check_keys
 from .recipe import Recipe, find_config, read, read_recipe, recorded, words
+from .scripts import run_script
 from .sweeps import packaged
 
 TRAIN = [sys.executable, "-m", "bn_affine_adapters.training.train"]
@@ -35,7 +35,7 @@ class Tuning:
     set: dict[str, Any] = field(default_factory=dict)  # changes for all trials
     space: dict[str, Any] = field(default_factory=dict)  # of a key: a list of values, or low and high, and log
     trials: int = 0
-    results: str = ""  # the .jsonl file
+    results: str = ""  # a .jsonl file for the result lines, instead of OUTPUT/results.jsonl
 
 
 def read_tuning(name: str | Path) -> Tuning:
@@ -48,9 +48,9 @@ def read_tuning(name: str | Path) -> Tuning:
         ConfigError: it cannot be read, lacks a key, or its trials would use the test split.
         UnknownKeyError: it has a key that no tuning or no recipe has.
     """
-    do = f"give a YAML file with config, space, trials and results, or one of {packaged('tune')}"
+    do = f"give a YAML file with config, space and trials, or one of {packaged('tune')}"
     tuning = read(Tuning, find_config(str(name), "tune"), what=f"The tuning {name}", do=do)
-    if lack := [key for key in ("config", "space", "trials", "results") if not getattr(tuning, key)]:
+    if lack := [key for key in ("config", "space", "trials") if not getattr(tuning, key)]:
         raise ConfigError(f"The tuning {name} has no trials.", seen=f"no {', '.join(lack)}", do=do)
     check_keys(tuning.space, set(vars(Recipe())), "the space")
     start = recipe(tuning, [])
@@ -89,7 +89,7 @@ def run_trial(trial: optuna.Trial, tuning: Tuning, arguments: list[str], output:
         raise optuna.TrialPruned(f"exit status {done.returncode}, see {folder / 'log.txt'}")
     result = json.loads((folder / "result.json").read_text())
     line = {key: value for key, value in result.items() if key not in ("adapter", "network")}
-    with open(tuning.results, "a") as file:
+    with open(tuning.results or output / "results.jsonl", "a") as file:
         file.write(json.dumps({**line, "trial": trial.number, "own": chosen == own}) + "\n")
     return result["top1"]
 
@@ -140,7 +140,7 @@ def summary(study: optuna.Study, tuning: Tuning, arguments: list[str]) -> dict[s
     model = {key: value for key, value in tuning.set.items() if key == "model"}
     several = len(done) > 1 and len({trial.value for trial in done}) > 1
     importance = optuna.importance.get_param_importances(study) if several else {}
-    command = ["accelerate", "launch", "recipes/train.py", "--config", tuning.config]
+    command = ["bn-adapters", "train", tuning.config]
     return {
         "top1": study.best_value,
         "trials": len(done),
@@ -155,26 +155,28 @@ def summary(study: optuna.Study, tuning: Tuning, arguments: list[str]) -> dict[s
 @click.argument("changes", nargs=-1)
 @click.option("--trials", type=click.IntRange(min=1), help="How many in all; by default the file's.")
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="By default runs/tune/NAME.")
-def main(file: str, changes: tuple[str, ...], trials: int | None, output: Path | None) -> None:
+def command(file: str, changes: tuple[str, ...], trials: int | None, output: Path | None) -> None:
     """Run the trials that are left, and print the best."""
-    try:
-        tuning, arguments = read_tuning(file), list(changes)
-        start = recipe(tuning, arguments)
-        name = Path(file).stem
-        output = output or Path("runs", "tune", name)
-        study, own = open_study(name, output, tuning, start), own_settings(tuning, start)
-        ended = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
-        left = (trials or tuning.trials) - len(ended)
-        Path(tuning.results).parent.mkdir(parents=True, exist_ok=True)
-        if left > 0:
-            study.optimize(lambda trial: run_trial(trial, tuning, arguments, output, own), n_trials=left)
-        if not study.get_trials(states=[TrialState.COMPLETE]):
-            do = f"read {output}/trial-*/log.txt"
-            raise ConfigError("No trial came to its end.", seen=f"{len(study.trials)} trials", do=do)
-        read_results(Path(tuning.results))
-    except BNAdapterError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    tuning, arguments = read_tuning(file), list(changes)
+    start = recipe(tuning, arguments)
+    name = Path(file).stem
+    output = output or Path("runs", "tune", name)
+    study, own = open_study(name, output, tuning, start), own_settings(tuning, start)
+    ended = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
+    left = (trials or tuning.trials) - len(ended)
+    results = Path(tuning.results or output / "results.jsonl")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    if left > 0:
+        study.optimize(lambda trial: run_trial(trial, tuning, arguments, output, own), n_trials=left)
+    if not study.get_trials(states=[TrialState.COMPLETE]):
+        do = f"read {output}/trial-*/log.txt"
+        raise ConfigError("No trial came to its end.", seen=f"{len(study.trials)} trials", do=do)
     click.echo(json.dumps(summary(study, tuning, arguments)))
+
+
+def main() -> None:
+    """Run from the command line."""
+    run_script(command, "tune")
 
 
 if __name__ == "__main__":

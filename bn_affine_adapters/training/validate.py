@@ -20,45 +20,32 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
-from ..model.loading import load_bn_only_model
-from ..sharing.folder import check_files, read_config
-from ..sharing.hub import fetch
-from . import scripts as runs
-from .data import check_classes
-from .feed import DataOptions, Feed, accuracy, own_options
+from .feed import Feed, accuracy
+from .scripts import AdapterOptions, accuracy_text, data_options, load_adapter, run_script, table
+from .scripts import read_options as read
 
 
 @dataclass
-class Options(DataOptions):
+class Options(AdapterOptions):
     """Every key: the adapter, its base if it has one, and the data."""
 
-    adapter: str = "runs/digits/adapter"
-    pretrained: bool = False
-    pretrained_file: str | None = None
     precision: str = "no"
 
 
 def read_options(arguments: list[str]) -> Options:
     """Merge the adapter's own data configuration with the key=value arguments."""
-
-    def own(adapter: str) -> dict[str, Any]:
-        check_files(folder := fetch(adapter))
-        return own_options(read_config(folder).data_config or {})
-
-    return runs.read_options(arguments, Options, "validate.py", __doc__, own)
+    return read(arguments, Options, "bn-adapters validate", __doc__, data_options)
 
 
 def run(options: Options) -> dict[str, Any]:
     """Rebuild, verify, evaluate; return the accuracy, the number of images and the adapter's seed."""
     accelerator = Accelerator(mixed_precision=options.precision)
-    config = read_config(fetch(options.adapter))
     feed = Feed(options, accelerator)
-    check_classes(feed.test, config.model_args.get("num_classes", len(feed.label_names)))
-    base = runs.given_base(config, options.pretrained, options.pretrained_file)
-    model = load_bn_only_model(options.adapter, base, device=accelerator.device)
+    model = load_adapter(options, feed).to(memory_format=feed.format)
     with torch.inference_mode():
-        scores = accuracy(model.to(memory_format=feed.format), feed)
-    return {**{k: round(v, 4) for k, v in scores.items()}, "images": len(feed.test.dataset), "seed": config.seed}
+        scores = accuracy(model, feed)
+    seed = model.peft_config[model.active_adapter].seed
+    return {**{k: round(v, 4) for k, v in scores.items()}, "images": len(feed.test.dataset), "seed": seed}
 
 
 def command(arguments: list[str]) -> None:
@@ -72,9 +59,9 @@ def command(arguments: list[str]) -> None:
 def summary(options: Options, result: dict[str, Any]) -> str:
     """Return what a person wants to know."""
     weights = "pretrained weights" if result["seed"] is None else f"the weights of seed {result['seed']}"
-    return runs.table(
+    return table(
         {
-            "accuracy": runs.accuracy_text(options, result["top1"], result["images"]),
+            "accuracy": accuracy_text(options, result["top1"], result["images"]),
             "adapter": f"{options.adapter}, on {weights}, verified",
         }
     )
@@ -82,7 +69,7 @@ def summary(options: Options, result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run from the command line."""
-    runs.run_script(command)
+    run_script(command)
 
 
 if __name__ == "__main__":

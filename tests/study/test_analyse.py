@@ -106,7 +106,7 @@ def test_it_refuses_what_it_cannot_use(plain, tmp_path, refused):
         analyse.read_options(["adaptor=x"])
     with refused(AdapterFileError, "the folder holds nothing"):
         analyse.read_options([f"adapter={tmp_path}"])
-    with refused(ConfigError, "analyse.py cannot be read", "analyse.py --help"):
+    with refused(ConfigError, "bn-adapters analyse cannot be read", "bn-adapters analyse --help"):
         analyse.read_options([f"adapter={GOLDEN}", "image_size=large"])
     options = analyse.read_options([f"adapter='{plain}'"])
     (broken := tmp_path / "broken").mkdir()

@@ -218,27 +218,27 @@ def test_without_results_everything_is_a_gap_with_a_command(tmp_path, capsys):
     assert {row[-1].split(":")[0] for row in claims(tmp_path / "results").values()} == {"not run"}
     assert "**No run on this page uses it.**" in text
     printed = capsys.readouterr().out
-    assert "Figure 7: no run with an analysis of dead channels; run: `python recipes/sweep.py paper`\n" in printed
+    assert "Figure 7: no run with an analysis of dead channels; run: `bn-adapters sweep paper`\n" in printed
 
 
 def test_every_command_on_the_page_names_a_packaged_file(tmp_path):
     (tmp_path / "results").mkdir()
     make(tmp_path / "results", tmp_path)
     text = (tmp_path / "docs" / "page.md").read_text()
-    sweeps = set(re.findall(r"`python recipes/sweep.py ([^` ]+)`", text))
+    sweeps = set(re.findall(r"`bn-adapters sweep ([^` ]+)`", text))
     assert sweeps == {"paper", "inits", "controls", "families", "lean", "cifar10_12_epochs"}
     assert all(read_sweep(name).networks for name in sweeps)
-    launches = set(re.findall(r"`accelerate launch recipes/train.py ([^`]+)`", text))
+    launches = set(re.findall(r"`bn-adapters train ([^`]+)`", text))
     assert len(launches) == 3
     assert all(read_recipe(line.split(), Path("none")).dataset.endswith("imagenet-1k") for line in launches)
     assert find_config("cifar10", "tune").is_file()
-    assert "`python recipes/tune.py cifar10`" in text
+    assert "`bn-adapters tune cifar10`" in text
 
 
 def test_a_figure_asked_for_without_its_runs_is_an_error(tmp_path, capsys):
     write(tmp_path / "results", [line(40.0)])
     assert make(tmp_path / "results", tmp_path, "--only", "figure6") == 1
-    gap = "Figure 6: no run with an analysis of clamped gammas; run: `python recipes/sweep.py paper`"
+    gap = "Figure 6: no run with an analysis of clamped gammas; run: `bn-adapters sweep paper`"
     assert capsys.readouterr().out.startswith(gap)
     assert make(tmp_path / "results", tmp_path, "--only", "figure2") == 0
     assert [path.name for path in tmp_path.rglob("docs/**/*.*")] == ["figure2.png"]

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from test_lines import LINE
 
-from bn_affine_adapters.errors import ConfigError, NetworkError, UnknownKeyError
+from bn_affine_adapters.errors import BNAdapterError, ConfigError, NetworkError, UnknownKeyError
 from bn_affine_adapters.training import sweep as sweeping
 from bn_affine_adapters.training import sweeps
 from bn_affine_adapters.training.lines import TIMES, read_results
@@ -101,10 +101,11 @@ def inside(stand_ins, monkeypatch):
     def run(path, status=0, workers=2, **how):
         monkeypatch.setattr(sweeping, "SCRIPTS", stand_ins(path, **how))
         words = [str(path), "--output", str(path.with_suffix("")), "--workers", str(workers)]
-        result = CliRunner().invoke(sweeping.main, words)
+        result = CliRunner().invoke(sweeping.command, words)
         printed = result.output + (str(result.exception) if result.exit_code else "")
         assert bool(result.exit_code) == bool(status), printed
-        return printed if isinstance(result.exception, SystemExit | None) else pytest.fail(repr(result.exception))
+        assert isinstance(result.exception, SystemExit | BNAdapterError | None), repr(result.exception)
+        return printed
 
     yield run
     signal.signal(signal.SIGTERM, before)
@@ -349,7 +350,7 @@ def dry():
 
     def run(path):
         arguments = [str(path), "--output", str(path.with_suffix("")), "--dry-run", "--json"]
-        result = CliRunner().invoke(sweeping.main, arguments)
+        result = CliRunner().invoke(sweeping.command, arguments)
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)
 
