@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError
+from ..errors import ConfigError, printable
 
 RESULTS_NAME = "results.json"  # beside an adapter: the list of its result lines
 
@@ -72,7 +72,8 @@ def _score(dataset: str, split: str, group: Sequence[Mapping[str, Any]]) -> Scor
     if not all(0 <= value <= 100 for value in [*values, float(top5 or 0)]):
         raise ValueError(f"an accuracy on {dataset} is not between 0 and 100 %")
     if 0 < values[0] <= 1:
-        warnings.warn(f"{values[0]} % on {dataset}: accuracies are given in %, not as fractions", stacklevel=5)
+        shown = printable(dataset, 100)  # the line may come from a stranger's folder
+        warnings.warn(f"{values[0]} % on {shown}: accuracies are given in %, not as fractions", stacklevel=5)
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     own, mean = round(values[0], 2), round(statistics.mean(values), 2)
     return Score(dataset, split, own, top5 and round(float(top5), 2), len(values), mean, round(deviation, 2))

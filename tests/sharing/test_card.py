@@ -138,8 +138,11 @@ def test_results_may_be_one_dictionary_with_numbers_of_numpy(folder):
 
 
 def test_a_fraction_is_doubted(tmp_path):
-    with pytest.warns(UserWarning, match="given in %"):
-        merged(tmp_path, [{"dataset": "x", "top1": 0.912}])
+    with pytest.warns(UserWarning, match="given in %") as warned:
+        merged(tmp_path, [{"dataset": "x\x1b[31m" + "y" * 1000, "top1": 0.912}])
+    text = str(warned[0].message)
+    assert text.isprintable(), "a stranger's name commands the terminal"
+    assert len(text) < 250
 
 
 @pytest.mark.parametrize(
