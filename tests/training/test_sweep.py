@@ -190,7 +190,6 @@ def test_the_hours_of_a_dry_run_are_those_of_the_runs(whole, write, dry):
     assert 0.05 < row["hours"] * 3600 / line["seconds"] < 20
 
 
-@pytest.mark.slow
 def test_a_ray_worker_that_is_killed_costs_its_run_alone_which_is_tried_again(write, stand_ins):
     pytest.importorskip("ray")
     path = write(conditions={"bn": {}})

@@ -142,7 +142,6 @@ def test_two_processes_train_and_save_one_adapter_with_the_losses_of_one(train, 
         torch.testing.assert_close(theirs[name].double(), tensor.double(), rtol=1e-2, atol=1e-3, msg=name)
 
 
-@pytest.mark.slow  # what resumes is tested without a kill below
 def test_a_killed_run_resumes_to_the_adapter_of_one_never_killed(train, tmp_path):
     options = ("epochs=6", "checkpoint_every=1")
     process = launch(*options, f"output_dir={tmp_path / 'killed'}", start_new_session=True)
