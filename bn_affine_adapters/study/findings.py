@@ -6,13 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from ..training.data import steps_per_epoch
-from ..training.recipe import Recipe
+from ..training.recipe import Recipe, computed
 from ..training.schedule import lr_at
 from ..training.tables import markdown_table
 from .paper import CIFAR, PAPER, label
 from .replicates import (
-    FULL, MEASURES, Pick, Run, USUAL, by_replicate, measured, repeats_text, shown, spread, spread_text,
-)  # fmt: skip
+    FULL,
+    MEASURES,
+    Run,
+    by_replicate,
+    measured,
+    picked,
+    repeats_text,
+    shown,
+    spread,
+    spread_text,
+)
 
 
 def findings(entry: Mapping[str, Any], runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
@@ -39,16 +48,14 @@ def findings(entry: Mapping[str, Any], runs: Sequence[Run]) -> Iterator[tuple[st
             yield f"{dataset}, {FULL if all(run.kind == FULL for run in group) else steps}", table, remark
 
 
-def _rows(
-    variants: Sequence[str], group: Sequence[Run], network: str, measures: Mapping[str, str]
-) -> list[list[str]]:
+def _rows(variants: Sequence[str], group: Sequence[Run], network: str, measures: Mapping[str, str]) -> list[list[str]]:
     """Return a row for each variant that was run; none if the first one, or every other one, was not."""
     here = [v for v in variants if measured(group, network, v, MEASURES["accuracy"])]
     if len(here) < 2 or here[0] != variants[0]:
         return []
     rows = []
     for variant in here:
-        counts = {f"{run.line['trained']:,}" for run in group if (run.network, run.variant) == (network, variant)}
+        counts = {f"{count:,}" for _, count in picked(group, network, variant, lambda line: line.get("trained"))}
         n = len(measured(group, network, variant, MEASURES["accuracy"]))
         cells = [_cell(group, network, variant, variants[0], measure, n) for measure in measures]
         rows.append([label(network), variant, " or ".join(sorted(counts)), *cells, str(n)])
@@ -86,13 +93,14 @@ def decay_factor(recipe: Mapping[str, Any], steps: int) -> float:
 
 def decay_text(dataset: str, recipe: Mapping[str, Any]) -> str:
     """Return a sentence about what weight decay does to gamma by itself over a recipe; "" where that is not known."""
-    images, usual = PAPER["training_images"].get(dataset), {**USUAL, **recipe}
-    if not images or usual["optimizer"] != "sgd" or usual["norm_init"] is not None or usual["held_out"]:
+    images, own = PAPER["training_images"].get(dataset), computed(recipe)
+    if not images or own["optimizer"] != "sgd" or own["norm_init"] is not None or own["held_out"]:
         return ""
-    factor = decay_factor(recipe, steps_per_epoch(images, usual["batch_size"], drop_remainder=usual["streaming"]))
+    factor = decay_factor(own, steps_per_epoch(images, own["batch_size"], drop_remainder=own["streaming"]))
     return (
-        f"Over this schedule, a weight decay of {usual['weight_decay']:g} by itself multiplies a gamma by {factor:.3g}. "
-        f"Of gammas drawn from U(0, 1), 1 % begin below 0.01, and {min(100.0, 1 / factor):.3g} % would end there."
+        f"Over this schedule, a weight decay of {own['weight_decay']:g} multiplies a gamma that gets no gradient by "
+        f"{factor:.3g}. Of gammas drawn from U(0, 1), 1 % start below 0.01; decay alone makes that "
+        f"{min(100.0, 1 / factor):.3g} %."
     )
 
 
@@ -110,8 +118,9 @@ def tuned(trials: Sequence[Mapping[str, Any]]) -> str:
     recipe = own["recipe"]
     differ = [f"{key}={shown(value)}" for key, value in best["recipe"].items() if value != recipe[key]]
     where = f"{Path(recipe['dataset']).name}, {label(recipe['model'])}, {recipe['epochs']} epochs"
+    images, chosen = own["split"].replace(" held", " images held"), ", ".join(differ) or "the same settings"
     return (
-        f"*{where}*, tested on {own['split'].replace(' held', ' images held')}: the recipe's own settings reach {own['top1']:.2f} %. "
-        f"The best of {len(trials)} trials reaches {best['top1']:.2f} %, with {', '.join(differ) or 'the same settings'}. "
+        f"*{where}*, tested on {images}: the recipe's own settings reach {own['top1']:.2f} %. "
+        f"The best of {len(trials)} trials reaches {best['top1']:.2f} %, with {chosen}. "
         "It was chosen on these images, so its accuracy on other images is likely to be lower."
     )

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,15 +58,10 @@ def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at:
 
 
 def schedules(runs: Sequence[Run], kind: str) -> dict[str, int]:
-    """Return how many runs on CIFAR-10 are of a kind, by schedule, and settings where these make another recipe."""
-    counts: dict[str, int] = {}
-    for schedule, group in by_schedule(runs, CIFAR):
-        for run in group:
-            if run.kind == kind:
-                settings = run.variant.partition(", ")[2] if kind == OTHER else ""
-                name = f"{schedule}, {settings}" if settings else schedule
-                counts[name] = counts.get(name, 0) + 1
-    return counts
+    """Return how many runs on CIFAR-10 are of a kind, by schedule and the settings named with the condition."""
+    groups = [(name, group) for name, group in by_schedule(runs, CIFAR) if group[0].kind == kind]
+    names = [", ".join([name, *run.variant.split(", ")[1:]]) for name, group in groups for run in group]
+    return dict(Counter(names))
 
 
 def wrapped(line: str) -> str:

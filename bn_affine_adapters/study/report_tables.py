@@ -9,8 +9,17 @@ from .claims import bounds, ours_text, paper_text, share_of, value_of, verdict
 from .networks import parameter_table
 from .paper import CIFAR, NETWORKS, PAPER, command_of, label
 from .replicates import (
-    FULL, MEASURES, Run, by_replicate, by_schedule, measured, picked, repeats_text, spread, spread_text,
-)  # fmt: skip
+    FULL,
+    MEASURES,
+    Run,
+    by_replicate,
+    by_schedule,
+    measured,
+    picked,
+    repeats_text,
+    spread,
+    spread_text,
+)
 
 
 def claims_table(runs: Sequence[Run]) -> str:

@@ -102,8 +102,8 @@ TEST_KEYS = (
     "dataset", "dataset_config", "train_split", "test_split", "held_out", "image_column", "label_column", "streaming",
     "test_crop", "pretrained", "pretrained_file", "precision",
 )  # fmt: skip
-# A recipe is every key but these: they say where and how a run is done, and not what it computes. A new key is therefore
-# part of what makes two runs differ, unless it is named here. The first ones are not recorded in result lines.
+# What decides what is computed is every key but these, which say where and how a run is done: a new key is part of the
+# recipe unless it is named here. The first ones are not recorded in result lines.
 WHERE_ONLY = {
     "output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every", "replicates",
 }  # fmt: skip
@@ -160,7 +160,8 @@ def read(options: type[Options], *sources: Path | Sequence[str] | Mapping[str, A
             if not isinstance(layer, Mapping):
                 raise ConfigError(f"{source} is a list, not keys with values.", seen=str(layer)[:80], do=do)
             check_keys(dict(layer), names, what)
-            layers.append(layer)
+            # YAML reads the bare word no as false.
+            layers.append({**layer, "precision": "no"} if layer.get("precision") is False else layer)
         merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(options), *layers))
         return options(**merged)  # type: ignore[arg-type]  # OmegaConf promises no str keys
     except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:  # a TypeError: a list for a mapping
