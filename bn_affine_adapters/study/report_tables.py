@@ -11,6 +11,7 @@ from .paper import CIFAR, NETWORKS, PAPER, command_of, label
 from .replicates import (
     FULL,
     MEASURES,
+    OTHER,
     Run,
     by_replicate,
     by_schedule,
@@ -105,7 +106,7 @@ def missing_table(runs: Sequence[Run]) -> str:
 
 def _hours_text(runs: Sequence[Run], variant: str, lack: Mapping[str, int]) -> str:
     """Return the GPU-hours that the missing replicates will take, from the seconds an epoch of such runs here."""
-    cifar = [run for run in runs if run.dataset == CIFAR]
+    cifar = [run for run in runs if run.dataset == CIFAR and run.kind != OTHER]  # which may take another time
     medians = {name: _median_epoch(cifar, name, variant) for name in lack}
     known = {name: seconds for name, seconds in medians.items() if seconds is not None}
     hours = sum(seconds * lack[name] for name, seconds in known.items()) * PAPER["recipes"][CIFAR]["epochs"] / 3600
@@ -118,8 +119,7 @@ def _median_epoch(runs: Iterable[Run], network: str, variant: str) -> float | No
 
     def pick(line: Mapping[str, Any]) -> float | None:
         used = line.get("hardware", {})
-        same = line["recipe"].get("batch_size", 128) == PAPER["recipes"][CIFAR]["batch_size"]
-        gpu = used.get("device") == "cuda" and same and "seconds" in line
+        gpu = used.get("device") == "cuda" and "seconds" in line
         return line["seconds"] * used.get("processes", 1) / line["recipe"]["epochs"] if gpu else None
 
     seconds = [value for _, value in picked(runs, network, variant, pick)]

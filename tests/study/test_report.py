@@ -333,7 +333,8 @@ def test_the_gain_is_between_runs_of_the_same_seeds(tmp_path):
 
 
 def test_hours_are_told_where_they_were_measured_and_nowhere_else(tmp_path):
-    table = missing_table(runs_of(write(tmp_path, [line(40.0)])))
+    slower = line(40.0, seed=1, image_size=64) | {"seconds": 1e6}  # another recipe
+    table = missing_table(runs_of(write(tmp_path, [line(40.0), slower])))
     (bn, *_) = [row for row in table.splitlines() if row.startswith("| bn | ResNet-14")]
     assert "ResNet-14 (4), ResNet-32 (5)" in bn
     assert "| 6.4 for ResNet-14; the others not measured |" in bn  # 4 replicates of 160 epochs of 36 s
