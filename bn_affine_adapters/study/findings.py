@@ -43,8 +43,8 @@ def findings(entry: Mapping[str, Any], runs: Sequence[Run]) -> Iterator[tuple[st
         networks = sorted({run.network for run in group})
         if rows := [row for network in networks for row in _rows(entry["variants"], group, network, measures)]:
             table = markdown_table(["network", "trains", "parameters", *measures.values(), "n"], rows)
-            first = next(run for run in group if run.variant == entry["variants"][0])
-            remark = decay_text(dataset, first.line["recipe"]) if entry.get("decay") else ""
+            decays = [decay_text(dataset, run.line["recipe"]) for run in group] if entry.get("decay") else []
+            remark = " ".join(filter(None, dict.fromkeys(decays)))
             yield f"{dataset}, {FULL if all(run.kind == FULL for run in group) else steps}", table, remark
 
 
@@ -94,7 +94,8 @@ def decay_factor(recipe: Mapping[str, Any], steps: int) -> float:
 def decay_text(dataset: str, recipe: Mapping[str, Any]) -> str:
     """Return a sentence about what weight decay does to gamma by itself over a recipe; "" where that is not known."""
     images, own = PAPER["training_images"].get(dataset), computed(recipe)
-    if not images or own["optimizer"] != "sgd" or own["norm_init"] is not None or own["held_out"]:
+    others = own["optimizer"] != "sgd" or own["norm_init"] is not None or own["held_out"]
+    if not images or not own["weight_decay"] or others:
         return ""
     factor = decay_factor(own, steps_per_epoch(images, own["batch_size"], drop_remainder=own["streaming"]))
     return (

@@ -465,9 +465,24 @@ def test_the_page_tells_what_decay_does_over_the_schedule_it_shows():
     short = decay_text(CIFAR, {"epochs": 12, "milestones": [6, 9]})
     assert " by 0.781. " in short
     assert " 1.28 %." in short
-    for unknown in ({"optimizer": "adamw"}, {"norm_init": "ones"}, {"held_out": 5000}):
+    for unknown in ({"optimizer": "adamw"}, {"norm_init": "ones"}, {"held_out": 5000}, {"weight_decay": 0.0}):
         assert decay_text(CIFAR, unknown) == ""
     assert decay_text("someones-pictures", {}) == ""
+
+
+def test_a_finding_on_weight_decay_tells_what_the_decay_of_its_runs_does(tmp_path):
+    runs = runs_of(
+        write(tmp_path, [line(40.0, recipe=SHORT_RECIPE), line(41.0, recipe=SHORT_RECIPE, weight_decay=0.0)])
+    )
+    entry = next(entry for entry in PAPER["findings"] if entry.get("decay"))
+    ((heading, _, remark),) = findings(entry, runs)
+    assert heading == "cifar10, 12 epochs, drops at 6 and 9"
+    assert remark == decay_text(CIFAR, SHORT_RECIPE)
+    stronger = {**entry, "variants": [*entry["variants"], "bn, weight_decay=0.001323"]}
+    lines = [line(39.0, recipe=SHORT_RECIPE, weight_decay=0.001323)]
+    ((_, table, remark),) = findings(stronger, [*runs, *runs_of(write(tmp_path / "more", lines))])
+    assert len(table.splitlines()) == 5
+    assert (remark.count("by 0.781. "), remark.count("by 0.0368. ")) == (1, 1)
 
 
 def test_the_number_of_training_images_is_that_of_the_runs():
