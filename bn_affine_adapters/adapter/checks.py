@@ -158,7 +158,7 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
         )
     if any(layer.merged for layer in adapter_layers(model)):
         raise AdapterError(
-            "An adapter cannot be added while another is merged: it would copy merged weights.",
+            "An adapter cannot be added while another is merged: PEFT would unmerge it.",
             seen="merged norm layers",
             do="model.unmerge_adapter() first",
         )

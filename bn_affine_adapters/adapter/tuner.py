@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, _check_adapters_not_merged
 from torch import nn
 
+from ..errors import AdapterError
 from ..lean import Report, lean_, plain_
 from ..norms.find import COPIES, is_norm
 from ..seed.rules import check_memory, draw_into_, draw_norm_, reinit_, rule_for
@@ -131,6 +132,7 @@ class BNOnlyTuner(BaseTuner):
         # PEFT's own method would unwrap any module with an attribute `base_layer`, e.g. those of timm's DLA.
         names = adapter_names or self.active_adapters
         if merge:
+            self._check_merge(names, safe_merge)
             _check_plain(self.model, names)
         for layer in adapter_layers(self.model):
             if merge:
@@ -140,6 +142,29 @@ class BNOnlyTuner(BaseTuner):
         if merge and names and hasattr(self.model, "num_classes"):
             self.model.num_classes = self.peft_config[names[0]].model_args.get("num_classes", self.model.num_classes)
         return unwrap_(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Run an adapter on every layer, whichever adapter is active, until `unmerge_adapter`.
+
+        Args:
+            adapter_names: one name; by default the active adapter.
+            safe_merge: refuse an adapter with values that are not finite.
+        """
+        self._check_merge(self.active_adapters if adapter_names is None else adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_merge(self, names: list[str], safe_merge: bool) -> None:
+        """Raise AdapterError before anything changes if there is no such adapter, or it is not safe to merge."""
+        if isinstance(names, str) or not set(names) <= self.peft_config.keys():
+            seen, do = f"{names!r}; adapters: {', '.join(self.peft_config)}", 'adapter_names=["name"]'
+            raise AdapterError("One existing adapter can be merged, and its name is given in a list.", seen=seen, do=do)
+        for layer in adapter_layers(self.model) if safe_merge else ():
+            for name in set(names) & set(layer.configs):
+                for key, tensor in layer.bn_only_layers[name].state_dict().items():
+                    if not tensor.isfinite().all():
+                        seen = f"{layer.canonical_name}.{key}"
+                        do = "merge an adapter whose training did not diverge, or safe_merge=False"
+                        raise AdapterError(f"The adapter {name!r} has values that are not finite.", seen=seen, do=do)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active, the first of those left is activated on every layer."""
@@ -195,12 +220,12 @@ class BNOnlyTuner(BaseTuner):
 
 
 def unwrap_(model: nn.Module) -> nn.Module:
-    """Replace each wrapped layer by its current base layer, and remove PEFT's attributes from the network."""
+    """Replace each wrapped layer by its merged copy or base layer, and remove PEFT's attributes from the network."""
     plain_(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BNOnlyLayer):
-            base = layer.base_layer
-            model.set_submodule(name, base.plain() if isinstance(base, Control) else base)
+            plain = layer.remaining()
+            model.set_submodule(name, plain.plain() if isinstance(plain, Control) else plain)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.train(model.training)

@@ -58,12 +58,6 @@ class BNOnlyPeftModel(PeftModel):
         """
         if not safe_serialization:
             raise ConfigError("An adapter is never pickled.", seen="safe_serialization=False", do="leave it out")
-        if any(layer.merged for layer in adapter_layers(self)):
-            raise AdapterError(
-                "A merged adapter cannot be saved: its layers are exchanged with those of the base.",
-                seen=f"merged: {', '.join(self.active_adapters)}",
-                do="model.unmerge_adapter() first, or save the network that merge_and_unload() returns",
-            )
         kwargs.setdefault("save_embedding_layers", False)  # "auto" would ask the Hub for the base
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
