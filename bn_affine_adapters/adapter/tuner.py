@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from ..errors import AdapterError
 from ..lean import Report, lean_, plain_
 from ..norms.find import COPIES, is_norm
+from ..seed.generator import OwnGenerator
 from ..seed.rules import check_memory, draw_into_, draw_norm_, reinit_, rule_for
 from .checks import (
     TUNER_PREFIX,
@@ -38,6 +40,7 @@ class BNOnlyTuner(BaseTuner):
     """
 
     lean: Report | None = None  # what lean training saves, while it is on
+    _loading = False  # whether the adapter that is injected comes from a file
     prefix = TUNER_PREFIX
     tuner_layer_cls = BNOnlyLayer
 
@@ -75,6 +78,7 @@ class BNOnlyTuner(BaseTuner):
                 reference=None if config.architecture == CUSTOM else lambda: build(config),
             )
         (write_fingerprints if fresh else verify)(model, config)
+        self._loading = not fresh
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.train(training)
         level = config.lean or (self.lean.level if self.lean else None)
@@ -104,7 +108,9 @@ class BNOnlyTuner(BaseTuner):
         else:
             copy = layer.copy_of_base()
         if current_key in (peft_config.head_layers or []):
-            _fit_head(copy, current_key, peft_config)
+            # The head of an adapter that is loaded is filled from its file: no number is taken from the process.
+            with OwnGenerator() if self._loading else nullcontext():
+                _fit_head(copy, current_key, peft_config)
         if peft_config.seed is not None and peft_config.norm_init not in (None, "keep") and is_norm(copy):
             draw_norm_(copy, current_key, peft_config.seed, peft_config.norm_init)
         layer.add_copy(adapter_name, copy, peft_config)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ConfigError, ReinitError, check_choice
 from ..norms.find import STATISTICS, affine, is_norm, plain_tensors
 from . import draws
+from .generator import OwnGenerator
 
 WEIGHT_INITS = ("kaiming_normal", "kaiming_uniform", "binary", "orthogonal")
 NORM_INITS = ("uniform", "ones", "symmetric", "ones_beta_one", "keep")
@@ -233,20 +233,32 @@ def check_seed(seed: Any) -> None:
 
 _RANDOM = {"uniform_", "normal_", "log_normal_", "cauchy_", "exponential_", "geometric_", "bernoulli_", "random_"}
 _RANDOM_FACTORIES = {"rand", "randn", "rand_like", "randn_like", "normal", "bernoulli"}
+_COMPARISONS = {"lt", "le", "gt", "ge"}
 
 
-class _RandomIsNaN(TorchDispatchMode):
+class _RandomIsNaN(OwnGenerator):
+    """A random tensor is not drawn: a NaN as its first value stands for a tensor that holds nothing else."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in _RANDOM and args[0].is_floating_point():
-            # One NaN marks the tensor; filling all of it would take time, and it is redrawn anyway.
+            # Filling all of it would take time, and it is redrawn anyway.
             if args[0].numel():
                 args[0][(0,) * args[0].dim()].fill_(torch.nan)
             return args[0]
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if name == "linalg_qr" and args[0].isnan().any():  # called by orthogonal_; LAPACK may drop a NaN
             return tuple(part.fill_(torch.nan) for part in out)
+        if name in _COMPARISONS and any(_marked(arg) for arg in args):
+            # As for NaN: `nn.init.trunc_normal_` draws again while a value is out of bounds, as old memory may be.
+            return out.fill_(False)
         return out.fill_(torch.nan) if name in _RANDOM_FACTORIES else out
+
+
+def _marked(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.is_meta or not value.numel():
+        return False
+    return bool(value[(0,) * value.dim()].isnan())
 
 
 @contextmanager
@@ -254,7 +266,8 @@ def constants_only() -> Iterator[None]:
     """Build networks whose random tensors begin with NaN and whose constants are as the constructor sets them.
 
     This saves the time of an initialisation that is redrawn anyway, leaves the global generators alone, and tells
-    constants from random tensors: a tensor that still holds a NaN after `reinit_` has no rule.
+    constants from random tensors: a tensor that still holds a NaN after `reinit_` has no rule. Other threads build
+    their networks as ever.
     """
-    with torch.random.fork_rng(devices=[]), _RandomIsNaN():
+    with _RandomIsNaN():
         yield
