@@ -10,7 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..errors import AdapterError
+from ..norms.copies import with_own_statistics
 from ..norms.find import COPIES, affine, is_norm
+from ..norms.statistics import recomputing
 from ..seed.rules import Rule, draw_into_, rule_for
 from .config import BNOnlyConfig
 from .control import Control
@@ -84,8 +86,11 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         return self.bn_only_layers[names[0]] if names[0] in self.bn_only_layers else self.base_layer  # noqa: SIM401
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the active adapter's copy."""
-        return self.active_module()(*args, **kwargs)
+        """Run the active adapter's copy; its running statistics move once a step, not while it is computed again."""
+        active = self.active_module()
+        if self.training and recomputing():
+            active = with_own_statistics(active)
+        return active(*args, **kwargs)
 
     def trainable(self, adapter_name: str) -> list[str]:
         """Return the parameters that an adapter's configuration trains, as named in `bn_only_layers`."""

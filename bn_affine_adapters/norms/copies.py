@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .find import STATISTICS
+
 _PLAIN = {bool, int, float, str, type(None), torch.Tensor, nn.Parameter}
 _CONTAINERS = {dict, OrderedDict, list, set}
 
@@ -48,6 +50,16 @@ def evaluation_copy(network: nn.Module) -> nn.Module:
     copy = shared_copy(network)
     for module in copy.modules():
         module.__dict__["training"] = False
+    return copy
+
+
+def with_own_statistics(network: nn.Module) -> nn.Module:
+    """Return a `shared_copy` whose running statistics are its own, so that its forward does not move the network's."""
+    copy = shared_copy(network)
+    for module in copy.modules():
+        for name in STATISTICS:
+            if (tensor := module._buffers.get(name)) is not None:
+                module._buffers[name] = tensor.clone()
     return copy
 
 

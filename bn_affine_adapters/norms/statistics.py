@@ -52,10 +52,18 @@ class _Synchronised(_BatchNorm):
         return out.to(x.dtype)
 
 
+def recomputing() -> bool:
+    """Tell whether backward runs this forward: activation checkpointing runs a forward for a second time there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 @torch.no_grad()
 def update_statistics_(norm: Any, mean: Tensor, variance: Tensor) -> None:
-    """Update a BatchNorm layer's running statistics as PyTorch does, from a batch's mean and unbiased variance, (C)."""
-    if not norm.track_running_stats or norm.running_mean is None:
+    """Update a BatchNorm layer's running statistics as PyTorch does, from a batch's mean and unbiased variance, (C).
+
+    A batch that is computed again, by activation checkpointing, is not counted again.
+    """
+    if not norm.track_running_stats or norm.running_mean is None or recomputing():
         return
     rate: Any = norm.momentum or 0.0
     if norm.num_batches_tracked is not None:
