@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import AdapterError
 from ..norms.copies import with_own_statistics
 from ..norms.find import COPIES, affine, is_norm
-from ..norms.statistics import recomputing
+from ..norms.statistics import hold_statistics_, recomputing
 from ..seed.rules import Rule, draw_into_, rule_for
 from .config import BNOnlyConfig
 from .control import Control
@@ -117,7 +117,15 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
                 for module in copy.modules():
                     if is_norm(module):
                         module.train(False)
+        self._hold_statistics()
         return self
+
+    def _hold_statistics(self) -> None:
+        """Protect all running statistics but those that move: of the copy that runs."""
+        hold_statistics_(self.base_layer)
+        running = () if self.disable_adapters else self.merged_adapters or self.active_adapters
+        for name, copy in self.bn_only_layers.items():
+            hold_statistics_(copy, name not in running or self.configs[name].running_statistics == "frozen")
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate an adapter: its trainable parameters require gradients, unless in inference mode."""
@@ -125,6 +133,7 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         self._require_grad({name: False for name, _ in self.bn_only_layers.named_parameters()})
         if not inference_mode:
             self.set_requires_grad(self._active_adapter)
+        self._hold_statistics()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Turn gradients on or off for what the adapters train."""
@@ -152,6 +161,7 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = not enabled
         if enabled:
             self._require_grad(self._flags_while_disabled)
+        self._hold_statistics()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter's copy; the tuner chooses which adapter is active next, the same for all layers."""
@@ -183,10 +193,12 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
             warnings.warn(f"Already merged with {self.merged_adapters[0]}. Unmerging first.", stacklevel=2)
             self.unmerge()
         self.merged_adapters.extend(names)
+        self._hold_statistics()
 
     def unmerge(self) -> None:
         """Undo `merge`."""
         self.merged_adapters.clear()
+        self._hold_statistics()
 
     def remaining(self) -> nn.Module:
         """Return what takes this layer's place in the plain network: the merged copy, or the base layer."""

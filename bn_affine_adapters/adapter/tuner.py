@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import AdapterError
 from ..lean import Report, lean_, plain_
 from ..norms.find import COPIES, is_norm
+from ..norms.statistics import hold_statistics_
 from ..seed.generator import OwnGenerator
 from ..seed.rules import check_memory, draw_into_, draw_norm_, reinit_, rule_for
 from .checks import (
@@ -122,6 +123,7 @@ class BNOnlyTuner(BaseTuner):
         for module in _outside_adapters(self.model):
             if is_norm(module):
                 module.train(False)
+                hold_statistics_(module)
         return self
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -232,6 +234,7 @@ def unwrap_(model: nn.Module) -> nn.Module:
         if isinstance(layer, BNOnlyLayer):
             plain = layer.remaining()
             model.set_submodule(name, plain.plain() if isinstance(plain, Control) else plain)
+    hold_statistics_(model, False)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.train(model.training)
