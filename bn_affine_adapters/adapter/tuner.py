@@ -22,6 +22,8 @@ from .checks import (
     check_agreement,
     check_frozen_norms,
     check_nesting,
+    check_network,
+    check_shared,
     choose_layers,
     infer,
 )
@@ -41,6 +43,7 @@ class BNOnlyTuner(BaseTuner):
     """
 
     lean: Report | None = None  # what lean training saves, while it is on
+    _base_classes: int | None = None  # of the network without an adapter
     _loading = False  # whether the adapter that is injected comes from a file
     prefix = TUNER_PREFIX
     tuner_layer_cls = BNOnlyLayer
@@ -54,6 +57,9 @@ class BNOnlyTuner(BaseTuner):
         config = self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
         first = next((other for name, other in self.peft_config.items() if name != adapter_name), None)
         fresh, training = config.fresh, model.training
+        if first is None:
+            check_network(model)
+            self._base_classes = getattr(model, "num_classes", None)
         if fresh:
             infer(model, config, first)
         elif not config.built_here:
@@ -67,6 +73,7 @@ class BNOnlyTuner(BaseTuner):
                 check_rebuild(model, config)
         choose_layers(model, config)
         check_nesting(model, config)
+        check_shared(model, config)
         if first is not None:
             check_frozen_norms(model, config)
         # Up to here nothing has changed the network; all checks that need no redrawing have passed.
@@ -147,8 +154,7 @@ class BNOnlyTuner(BaseTuner):
                 layer.merge(safe_merge, names)
             else:
                 layer.unmerge()
-        if merge and names and hasattr(self.model, "num_classes"):
-            self.model.num_classes = self.peft_config[names[0]].model_args.get("num_classes", self.model.num_classes)
+        self._follow_classes(names if merge else [])
         return unwrap_(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -160,6 +166,32 @@ class BNOnlyTuner(BaseTuner):
         """
         self._check_merge(self.active_adapters if adapter_names is None else adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
+        self._follow_classes()
+
+    def unmerge_adapter(self) -> None:
+        """Undo `merge_adapter`."""
+        super().unmerge_adapter()
+        self._follow_classes()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate an adapter. Args: as in `peft.PeftModel.set_adapter`."""
+        super().set_adapter(adapter_name, inference_mode)
+        self._follow_classes()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._follow_classes()
+
+    def _follow_classes(self, names: list[str] | None = None) -> None:
+        """Set the network's num_classes to that of the head that runs: of the adapters named, or as the layers say."""
+        if self._base_classes is None:
+            return
+        if names is None:
+            layers = (layer for layer in adapter_layers(self.model) if not layer.disable_adapters)
+            names = next((layer.merged_adapters or layer.active_adapters for layer in layers), [])
+        config = self.peft_config.get(names[0]) if len(names) == 1 else None
+        own = config.model_args.get("num_classes") if config is not None and config.train_head else None
+        self.model.num_classes = self._base_classes if own is None else own
 
     def _check_merge(self, names: list[str], safe_merge: bool) -> None:
         """Raise AdapterError before anything changes if there is no such adapter, or it is not safe to merge."""
@@ -192,6 +224,7 @@ class BNOnlyTuner(BaseTuner):
             self.set_adapter(name)
         elif was_active:
             self.active_adapter: str | list[str] = []
+            self._follow_classes()
 
     @classmethod
     def _get_adapter_state_dict(

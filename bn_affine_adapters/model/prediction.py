@@ -73,7 +73,8 @@ def _logits(model: BNOnlyPeftModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module) or not isinstance(uncompiled(model), BNOnlyPeftModel):
+    plain = uncompiled(model) if isinstance(model, nn.Module) else model
+    if not isinstance(plain, BNOnlyPeftModel) or not plain.peft_config:
         raise ConfigError(
             "predict takes a network with an adapter, whose configuration says how images are prepared.",
             seen=f"a {type(model).__name__}",

@@ -200,7 +200,7 @@ def reinit_(
     >>> model.conv1.weight[0, 0, 0, :2].tolist()
     [-0.09398301690816879, 0.055595945566892624]
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     check_choice("weight_init", weight_init, WEIGHT_INITS)
     check_choice("norm_init", norm_init, NORM_INITS)
     # All rules first: a network that cannot be redrawn is not changed.
@@ -221,14 +221,15 @@ def draw_norm_(module: nn.Module, name: str, seed: int, norm_init: str) -> None:
             draw_into_(module.get_parameter(attribute), rule, seed, f"{name}.{attribute}")
 
 
-def check_seed(seed: Any) -> None:
-    """Raise ConfigError unless ``seed`` is an integer in [0, 2^64)."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+def check_seed(seed: Any) -> int:
+    """Return a seed as a plain integer; raise ConfigError unless it is an integer, numpy's included, in [0, 2^64)."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         raise ConfigError(
             "The seed is not usable.",
             seen=f"seed={seed!r}",
             do="give an integer with 0 <= seed < 2**64, or None to keep the weights given",
         )
+    return int(seed)
 
 
 _RANDOM = {"uniform_", "normal_", "log_normal_", "cauchy_", "exponential_", "geometric_", "bernoulli_", "random_"}
