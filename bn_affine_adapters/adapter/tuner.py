@@ -77,14 +77,8 @@ class BNOnlyTuner(BaseTuner):
         if first is not None:
             check_frozen_norms(model, config)
         # Up to here nothing has changed the network; all checks that need no redrawing have passed.
-        if config.seed is not None and first is None:
-            reinit_(
-                model,
-                config.seed,
-                weight_init=config.weight_init,
-                norm_init=config.norm_init or "uniform",
-                reference=None if config.architecture == CUSTOM else lambda: build(config),
-            )
+        if first is None:
+            _redraw_(model, config)
         (write_fingerprints if fresh else verify)(model, config)
         self._loading = not fresh
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -258,6 +252,18 @@ class BNOnlyTuner(BaseTuner):
         optional = {name for name, key in keys.items() if key in drawn}
         check_tensors(given, {name: own[key] for name, key in keys.items()}, optional)
         return drawn | {keys[name]: tensor for name, tensor in given.items()}
+
+
+def _redraw_(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Redraw a network in place, if its configuration has a seed."""
+    if config.seed is not None:
+        reinit_(
+            model,
+            config.seed,
+            weight_init=config.weight_init,
+            norm_init=config.norm_init or "uniform",
+            reference=None if config.architecture == CUSTOM else lambda: build(config),
+        )
 
 
 def unwrap_(model: nn.Module) -> nn.Module:

@@ -158,6 +158,7 @@ def test_trying_lean_training_draws_nothing_though_the_network_does():
 def test_threads_that_load_predict_wrap_and_build_do_not_disturb_each_other(folder):
     """32 at once: each gets what it gets alone, and a thread that draws gets the numbers it draws alone."""
     shared = load_bn_only_model(folder / "seeded", is_trainable=True).train()
+    other = load_bn_only_model(folder / "seeded")
     alone = {
         "predict": predict(shared, PHOTO),
         "load": load_bn_only_model(folder / "seeded").state_dict(),
@@ -171,6 +172,11 @@ def test_threads_that_load_predict_wrap_and_build_do_not_disturb_each_other(fold
     def predicting():
         assert predict(shared, PHOTO) == alone["predict"]
         assert [m.training for m in shared.modules()] == modes
+
+    def toggling():
+        for mode in (True, False):
+            other.train(mode)
+            assert predict(other, PHOTO) == alone["predict"]
 
     def loading():
         same(load_bn_only_model(folder / "seeded").state_dict(), alone["load"])
@@ -196,7 +202,7 @@ def test_threads_that_load_predict_wrap_and_build_do_not_disturb_each_other(fold
 
     expected = draw(1500)
     with ThreadPoolExecutor(32) as pool:
-        jobs = [pool.submit(work) for work in 8 * [predicting, loading, wrapping, building]][:31]
+        jobs = [pool.submit(work) for work in 7 * [predicting, toggling, loading, wrapping, building]][:31]
         found = pool.submit(draw, 1500).result()
         for job in jobs:
             job.result()
