@@ -1,12 +1,13 @@
 """Choose the layers that an adapter owns, and refuse what does not fit, before a network is wrapped."""
 
 from copy import deepcopy
+from typing import Any
 
 import timm.data
 from torch import nn
 
-from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError
-from ..norms.find import COPIES, head_layers, is_norm, named_layers, norm_layers, plain_modules
+from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, NetworkError
+from ..norms.find import COPIES, canonical, head_layers, is_norm, named_layers, norm_layers, plain_modules, unwrapped
 from ..seed.rules import draw_norm_
 from .config import BNOnlyConfig
 from .control import is_conv
@@ -15,6 +16,23 @@ from .rebuild import holder, infer_architecture, infer_args
 from .tensors import PEFT_PREFIX
 
 TUNER_PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT recognises an adapter's tensors
+
+
+def check_network(model: Any) -> None:
+    """Raise NetworkError unless a value is a network that has no adapter yet."""
+    if not isinstance(model, nn.Module):
+        raise NetworkError(
+            "An adapter needs a network.",
+            seen=f"{type(model).__name__} {model!r}"[:200],
+            do='give a module, e.g. timm.create_model("resnet18")',
+        )
+    names = sorted({name for layer in adapter_layers(model) for name in layer.configs})
+    if names:
+        raise NetworkError(
+            "The network has an adapter already.",
+            seen=f"{type(model).__name__} with {', '.join(names)}",
+            do="model.add_adapter(name, config) or model.load_adapter(folder, name) for another, or model.unload()",
+        )
 
 
 def check_adapter_name(model: nn.Module, name: str) -> None:
@@ -158,7 +176,7 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
         )
     if any(layer.merged for layer in adapter_layers(model)):
         raise AdapterError(
-            "An adapter cannot be added while another is merged: it would copy merged weights.",
+            "An adapter cannot be added while another is merged: PEFT would unmerge it.",
             seen="merged norm layers",
             do="model.unmerge_adapter() first",
         )
@@ -174,6 +192,23 @@ def check_nesting(model: nn.Module, config: BNOnlyConfig) -> None:
             seen=f"{nested[0][0]} lies inside {nested[0][1]}",
             do="adapters on one network have to choose the same one of the two",
         )
+
+
+def check_shared(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Raise NetworkError if a module that an adapter owns has a second name, under which its copy would not run."""
+    names: dict[int, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = unwrapped(module)
+        if own._parameters or own._buffers:
+            names.setdefault(id(own), set()).add(canonical(name))
+    owned = set(config.target_modules)
+    for ways in names.values():
+        if len({holder(name, owned) for name in ways}) > 1:
+            raise NetworkError(
+                "A module of which the adapter has a copy stands in the network under two names.",
+                seen=", ".join(sorted(ways)[:3]),
+                do="give each place a module of its own, or leave it out of norm_layers and extra_trainable_modules",
+            )
 
 
 def check_frozen_norms(model: nn.Module, config: BNOnlyConfig) -> None:

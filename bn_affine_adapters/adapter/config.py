@@ -146,7 +146,7 @@ class BNOnlyConfig(PeftConfig):
 
     def _check(self) -> None:
         if self.seed is not None:
-            check_seed(self.seed)
+            self.seed = check_seed(self.seed)
         check_choice("weight_init", self.weight_init, WEIGHT_INITS)
         check_choice("norm_init", self.norm_init, NORM_INITS)
         check_choice("running_statistics", self.running_statistics, ("update", "frozen"))

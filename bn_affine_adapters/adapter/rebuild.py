@@ -24,6 +24,7 @@ from ..errors import (
 )
 from ..norms.find import STATISTICS, affine, is_norm, plain_modules, plain_tensors
 from ..seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
+from ..seed.generator import OwnGenerator
 from ..seed.rules import constants_only, draw_into_, parameter_rules
 from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
 
@@ -96,7 +97,7 @@ def create_pretrained(architecture: str, model_args: dict[str, Any], file: Path)
             if isinstance(head, str) and f"{head}.weight" in opened.keys():  # noqa: SIM118  # not a dict
                 # timm drops a head whose number of classes differs from the one in its own configuration.
                 overlay["num_classes"] = opened.get_slice(f"{head}.weight").get_shape()[0]
-        with torch.random.fork_rng(devices=[]):
+        with OwnGenerator():
             return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
     except Exception as error:  # every architecture converts a file's tensors in its own way
         raise FingerprintError(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, _check_adapters_not_merged
 from torch import nn
 
+from ..errors import AdapterError
 from ..lean import Report, lean_, plain_
 from ..norms.find import COPIES, is_norm
+from ..norms.statistics import hold_statistics_
+from ..seed.generator import OwnGenerator
 from ..seed.rules import check_memory, draw_into_, draw_norm_, reinit_, rule_for
 from .checks import (
     TUNER_PREFIX,
@@ -18,6 +22,8 @@ from .checks import (
     check_agreement,
     check_frozen_norms,
     check_nesting,
+    check_network,
+    check_shared,
     choose_layers,
     infer,
 )
@@ -37,6 +43,8 @@ class BNOnlyTuner(BaseTuner):
     """
 
     lean: Report | None = None  # what lean training saves, while it is on
+    _base_classes: int | None = None  # of the network without an adapter
+    _loading = False  # whether the adapter that is injected comes from a file
     prefix = TUNER_PREFIX
     tuner_layer_cls = BNOnlyLayer
 
@@ -49,6 +57,9 @@ class BNOnlyTuner(BaseTuner):
         config = self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
         first = next((other for name, other in self.peft_config.items() if name != adapter_name), None)
         fresh, training = config.fresh, model.training
+        if first is None:
+            check_network(model)
+            self._base_classes = getattr(model, "num_classes", None)
         if fresh:
             infer(model, config, first)
         elif not config.built_here:
@@ -62,18 +73,14 @@ class BNOnlyTuner(BaseTuner):
                 check_rebuild(model, config)
         choose_layers(model, config)
         check_nesting(model, config)
+        check_shared(model, config)
         if first is not None:
             check_frozen_norms(model, config)
         # Up to here nothing has changed the network; all checks that need no redrawing have passed.
-        if config.seed is not None and first is None:
-            reinit_(
-                model,
-                config.seed,
-                weight_init=config.weight_init,
-                norm_init=config.norm_init or "uniform",
-                reference=None if config.architecture == CUSTOM else lambda: build(config),
-            )
+        if first is None:
+            _redraw_(model, config)
         (write_fingerprints if fresh else verify)(model, config)
+        self._loading = not fresh
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.train(training)
         level = config.lean or (self.lean.level if self.lean else None)
@@ -103,7 +110,9 @@ class BNOnlyTuner(BaseTuner):
         else:
             copy = layer.copy_of_base()
         if current_key in (peft_config.head_layers or []):
-            _fit_head(copy, current_key, peft_config)
+            # The head of an adapter that is loaded is filled from its file: no number is taken from the process.
+            with OwnGenerator() if self._loading else nullcontext():
+                _fit_head(copy, current_key, peft_config)
         if peft_config.seed is not None and peft_config.norm_init not in (None, "keep") and is_norm(copy):
             draw_norm_(copy, current_key, peft_config.seed, peft_config.norm_init)
         layer.add_copy(adapter_name, copy, peft_config)
@@ -115,6 +124,7 @@ class BNOnlyTuner(BaseTuner):
         for module in _outside_adapters(self.model):
             if is_norm(module):
                 module.train(False)
+                hold_statistics_(module)
         return self
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -131,15 +141,64 @@ class BNOnlyTuner(BaseTuner):
         # PEFT's own method would unwrap any module with an attribute `base_layer`, e.g. those of timm's DLA.
         names = adapter_names or self.active_adapters
         if merge:
+            self._check_merge(names, safe_merge)
             _check_plain(self.model, names)
         for layer in adapter_layers(self.model):
             if merge:
                 layer.merge(safe_merge, names)
             else:
                 layer.unmerge()
-        if merge and names and hasattr(self.model, "num_classes"):
-            self.model.num_classes = self.peft_config[names[0]].model_args.get("num_classes", self.model.num_classes)
+        self._follow_classes(names if merge else [])
         return unwrap_(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Run an adapter on every layer, whichever adapter is active, until `unmerge_adapter`.
+
+        Args:
+            adapter_names: one name; by default the active adapter.
+            safe_merge: refuse an adapter with values that are not finite.
+        """
+        self._check_merge(self.active_adapters if adapter_names is None else adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+        self._follow_classes()
+
+    def unmerge_adapter(self) -> None:
+        """Undo `merge_adapter`."""
+        super().unmerge_adapter()
+        self._follow_classes()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate an adapter. Args: as in `peft.PeftModel.set_adapter`."""
+        super().set_adapter(adapter_name, inference_mode)
+        self._follow_classes()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._follow_classes()
+
+    def _follow_classes(self, names: list[str] | None = None) -> None:
+        """Set the network's num_classes to that of the head that runs: of the adapters named, or as the layers say."""
+        if self._base_classes is None:
+            return
+        if names is None:
+            layers = (layer for layer in adapter_layers(self.model) if not layer.disable_adapters)
+            names = next((layer.merged_adapters or layer.active_adapters for layer in layers), [])
+        config = self.peft_config.get(names[0]) if len(names) == 1 else None
+        own = config.model_args.get("num_classes") if config is not None and config.train_head else None
+        self.model.num_classes = self._base_classes if own is None else own
+
+    def _check_merge(self, names: list[str], safe_merge: bool) -> None:
+        """Raise AdapterError before anything changes if there is no such adapter, or it is not safe to merge."""
+        if isinstance(names, str) or not set(names) <= self.peft_config.keys():
+            seen, do = f"{names!r}; adapters: {', '.join(self.peft_config)}", 'adapter_names=["name"]'
+            raise AdapterError("One existing adapter can be merged, and its name is given in a list.", seen=seen, do=do)
+        for layer in adapter_layers(self.model) if safe_merge else ():
+            for name in set(names) & set(layer.configs):
+                for key, tensor in layer.bn_only_layers[name].state_dict().items():
+                    if not tensor.isfinite().all():
+                        seen = f"{layer.canonical_name}.{key}"
+                        do = "merge an adapter whose training did not diverge, or safe_merge=False"
+                        raise AdapterError(f"The adapter {name!r} has values that are not finite.", seen=seen, do=do)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active, the first of those left is activated on every layer."""
@@ -159,6 +218,7 @@ class BNOnlyTuner(BaseTuner):
             self.set_adapter(name)
         elif was_active:
             self.active_adapter: str | list[str] = []
+            self._follow_classes()
 
     @classmethod
     def _get_adapter_state_dict(
@@ -194,13 +254,26 @@ class BNOnlyTuner(BaseTuner):
         return drawn | {keys[name]: tensor for name, tensor in given.items()}
 
 
+def _redraw_(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Redraw a network in place, if its configuration has a seed."""
+    if config.seed is not None:
+        reinit_(
+            model,
+            config.seed,
+            weight_init=config.weight_init,
+            norm_init=config.norm_init or "uniform",
+            reference=None if config.architecture == CUSTOM else lambda: build(config),
+        )
+
+
 def unwrap_(model: nn.Module) -> nn.Module:
-    """Replace each wrapped layer by its current base layer, and remove PEFT's attributes from the network."""
+    """Replace each wrapped layer by its merged copy or base layer, and remove PEFT's attributes from the network."""
     plain_(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BNOnlyLayer):
-            base = layer.base_layer
-            model.set_submodule(name, base.plain() if isinstance(base, Control) else base)
+            plain = layer.remaining()
+            model.set_submodule(name, plain.plain() if isinstance(plain, Control) else plain)
+    hold_statistics_(model, False)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.train(model.training)

@@ -3,13 +3,17 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..adapter.checks import choose_layers
 from ..adapter.config import CUSTOM, BNOnlyConfig
@@ -30,6 +34,42 @@ class BNOnlyPeftModel(PeftModel):
         """Wrap a network and keep its mode. Args: as in `peft.PeftModel`."""
         super().__init__(model, *args, **kwargs)
         self.training = model.training
+        self._checked: tuple[Any, ...] = ()  # the last DistributedDataParallel and adapters that fit each other
+
+    def get_base_model(self) -> nn.Module:
+        """Return the network, with its per-adapter layers; it runs as it is when no adapter is left."""
+        return self.base_model.model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse what PEFT would ignore, whenever it runs the network (`forward` and others)."""
+        ignored = [key for key in sorted(self.special_peft_forward_args) if kwargs.get(key) is not None]
+        if ignored:
+            raise AdapterError(
+                "One batch with several adapters is not supported yet: all images go through the active adapter.",
+                seen=f"{ignored[0]}={kwargs[ignored[0]]!r}"[:200],
+                do="run one batch for each adapter, after model.set_adapter(name)",
+            )
+        if not torch.compiler.is_compiling():
+            self._check_distributed()
+        yield
+
+    def _check_distributed(self) -> None:
+        """Raise AdapterError if the DistributedDataParallel that runs this network was built for another adapter."""
+        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        now = (id(ddp), *self.active_adapters)
+        buckets = getattr(getattr(ddp, "reducer", None), "_get_zeros_like_grad_buckets", None)
+        if buckets is None or now == self._checked or not torch.is_grad_enabled():
+            return
+        reduced = {id(parameter) for bucket in buckets() for parameter in bucket.parameters()}
+        alone = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in reduced]
+        if alone:
+            raise AdapterError(
+                "DistributedDataParallel would not share the gradients of this adapter: it was built for another one.",
+                seen=f"active: {', '.join(self.active_adapters)}; {len(alone)} parameters, the first is {alone[0]}",
+                do="DistributedDataParallel(model) again after model.set_adapter(name)",
+            )
+        self._checked = now
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trained, all) parameters of the network as the active adapter runs it, each counted once."""
@@ -58,12 +98,9 @@ class BNOnlyPeftModel(PeftModel):
         """
         if not safe_serialization:
             raise ConfigError("An adapter is never pickled.", seen="safe_serialization=False", do="leave it out")
-        if any(layer.merged for layer in adapter_layers(self)):
-            raise AdapterError(
-                "A merged adapter cannot be saved: its layers are exchanged with those of the base.",
-                seen=f"merged: {', '.join(self.active_adapters)}",
-                do="model.unmerge_adapter() first, or save the network that merge_and_unload() returns",
-            )
+        if not self.peft_config:
+            seen, do = "all adapters were deleted", "model.add_adapter(name, config) first"
+            raise AdapterError("There is no adapter to save.", seen=seen, do=do)
         kwargs.setdefault("save_embedding_layers", False)  # "auto" would ask the Hub for the base
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
@@ -83,7 +120,8 @@ class BNOnlyPeftModel(PeftModel):
         plain_(self.get_base_model())
         self.base_model.lean = None
         if level is not None:
-            data = self.peft_config[self.active_adapter].data_config or {}
+            active = self.peft_config.get(self.active_adapter)
+            data = (active.data_config if active else None) or {}
             self.base_model.lean = lean_(self.get_base_model(), level, input_size or data.get("input_size"))
         return self.base_model.lean
 

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torch import nn
 
 from ..adapter.config import BNOnlyConfig
 from ..errors import ConfigError, DataError, printable
+from ..norms.copies import evaluation_copy, uncompiled
 from .peft_model import BNOnlyPeftModel
 
 MAX_SIDE = 4096  # pixels that a data configuration may ask for
@@ -26,12 +28,13 @@ def predict(model: BNOnlyPeftModel, image: str | os.PathLike[str] | Image.Image,
     """Return the most probable classes of one image by the active adapter, the best first.
 
     Args:
-        model: on any device; its mode is kept.
+        model: on any device and in any mode. Other threads may use it: its modes and running statistics do not
+            change. Of a compiled model, what was compiled runs.
         image: a file or a PIL image, of any size and mode.
         top_k: how many classes at most.
 
     Raises:
-        ConfigError: the adapter has no usable data configuration, or ``top_k`` is not positive.
+        ConfigError: the adapter has no usable data configuration, there is no adapter, or ``top_k`` is not positive.
         DataError: the image cannot be read.
 
     >>> import timm
@@ -42,6 +45,7 @@ def predict(model: BNOnlyPeftModel, image: str | os.PathLike[str] | Image.Image,
     >>> sorted(prediction.label for prediction in predict(model, Image.new("RGB", (64, 48)), top_k=2))
     ['cat', 'dog']
     """
+    _check_model(model)
     if top_k < 1:
         raise ConfigError(
             "top_k, the number of classes to return, has to be positive.", seen=f"top_k={top_k}", do="top_k=5"
@@ -56,18 +60,27 @@ def predict(model: BNOnlyPeftModel, image: str | os.PathLike[str] | Image.Image,
 
 
 def _logits(model: BNOnlyPeftModel, pixels: torch.Tensor) -> torch.Tensor:
-    first = next(model.parameters())
-    training = model.training
+    network = evaluation_copy(model)  # other threads may train with the model, or predict too
+    first = next(network.parameters())
     try:
-        return model.eval()(pixels[None].to(first.device, first.dtype))[0].float()
+        return network(pixels[None].to(first.device, first.dtype))[0].float()
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             "The network does not take images of the size in the adapter's data configuration.",
             seen=f"input_size={list(pixels.shape)}; {type(error).__name__}: {error}",
             do="BNOnlyConfig(data_config={'input_size': [...], ...}) as the network needs it",
         ) from error
-    finally:
-        model.train(training)
+
+
+def _check_model(model: Any) -> None:
+    plain = uncompiled(model) if isinstance(model, nn.Module) else model
+    if not isinstance(plain, BNOnlyPeftModel) or not plain.peft_config:
+        raise ConfigError(
+            "predict takes a network with an adapter, whose configuration says how images are prepared.",
+            seen=f"a {type(model).__name__}",
+            do="give what load_bn_only_model or get_bn_only_model returned; of a network in "
+            "DistributedDataParallel, give model.module",
+        )
 
 
 def _transform(config: BNOnlyConfig) -> tuple[list[int], Any]:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ConfigError, ReinitError, check_choice
 from ..norms.find import STATISTICS, affine, is_norm, plain_tensors
 from . import draws
+from .generator import OwnGenerator
 
 WEIGHT_INITS = ("kaiming_normal", "kaiming_uniform", "binary", "orthogonal")
 NORM_INITS = ("uniform", "ones", "symmetric", "ones_beta_one", "keep")
@@ -200,7 +200,7 @@ def reinit_(
     >>> model.conv1.weight[0, 0, 0, :2].tolist()
     [-0.09398301690816879, 0.055595945566892624]
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     check_choice("weight_init", weight_init, WEIGHT_INITS)
     check_choice("norm_init", norm_init, NORM_INITS)
     # All rules first: a network that cannot be redrawn is not changed.
@@ -221,32 +221,45 @@ def draw_norm_(module: nn.Module, name: str, seed: int, norm_init: str) -> None:
             draw_into_(module.get_parameter(attribute), rule, seed, f"{name}.{attribute}")
 
 
-def check_seed(seed: Any) -> None:
-    """Raise ConfigError unless ``seed`` is an integer in [0, 2^64)."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+def check_seed(seed: Any) -> int:
+    """Return a seed as a plain integer; raise ConfigError unless it is an integer, numpy's included, in [0, 2^64)."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         raise ConfigError(
             "The seed is not usable.",
             seen=f"seed={seed!r}",
             do="give an integer with 0 <= seed < 2**64, or None to keep the weights given",
         )
+    return int(seed)
 
 
 _RANDOM = {"uniform_", "normal_", "log_normal_", "cauchy_", "exponential_", "geometric_", "bernoulli_", "random_"}
 _RANDOM_FACTORIES = {"rand", "randn", "rand_like", "randn_like", "normal", "bernoulli"}
+_COMPARISONS = {"lt", "le", "gt", "ge"}
 
 
-class _RandomIsNaN(TorchDispatchMode):
+class _RandomIsNaN(OwnGenerator):
+    """A random tensor is not drawn: a NaN as its first value stands for a tensor that holds nothing else."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in _RANDOM and args[0].is_floating_point():
-            # One NaN marks the tensor; filling all of it would take time, and it is redrawn anyway.
+            # Filling all of it would take time, and it is redrawn anyway.
             if args[0].numel():
                 args[0][(0,) * args[0].dim()].fill_(torch.nan)
             return args[0]
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if name == "linalg_qr" and args[0].isnan().any():  # called by orthogonal_; LAPACK may drop a NaN
             return tuple(part.fill_(torch.nan) for part in out)
+        if name in _COMPARISONS and any(_marked(arg) for arg in args):
+            # As for NaN: `nn.init.trunc_normal_` draws again while a value is out of bounds, as old memory may be.
+            return out.fill_(False)
         return out.fill_(torch.nan) if name in _RANDOM_FACTORIES else out
+
+
+def _marked(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.is_meta or not value.numel():
+        return False
+    return bool(value[(0,) * value.dim()].isnan())
 
 
 @contextmanager
@@ -254,7 +267,8 @@ def constants_only() -> Iterator[None]:
     """Build networks whose random tensors begin with NaN and whose constants are as the constructor sets them.
 
     This saves the time of an initialisation that is redrawn anyway, leaves the global generators alone, and tells
-    constants from random tensors: a tensor that still holds a NaN after `reinit_` has no rule.
+    constants from random tensors: a tensor that still holds a NaN after `reinit_` has no rule. Other threads build
+    their networks as ever.
     """
-    with torch.random.fork_rng(devices=[]), _RandomIsNaN():
+    with _RandomIsNaN():
         yield

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..errors import ConfigError, NetworkError, RebuildError
+from ..norms.copies import evaluation_copy
 from ..training.data import check_classes
 from ..training.feed import Feed, accuracy, own_options
 from ..training.scripts import AdapterOptions, data_options, load_adapter, run_script
@@ -91,7 +92,7 @@ def analyse(model: nn.Module, feed: Feed, options: Options, top1: float) -> dict
     analysis["clamped"] = {}
     for threshold in options.clamp:
         with clamped(model, threshold) as count:
-            top1 = accuracy(model, feed)["top1"]
+            top1 = accuracy(evaluation_copy(model), feed)["top1"]
         analysis["clamped"][f"{threshold:g}"] = {"set": count, "top1": round(top1, DIGITS)}
     try:
         analysis["dead"] = dead(model, feed)
@@ -120,7 +121,7 @@ def run(options: Options) -> dict[str, Any]:
         raise ConfigError("Activations are counted by one process.", seen=seen, do=do)
     feed = Feed(options, accelerator)
     model = load(options, feed).to(memory_format=feed.format)
-    scores = {key: round(value, DIGITS) for key, value in accuracy(model, feed).items()}
+    scores = {key: round(value, DIGITS) for key, value in accuracy(evaluation_copy(model), feed).items()}
     with torch.inference_mode():
         result = {**scores, "images": len(feed.test.dataset), "analysis": analyse(model, feed, options, scores["top1"])}
     line = json.dumps(result)

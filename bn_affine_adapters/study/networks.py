@@ -7,7 +7,7 @@ Source: the paper's Figures 3 to 7 and its table of parameters.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypedDict
@@ -19,6 +19,7 @@ from torch import nn
 
 from ..adapter.rebuild import create
 from ..errors import AdapterTensorError, ConfigError, DataError, NetworkError
+from ..norms.copies import evaluation_copy
 from ..norms.find import affine, head_layers, norm_layers, plain_modules, shortcut_convs
 from ..sharing.contents import NEAR_ZERO
 
@@ -169,7 +170,7 @@ def dead_activations(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[
     calls as functions cannot be seen.
 
     Args:
-        model: runs in evaluation mode; every module's mode is afterwards what it was.
+        model: in any mode; it runs in evaluation mode, and its own modes do not change.
         batches: images, which come to the network's device and type.
 
     Returns:
@@ -181,12 +182,15 @@ def dead_activations(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[
 
     Source: the paper's Figure 7.
     """
-    relus, counter, looked = _relus(model), _ZeroCounter(), 0
+    watched = evaluation_copy(model)
+    relus, counter, looked = _relus(watched), _ZeroCounter(), 0
+    for module, name in relus.items():
+        module.register_forward_hook(partial(counter.count, name))
     first = next(model.parameters(), torch.empty(0))
-    with _watched(model, relus, counter.count), torch.no_grad():
+    with torch.no_grad():
         for images in batches:
             counter.runs.clear()
-            model(images.to(first.device, first.dtype))
+            watched(images.to(first.device, first.dtype))
             looked += 1
     if not looked:
         raise DataError("There is no image to run through the network.", seen="0 batches", do="give batches of images")
@@ -223,21 +227,6 @@ class _ZeroCounter:
         zeros = (output == 0).sum([dim for dim in range(output.ndim) if dim != channel])  # int64
         self.zeros[key] = self.zeros[key] + zeros if key in self.zeros else zeros
         self.totals[key] += output.numel() // output.shape[channel]
-
-
-@contextmanager
-def _watched(model: nn.Module, names: Mapping[nn.Module, str], hook: Callable[..., None]) -> Iterator[None]:
-    """Evaluate within the block, and call ``hook(name, module, inputs, output)`` after each forward of the modules."""
-    modes = [(module, module.training) for module in model.modules()]
-    handles = [module.register_forward_hook(partial(hook, name)) for module, name in names.items()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
 
 
 def dead_share(counts: Mapping[str, Zeros], thresholds: Sequence[float] = GRID) -> list[float]:

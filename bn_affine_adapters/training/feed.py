@@ -236,7 +236,10 @@ def side_by_side(feeds: Sequence[Feed], epoch: int) -> Iterator[Batch]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, feed: Feed) -> dict[str, float]:
-    """Return {"top1": %, "top5": %} of a network over the whole test split, over all processes."""
+    """Return {"top1": %, "top5": %} of a network over the whole test split, over all processes.
+
+    The network is set to evaluation mode. Give `evaluation_copy(network)` of a network that others use.
+    """
     from .metrics import TopKAccuracy, ranked
 
     model.eval()

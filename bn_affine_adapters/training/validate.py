@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
+from ..norms.copies import evaluation_copy
 from .feed import Feed, accuracy
 from .scripts import AdapterOptions, accuracy_text, data_options, load_adapter, run_script, table
 from .scripts import read_options as read
@@ -43,7 +44,7 @@ def run(options: Options) -> dict[str, Any]:
     feed = Feed(options, accelerator)
     model = load_adapter(options, feed).to(memory_format=feed.format)
     with torch.inference_mode():
-        scores = accuracy(model, feed)
+        scores = accuracy(evaluation_copy(model), feed)
     seed = model.peft_config[model.active_adapter].seed
     return {**{k: round(v, 4) for k, v in scores.items()}, "images": len(feed.test.dataset), "seed": seed}
 

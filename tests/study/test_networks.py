@@ -318,7 +318,7 @@ def test_counts_are_exact_beyond_what_float32_holds():
     assert dead_activations(nn.Sequential(nn.ReLU()), [x])["0"] == {"zeros": [4097**2], "total": 4097**2}
 
 
-def test_modes_are_given_back_and_hooks_removed_whatever_happens():
+def test_neither_modes_nor_hooks_of_the_network_change_while_it_is_counted():
     model = network("test_resnet").train()
     model.bn1.eval()
     before, modes = bits(model), [m.training for m in model.modules()]
@@ -326,7 +326,8 @@ def test_modes_are_given_back_and_hooks_removed_whatever_happens():
 
     def failing():
         yield torch.randn(2, 3, 32, 32)
-        assert not any(m.training for m in model.modules())
+        assert [m.training for m in model.modules()] == modes
+        assert not any(m._forward_hooks for m in model.modules())
         raise KeyError("mine")
 
     dead_activations(model, [torch.randn(2, 3, 32, 32)])
