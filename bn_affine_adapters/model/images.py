@@ -55,6 +55,12 @@ def open_image(picture: Picture, channels: int) -> Image.Image:
         ) from error
 
 
+def is_one(picture: Any) -> bool:
+    """Tell whether this is one picture, and not a list or a column of them."""
+    kinds = (str, os.PathLike, Image.Image, np.ndarray, Tensor)
+    return isinstance(picture, kinds) or not isinstance(picture, Iterable)
+
+
 def as_mode(image: Image.Image, channels: int) -> Image.Image:
     """Return an image upright, as its EXIF orientation says, in PIL mode RGB (3 channels) or L (1).
 

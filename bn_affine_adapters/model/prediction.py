@@ -8,7 +8,7 @@ import torch
 
 from ..adapter.config import BNOnlyConfig
 from ..errors import ConfigError, DataError, printable
-from .images import Picture, completed, evaluation_transform, normaliser, open_image
+from .images import Picture, completed, evaluation_transform, is_one, normaliser, open_image
 from .peft_model import BNOnlyPeftModel
 
 MOST, PIXELS = 64, 2**22  # images, and pixels of their channels, that the network gets at once
@@ -33,8 +33,8 @@ def predict(model: BNOnlyPeftModel, image: Any, top_k: int = 5) -> Any:
     Args:
         model: on any device; its mode is kept.
         image: a file; a PIL image of any size and mode; an array (H, W, C) of uint8; or a tensor (C, H, W) of floats
-            from 0 to 1, before mean and std, or of uint8. Several: a list of them, an array (N, H, W, C), or a tensor
-            (N, C, H, W). All are prepared as the adapter's data configuration says.
+            from 0 to 1, before mean and std, or of uint8. Several: a list or column of them, an array (N, H, W, C), or
+            a tensor (N, C, H, W). All are prepared as the adapter's data configuration says.
         top_k: how many classes at most.
 
     Returns:
@@ -54,7 +54,7 @@ def predict(model: BNOnlyPeftModel, image: Any, top_k: int = 5) -> Any:
     >>> len(predict(model, torch.rand(3, 3, 64, 48)))
     3
     """
-    several = isinstance(image, list | tuple) or (isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 4)
+    several = image.ndim == 4 if isinstance(image, np.ndarray | torch.Tensor) else not is_one(image)
     found = []
     for _, classes in predict_each(model, image if several else [image], top_k):
         if isinstance(classes, DataError):
