@@ -218,10 +218,13 @@ def folder_of(photos, where):
     for name, mode in MODES.items():
         save(mode(photos[0]), folder / f"{name}.png")
     wide = np.asarray(photos[0].convert("L")).astype(np.uint16) * 257
-    Image.fromarray(wide).save(folder / "16 bits.png")
+    Image.fromarray(wide).save(folder / "I;16.png")
     for orientation in range(1, 9):
         turned(photos[1], orientation, folder / f"EXIF orientation {orientation}.jpg")
     return where
+
+
+DOORS = ("memory", "streamed", "predict")
 
 
 def logits(model, feed):
@@ -263,18 +266,22 @@ def test_every_door_gives_the_logits_of_timm(photos, tmp_path, capsys):
     rows, images = {}, {}
     for mode, kind, size in ways:
         how = {**SQUARE, "input_size": size, "crop_pct": 0.7, "crop_mode": mode, "interpolation": kind}
-        found = differences(model, feed, how)
-        rows[f"{mode}, {kind}, {size[1]} x {size[2]}"] = {door: max(d.values()) for door, d in found.items()}
-        for door, file, value in ((door, file, value) for door, d in found.items() for file, value in d.items()):
-            row = images.setdefault(Path(file).stem, dict.fromkeys(found, 0.0))
-            row[door] = max(row[door], value)
+        for door, distances in differences(model, feed, how).items():
+            for file, value in distances.items():
+                way, image = (
+                    (f"{mode}, {kind}, {size[1]} x {size[2]}", door),
+                    (Path(file).stem.rstrip(" 0123456789"), door),
+                )
+                rows[way] = max(rows.get(way, 0), value)
+                images[image] = max(images.get(image, 0), value)
     with capsys.disabled():
-        for table in (rows, images):
-            print("\n| | memory | streamed | predict |\n|---|---|---|---|")
-            for name, row in table.items():
-                print(f"| {name} | " + " | ".join(f"{value:.0e}" for value in row.values()) + " |")
-    assert len(images) == 4 + len(MODES) + 1 + 8
-    assert max(value for row in rows.values() for value in row.values()) < 1e-4
+        for title, table in (("crop_mode, interpolation, size", rows), ("image", images)):
+            print(f"\n| {title} | memory | streamed | predict |\n|---|---|---|---|")
+            for name in dict.fromkeys(name for name, _ in table):
+                print(f"| {name or 1} | " + " | ".join(f"{table[name, door]:.0e}" for door in DOORS) + " |")
+    assert len(rows) == len(ways) * len(DOORS)
+    assert len(images) == (len(MODES) + 3) * len(DOORS)
+    assert max(rows.values()) < 1e-4
 
 
 def labelled_by(model, where, names, count=4):
