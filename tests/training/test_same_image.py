@@ -214,13 +214,13 @@ def folder_of(photos, where):
     for folder in [where / split / name for split in ("train", "test") for name in ("dog", "cat")]:
         folder.mkdir(parents=True)
         for i, photo in enumerate(photos[:4]):
-            photo.save(folder / f"RGB, shape {i}.png")
+            photo.save(folder / f"RGB, several shapes no. {i}.png")
     for name, mode in MODES.items():
         save(mode(photos[0]), folder / f"{name}.png")
     wide = np.asarray(photos[0].convert("L")).astype(np.uint16) * 257
-    Image.fromarray(wide).save(folder / "I;16.png")
+    Image.fromarray(wide).save(folder / "16 bits.png")
     for orientation in range(1, 9):
-        turned(photos[1], orientation, folder / f"EXIF orientation {orientation}.jpg")
+        turned(photos[1], orientation, folder / f"RGB, EXIF orientations no. {orientation}.jpg")
     return where
 
 
@@ -268,17 +268,15 @@ def test_every_door_gives_the_logits_of_timm(photos, tmp_path, capsys):
         how = {**SQUARE, "input_size": size, "crop_pct": 0.7, "crop_mode": mode, "interpolation": kind}
         for door, distances in differences(model, feed, how).items():
             for file, value in distances.items():
-                way, image = (
-                    (f"{mode}, {kind}, {size[1]} x {size[2]}", door),
-                    (Path(file).stem.rstrip(" 0123456789"), door),
-                )
+                way = f"{mode}, {kind}, {size[1]} x {size[2]}", door
+                image = Path(file).stem.partition(" no. ")[0], door
                 rows[way] = max(rows.get(way, 0), value)
                 images[image] = max(images.get(image, 0), value)
     with capsys.disabled():
         for title, table in (("crop_mode, interpolation, size", rows), ("image", images)):
             print(f"\n| {title} | memory | streamed | predict |\n|---|---|---|---|")
             for name in dict.fromkeys(name for name, _ in table):
-                print(f"| {name or 1} | " + " | ".join(f"{table[name, door]:.0e}" for door in DOORS) + " |")
+                print(f"| {name} | " + " | ".join(f"{table[name, door]:.0e}" for door in DOORS) + " |")
     assert len(rows) == len(ways) * len(DOORS)
     assert len(images) == (len(MODES) + 3) * len(DOORS)
     assert max(rows.values()) < 1e-4
