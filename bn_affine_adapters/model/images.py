@@ -140,7 +140,7 @@ def _usable(input_size: Any, mean: Any, std: Any, interpolation: Any, crop_pct: 
         and len(input_size) == 3
         and all(isinstance(n, int) and 0 < n <= MAX_SIDE for n in input_size)
         and input_size[0] in (1, 3)  # what an image is opened as
-        and 0.1 <= crop_pct <= 1.0
+        and 0.1 <= crop_pct <= 2.0  # above 1 timm pads, as for VOLO
         and max(input_size) <= MAX_SIDE * crop_pct  # an image is enlarged to the side before it is cropped
         and all(_numbers(values, input_size[0]) for values in (mean, std))
         and all(std)

@@ -87,7 +87,7 @@ class Recipe(DataOptions):
 # The values that a number, or each number of a list, may have.
 RANGES = {
     "held_out": "[0, inf)", "workers": "[0, inf)", "image_size": "[1, inf)", "mean": "(-inf, inf)", "std": "(0, inf)",
-    "crop_padding": "[0, inf)", "crop_scale": "(0, inf)", "crop_ratio": "(0, inf)", "test_crop": "[0.1, 1]",
+    "crop_padding": "[0, inf)", "crop_scale": "(0, inf)", "crop_ratio": "(0, inf)", "test_crop": "[0.1, 2]",
     "batch_size": "[1, inf)", "accumulation": "[1, inf)",
     "epochs": "[1, inf)", "lr": "[0, inf)", "milestones": "[0, inf)", "lr_decay": "[0, inf)",
     "warmup_epochs": "[0, inf)", "sgd_momentum": "[0, 1)", "weight_decay": "[0, inf)",

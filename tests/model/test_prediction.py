@@ -8,10 +8,11 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from timm.data import resolve_data_config
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model, predict
 from bn_affine_adapters.errors import ConfigError, DataError
-from bn_affine_adapters.model.images import image_files
+from bn_affine_adapters.model.images import completed, image_files
 from bn_affine_adapters.model.prediction import predict_each
 from bn_affine_adapters.training.data import decode, eval_batches, load_splits
 
@@ -136,7 +137,7 @@ def test_each_image_comes_with_its_classes_or_its_error(photo, tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"crop_mode": "centre"}, {"interpolation": "random"}, {"crop_pct": 1.5}, {"mean": [0.5]}, {"std": [1, 1, 0]},
+        {"crop_mode": "centre"}, {"interpolation": "random"}, {"crop_pct": 2.5}, {"mean": [0.5]}, {"std": [1, 1, 0]},
         {"input_size": [2, 32, 32]}, {"input_size": [3, 32]}, {"input_size": [3, 32, 0]}, {"input_size": None},
     ],
 )  # fmt: skip
@@ -144,6 +145,15 @@ def test_a_data_configuration_that_timm_would_misread_is_refused(refused, wrong)
     model = small(data_config={"input_size": [3, 32, 32], **wrong})
     with refused(ConfigError, str(next(iter(wrong.values()))), "data_config="):
         predict(model, Image.new("RGB", (60, 60)))
+
+
+def test_the_data_configuration_of_every_pretrained_network_of_timm_is_usable():
+    names = timm.list_models(pretrained=True)
+    for name in names:
+        about = timm.models.get_pretrained_cfg(name).to_dict()
+        data = {k: list(v) if isinstance(v, tuple) else v for k, v in resolve_data_config(pretrained_cfg=about).items()}
+        assert completed(data)["input_size"] == data["input_size"], name
+    assert len(names) > 1500
 
 
 def test_without_names_a_class_is_its_number():
