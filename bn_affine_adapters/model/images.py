@@ -76,7 +76,9 @@ def as_mode(image: Image.Image, channels: int) -> Image.Image:
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode}, whose values have no fixed range: scale them to 8 or 16 bits")
-    return image.convert(_FIRST.get(image.mode, image.mode)).convert("RGB" if channels == 3 else "L")
+    if image.mode in _FIRST:
+        image = image.convert(_FIRST[image.mode])
+    return image.convert("RGB" if channels == 3 else "L")
 
 
 def _array(tensor: Tensor) -> np.ndarray:
