@@ -3,6 +3,7 @@
 Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2 where something could not be done.
 """
 
+import csv
 import json
 import time
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from .adapter.config import BNOnlyConfig
 from .adapter.limits import MAX_PARAMETERS, bounded
 from .adapter.rebuild import create_pretrained, frozen_tensors
 from .deploy.exporting import export
-from .errors import BNAdapterError, ConfigError, FingerprintError, OutputFolderError, printable
+from .errors import BNAdapterError, ConfigError, DataError, FingerprintError, OutputFolderError, printable
+from .model.images import image_files
 from .model.loading import load_bn_only_model
 from .model.peft_model import BNOnlyPeftModel
-from .model.prediction import predict
+from .model.prediction import Prediction, predict_each
 from .sharing.card import write_card
 from .sharing.contents import compare, describe, read_tensors
 from .sharing.folder import check_files, read_config
@@ -222,25 +224,49 @@ def verify(adapter: str, sampled: bool, as_json: bool, **where: Any) -> None:
 
 @main.command("predict")
 @click.argument("adapter")
-@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.argument("images", nargs=-1, required=True, type=click.Path())
 @_network
 @click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write a CSV file: image, rank, label, probability.")
 @_json
-def predict_(adapter: str, images: tuple[str, ...], top_k: int, as_json: bool, **where: Any) -> None:
-    """Classify images, with the adapter's own preparation and class names.
+def predict_(adapter: str, images: tuple[str, ...], top_k: int, out: Path | None, as_json: bool, **where: Any) -> None:
+    """Classify images, or all that are in a folder, with the adapter's own preparation and class names.
+
+    An image that cannot be read is named on stderr; the others are classified, and the exit code is 2.
 
     \b
     Example:
-      bn-adapters predict me/cifar10-resnet110-bn-only cat.png dog.png --top-k 3
+      bn-adapters predict me/cifar10-resnet110-bn-only cat.png photos --top-k 3 --out predictions.csv
     """
-    model = _load(adapter, **where)
-    found = {image: predict(model, image, top_k) for image in images}
+    found: dict[str, list[Prediction]] = {}
+    failed = False
+    for image, classes in predict_each(_load(adapter, **where), image_files(images), top_k):
+        if isinstance(classes, DataError):
+            click.echo(f"DataError: {classes}", err=True)
+            failed = True
+            continue
+        found[image] = classes
+        if not as_json and out is None:
+            click.echo(printable(image))
+            _table([[f"  {best.probability:.4f}", best.label] for best in classes])
+    if out is not None:
+        _write_csv(out, found)
     if as_json:
         click.echo(json.dumps({image: [best._asdict() for best in classes] for image, classes in found.items()}))
-        return
-    for image, classes in found.items():
-        click.echo(image)
-        _table([[f"  {best.probability:.4f}", best.label] for best in classes])
+    if failed:
+        click.get_current_context().exit(2)
+
+
+def _write_csv(out: Path, found: dict[str, list[Prediction]]) -> None:
+    try:
+        with out.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["image", "rank", *Prediction._fields])
+            for image, classes in found.items():
+                table.writerows([image, rank, *best] for rank, best in enumerate(classes, 1))
+    except OSError as error:
+        do = "--out FILE.csv, in a folder that is there"
+        raise ConfigError(f"{out} cannot be written.", seen=str(error), do=do) from error
 
 
 _about = _options(

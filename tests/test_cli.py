@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and that every command's example is understood."""
 
+import csv
 import json
 import shlex
 import shutil
@@ -151,6 +152,37 @@ def test_a_broken_image_exits_with_2(run, folder, tmp_path):
     code, _, err = run("predict", folder, tmp_path / "a.png")
     assert code == 2
     assert "DataError" in err
+
+
+def test_predict_names_a_broken_image_and_goes_on(run, folder, tmp_path):
+    for name in ("good.jpg", "good2.jpg"):
+        Image.effect_noise((40, 30), 80).save(tmp_path / name)
+    (tmp_path / "corrupt.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:400])
+    names = [tmp_path / name for name in ("good.jpg", "corrupt.jpg", "nowhere.jpg", "good2.jpg")]
+    code, out, err = run("predict", folder, *names)
+    assert code == 2
+    assert [str(name) for name in names if str(name) in out.splitlines()] == [str(names[0]), str(names[3])]
+    assert f"The image {names[1]} cannot be read." in err
+    assert f"The image {names[2]} cannot be read." in err
+    code, out, _ = run("predict", folder, *names, "--json")
+    assert (code, list(json.loads(out))) == (2, [str(names[0]), str(names[3])])
+
+
+def test_predict_classifies_a_folder_into_a_csv_file(run, folder, tmp_path):
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for name in ("b.png", "a.jpg", "more/c, d.png"):
+        Image.effect_noise((40, 30), 80).save(tmp_path / "photos" / name)
+    code, out, _ = run("predict", folder, tmp_path / "photos", "--top-k", 2, "--out", tmp_path / "found.csv")
+    assert (code, out) == (0, "")
+    rows = list(csv.DictReader((tmp_path / "found.csv").open(newline="")))
+    files = [str(tmp_path / "photos" / name) for name in ("a.jpg", "b.png", "more/c, d.png")]
+    assert [(row["image"], row["rank"]) for row in rows] == [(file, rank) for file in files for rank in "12"]
+    expected = json.loads(run("predict", folder, tmp_path / "photos", "--top-k", 2, "--json")[1])
+    found = [{"label": row["label"], "probability": float(row["probability"])} for row in rows]
+    assert found == [best for file in files for best in expected[file]]
+    code, _, err = run("predict", folder, tmp_path / "photos", "--out", tmp_path / "nowhere" / "found.csv")
+    assert code == 2
+    assert "cannot be written" in err
 
 
 def test_an_adapter_on_given_weights_takes_its_base_from_a_file(run, tmp_path):

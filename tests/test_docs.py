@@ -131,7 +131,7 @@ def test_the_page_on_own_images_runs_on_a_folder_of_pictures(me, capsys):
     named = set(re.findall(r"`(pets/\S+\.jpg)`", page.read_text()))
     assert len(named) == 4
     assert all(Path(path).is_file() for path in named)
-    assert run_commands(code(page, "bash")) == ["train", "validate", "predict", "push"]
+    assert run_commands(code(page, "bash")) == ["train", "validate", "predict", "predict", "push"]
     run_python(code(page, "python"))
     assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} >= set(colours)
     assert json.loads(Path("runs/pets/adapter/adapter_config.json").read_text())["label_names"] == ["cat", "dog"]

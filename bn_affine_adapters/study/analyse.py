@@ -51,9 +51,12 @@ def is_plain(adapter: str) -> bool:
 
 def own(adapter: str) -> dict[str, Any]:
     """Return the data options in the network's own configuration."""
-    if is_plain(adapter):
-        return own_options(json.loads(Path(adapter, "config.json").read_text(encoding="utf-8"))["pretrained_cfg"])
-    return data_options(adapter)
+    return own_options(plain_config(adapter)["pretrained_cfg"]) if is_plain(adapter) else data_options(adapter)
+
+
+def plain_config(adapter: str) -> dict[str, Any]:
+    """Return what the config.json of a plain timm network holds."""
+    return json.loads(Path(adapter, "config.json").read_text(encoding="utf-8"))
 
 
 def read_options(arguments: list[str]) -> Options:
@@ -62,8 +65,10 @@ def read_options(arguments: list[str]) -> Options:
 
 
 def load(options: Options, feed: Feed) -> nn.Module:
-    """Return the network, wrapped or plain; refuse one with another number of classes than the data."""
+    """Return the network, wrapped or plain; refuse one with other classes than the data."""
     if is_plain(options.adapter):
+        if names := plain_config(options.adapter).get("label_names"):
+            feed.number_classes(names)
         model = load_plain(Path(options.adapter).resolve())
         check_classes(feed.test, model.num_classes)
         return model.to(feed.accelerator.device)

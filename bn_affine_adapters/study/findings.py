@@ -97,7 +97,7 @@ def decay_text(dataset: str, recipe: Mapping[str, Any]) -> str:
     others = own["optimizer"] != "sgd" or own["norm_init"] is not None or own["held_out"]
     if not images or not own["weight_decay"] or others:
         return ""
-    factor = decay_factor(own, steps_per_epoch(images, own["batch_size"], drop_remainder=own["streaming"]))
+    factor = decay_factor(own, steps_per_epoch(images, own["batch_size"]))
     return (
         f"Over this schedule, a weight decay of {own['weight_decay']:g} multiplies a gamma that gets no gradient by "
         f"{factor:.3g}. Of gammas drawn from U(0, 1), 1 % start below 0.01; decay alone makes that "

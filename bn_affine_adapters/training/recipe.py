@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from timm.optim import list_optimizers
 
 from ..errors import BNAdapterError, ConfigError, check_choice, check_keys
+from ..model.images import CROP_MODES, INTERPOLATIONS, as_channels
 from .feed import DataOptions
 
 Options = TypeVar("Options")
@@ -76,11 +77,17 @@ class Recipe(DataOptions):
     eval_every: int = 1  # epochs; the last is always evaluated
     results: str | None = None  # a .jsonl file to append the result line to
 
+    def __post_init__(self) -> None:
+        """Take the average of mean and std where the network has another number of channels."""
+        super().__post_init__()
+        channels = self.model_args.get("in_chans", 3)
+        self.mean, self.std = as_channels(self.mean, channels), as_channels(self.std, channels)
+
 
 # The values that a number, or each number of a list, may have.
 RANGES = {
     "held_out": "[0, inf)", "workers": "[0, inf)", "image_size": "[1, inf)", "mean": "(-inf, inf)", "std": "(0, inf)",
-    "crop_padding": "[0, inf)", "crop_scale": "(0, inf)", "crop_ratio": "(0, inf)", "test_crop": "(0, inf)",
+    "crop_padding": "[0, inf)", "crop_scale": "(0, inf)", "crop_ratio": "(0, inf)", "test_crop": "[0.1, 2]",
     "batch_size": "[1, inf)", "accumulation": "[1, inf)",
     "epochs": "[1, inf)", "lr": "[0, inf)", "milestones": "[0, inf)", "lr_decay": "[0, inf)",
     "warmup_epochs": "[0, inf)", "sgd_momentum": "[0, 1)", "weight_decay": "[0, inf)",
@@ -88,6 +95,8 @@ RANGES = {
 }  # fmt: skip
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "condition": (*CONDITIONS, *FULL_CONDITIONS),
+    "interpolation": INTERPOLATIONS,
+    "crop_mode": (None, *CROP_MODES),
     "schedule": ("multistep", "cosine"),
     "precision": ("no", "bf16", "fp16"),
     "compile": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
@@ -100,7 +109,7 @@ ELEMENTWISE = ("sgd", "momentum", "nesterov", "adam", "adamw")  # each value's u
 # What decides on which images, and in what precision, an adapter is tested.
 TEST_KEYS = (
     "dataset", "dataset_config", "train_split", "test_split", "held_out", "image_column", "label_column", "streaming",
-    "test_crop", "pretrained", "pretrained_file", "precision",
+    "pretrained", "pretrained_file", "precision",
 )  # fmt: skip
 # What decides what is computed is every key but these, which say where and how a run is done: a new key is part of the
 # recipe unless it is named here. The first ones are not recorded in result lines.

@@ -65,10 +65,9 @@ def table(rows: dict[str, str]) -> str:
     return "\n".join(f"{name:12}  {text}" for name, text in rows.items())
 
 
-def accuracy_text(options: Any, top1: float, images: int) -> str:
+def accuracy_text(dataset: str, split: str, top1: float, images: int) -> str:
     """Return an accuracy as people read it, with the images that it was measured on."""
-    split = f"{options.held_out} of {options.train_split}" if options.held_out else options.test_split
-    return f"{top1:.2f} % top-1 on {Path(options.dataset).name}/{split} ({images:,} images)"
+    return f"{top1:.2f} % top-1 on {Path(dataset).name}/{split} ({images:,} images)"
 
 
 def read_options(
@@ -100,18 +99,21 @@ def read_options(
 def data_options(adapter: str) -> dict[str, Any]:
     """Return the data options in an adapter's own configuration."""
     check_files(folder := fetch(adapter))
-    return own_options(read_config(folder).data_config or {})
+    return own_options(read_config(folder).data_config)
 
 
 def load_adapter(options: AdapterOptions, feed: Feed) -> BNOnlyPeftModel:
     """Rebuild and verify an adapter's network for a test split, on its device.
 
-    An adapter without a seed is loaded on the weights of ``pretrained_file``, or on timm's if ``pretrained``.
+    An adapter without a seed is loaded on the weights of ``pretrained_file``, or on timm's if ``pretrained``. The
+    classes of the feed are numbered as the adapter names them.
 
     Raises:
-        DataError: the network has another number of classes than the data.
+        DataError: the network has other classes than the data, or another number of them.
     """
     config = read_config(fetch(options.adapter))
+    if config.label_names:
+        feed.number_classes(config.label_names)
     check_classes(feed.test, config.model_args.get("num_classes", len(feed.label_names)))
     given = config.seed is None and (options.pretrained or options.pretrained_file)
     base = timm_network(str(config.architecture), config.model_args, True, options.pretrained_file) if given else None

@@ -28,7 +28,7 @@ import click
 import torch
 
 from ..errors import ConfigError, NetworkError
-from .feed import DataOptions, Feed
+from .feed import DataOptions, Feed, own_options
 from .lines import read_results
 from .network import measured_step
 from .recipe import Recipe, run_key, words
@@ -88,7 +88,7 @@ def analysis_arguments(run: PlannedRun) -> list[str]:
     """Return the arguments that analyse what a run saved, on the data that it was tested on."""
     saved = run.folder / ("adapter" if (run.folder / "adapter").is_dir() else "network")
     usual = {**asdict(DataOptions()), "pretrained": False, "pretrained_file": None}
-    saved_with_it = ("image_size", "mean", "std")
+    saved_with_it = own_options(DataOptions().data_config)
     data = {key: getattr(run.recipe, key) for key in usual if key not in saved_with_it}
     changed = {key: value for key, value in data.items() if value != usual[key]}
     return words({"adapter": str(saved), "output": str(run.folder / "analysis.json"), **changed})

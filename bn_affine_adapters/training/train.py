@@ -116,13 +116,14 @@ def leave_stdout() -> None:
 def result_line(replicate: Replicate, training: Training) -> dict[str, Any]:
     """Return the result line of a finished run; its seconds are its share of those that trained together."""
     recipe, epochs, together = replicate.recipe, replicate.epochs, len(training.replicates)
+    tested = replicate.feed.test.name
     trained, total = count(replicate.network)
     seconds = training.seconds / together
     ran_on = provenance(training.accelerator)
     ran_on["hardware"]["side_by_side"] = together
     return {
         **{key: round(value, 4) for key, value in epochs[-1].items()},
-        **({"split": f"{recipe.held_out} held out of {recipe.train_split}"} if recipe.held_out else {}),
+        **({"split": tested} if tested != recipe.test_split else {}),
         "trained": trained,
         "parameters": total,
         "seconds": round(seconds, 2),
@@ -163,7 +164,7 @@ def summary(replicate: Replicate) -> str:
     kind = "adapter" if "adapter" in result else "network"
     share = 100 * result["trained"] / result["parameters"]
     rows = {
-        "accuracy": accuracy_text(recipe, result["top1"], len(feed.test.dataset)),
+        "accuracy": accuracy_text(recipe.dataset, feed.test.name, result["top1"], len(feed.test)),
         "trained": f"{result['trained']:,} of {result['parameters']:,} parameters ({share:.2f} %)",
         kind: f"{result[kind]}, {result[f'{kind}_bytes'] / 1000:,.1f} kB",
         "time": f"{result['seconds']:.1f} s",

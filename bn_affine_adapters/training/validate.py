@@ -39,14 +39,15 @@ def read_options(arguments: list[str]) -> Options:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Rebuild, verify, evaluate; return the accuracy, the number of images and the adapter's seed."""
+    """Rebuild, verify, evaluate; return the accuracy, on which images, and the adapter's seed."""
     accelerator = Accelerator(mixed_precision=options.precision)
     feed = Feed(options, accelerator)
     model = load_adapter(options, feed).to(memory_format=feed.format)
     with torch.inference_mode():
         scores = accuracy(evaluation_copy(model), feed)
     seed = model.peft_config[model.active_adapter].seed
-    return {**{k: round(v, 4) for k, v in scores.items()}, "images": len(feed.test.dataset), "seed": seed}
+    tested = {"split": feed.test.name, "images": len(feed.test), "seed": seed}
+    return {**{k: round(v, 4) for k, v in scores.items()}, **tested}
 
 
 def command(arguments: list[str]) -> None:
@@ -62,7 +63,7 @@ def summary(options: Options, result: dict[str, Any]) -> str:
     weights = "pretrained weights" if result["seed"] is None else f"the weights of seed {result['seed']}"
     return table(
         {
-            "accuracy": accuracy_text(options, result["top1"], result["images"]),
+            "accuracy": accuracy_text(options.dataset, result["split"], result["top1"], result["images"]),
             "adapter": f"{options.adapter}, on {weights}, verified",
         }
     )
