@@ -6,13 +6,14 @@ import timm.data
 from torch import nn
 
 from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError
-from ..norms.find import COPIES, head_layers, is_norm, named_layers, norm_layers, plain_modules
+from ..norms import COPIES
+from ..norms.find import head_layers, is_norm, named_layers, norm_layers, plain_modules
 from ..seed.rules import draw_norm_
-from .config import BNOnlyConfig
+from .method import BNOnlyConfig
+from ..settings import PEFT_PREFIX
 from .control import is_conv
 from .layer import adapter_layers
 from .rebuild import holder, infer_architecture, infer_args
-from .tensors import PEFT_PREFIX
 
 TUNER_PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT recognises an adapter's tensors
 

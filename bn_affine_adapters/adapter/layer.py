@@ -10,9 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..errors import AdapterError
-from ..norms.find import COPIES, affine, is_norm
+from ..norms import COPIES
+from ..norms.find import affine, is_norm
 from ..seed.rules import Rule, draw_into_, rule_for
-from .config import BNOnlyConfig
+from .method import BNOnlyConfig
 from .control import Control
 
 

@@ -25,7 +25,8 @@ from ..errors import (
 from ..norms.find import STATISTICS, affine, is_norm, plain_modules, plain_tensors
 from ..seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
 from ..seed.rules import constants_only, draw_into_, parameter_rules
-from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
+from ..settings import CUSTOM, FORBIDDEN_ARGS, Settings, is_plain
+from .method import BNOnlyConfig
 
 NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # of an architecture, with timm's optional tag of weights
 
@@ -67,13 +68,13 @@ def create(architecture: str, model_args: dict[str, Any], device: str | torch.de
         ) from error
 
 
-def build(config: BNOnlyConfig, device: str | torch.device = "cpu") -> nn.Module:
+def build(config: Settings, device: str | torch.device = "cpu") -> nn.Module:
     """Build the network that a configuration names, as `create` does."""
     assert config.architecture is not None
     return create(config.architecture, config.model_args, device)
 
 
-def build_outline(config: BNOnlyConfig) -> nn.Module:
+def build_outline(config: Settings) -> nn.Module:
     """Build a configuration's network on the meta device, or on the CPU if its constructor computes with values."""
     try:
         return build(config, "meta")

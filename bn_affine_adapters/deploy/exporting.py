@@ -17,12 +17,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from ..adapter.config import CUSTOM, BNOnlyConfig
+from ..adapter.method import BNOnlyConfig
 from ..adapter.tensors import PEFT_PREFIX
 from ..errors import AdapterError, BNAdapterError, ConfigError, OutputFolderError, RebuildError, check_choice
 from ..model.peft_model import BNOnlyPeftModel
 from ..norms.find import named_layers
 from ..seed.rules import constants_only
+from ..settings import CUSTOM
 from ..sharing.folder import written_whole
 
 # The keys that an export keeps of timm's configuration, the origin only for given weights, and of data_config.

@@ -4,3 +4,5 @@
 - ``peft_model.py``: `BNOnlyPeftModel`, which saves, pushes, loads further adapters and counts parameters.
 - ``prediction.py``: `predict` classifies an image.
 """
+
+from .. import adapter as adapter  # first, so that PEFT is loaded and the method registered: see there

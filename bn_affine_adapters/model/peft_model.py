@@ -12,12 +12,13 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapter.checks import choose_layers
-from ..adapter.config import CUSTOM, BNOnlyConfig
 from ..adapter.control import Control
 from ..adapter.layer import adapter_layers
+from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import create_pretrained, verify
 from ..errors import AdapterError, BNAdapterError, ConfigError
 from ..lean import Report, lean_, plain_
+from ..settings import CUSTOM
 from ..sharing.card import write_card
 from ..sharing.folder import check_files, check_header, read_config, written_whole
 from ..sharing.hub import cached_commit, fetch, fetch_base, push_folder

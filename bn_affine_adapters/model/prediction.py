@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from ..adapter.config import BNOnlyConfig
+from ..adapter.method import BNOnlyConfig
 from ..errors import ConfigError, DataError, printable
 from .peft_model import BNOnlyPeftModel
 

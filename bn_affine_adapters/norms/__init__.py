@@ -4,3 +4,5 @@
   the names of gamma and beta; a wrapped network's names as those of the plain network.
 - ``statistics.py``: batch statistics over all processes of a distributed run.
 """
+
+COPIES = "bn_only_layers"  # where a wrapped module keeps its per-adapter copies

@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import ConfigError, ReinitError, check_choice
 from ..norms.find import STATISTICS, affine, is_norm, plain_tensors
 from . import draws
+from .draws import NORM_INITS, WEIGHT_INITS, check_seed
 
-WEIGHT_INITS = ("kaiming_normal", "kaiming_uniform", "binary", "orthogonal")
-NORM_INITS = ("uniform", "ones", "symmetric", "ones_beta_one", "keep")
 GAIN2 = 2.0  # the squared gain of ReLU
 TABLE_SCALE = 0.02
 
@@ -219,16 +218,6 @@ def draw_norm_(module: nn.Module, name: str, seed: int, norm_init: str) -> None:
     for attribute in affine(module):
         if attribute is not None and (rule := rule_for(module, attribute, "kaiming_normal", norm_init)) is not None:
             draw_into_(module.get_parameter(attribute), rule, seed, f"{name}.{attribute}")
-
-
-def check_seed(seed: Any) -> None:
-    """Raise ConfigError unless ``seed`` is an integer in [0, 2^64)."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ConfigError(
-            "The seed is not usable.",
-            seen=f"seed={seed!r}",
-            do="give an integer with 0 <= seed < 2**64, or None to keep the weights given",
-        )
 
 
 _RANDOM = {"uniform_", "normal_", "log_normal_", "cauchy_", "exponential_", "geometric_", "bernoulli_", "random_"}

@@ -19,10 +19,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import httpx
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..adapter.config import BNOnlyConfig
-from ..adapter.limits import LIFT, MAX_PARAMETERS
 from ..errors import (
     AdapterFileError,
     BaseRequiredError,
@@ -38,9 +35,10 @@ from ..errors import (
     causes,
     disk_is_full,
 )
+from ..settings import CONFIG_NAME, LIFT, MAX_PARAMETERS, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Settings
 from .card import CARD_NAME, write_card
 from .figure import FIGURE_NAME
-from .folder import COMMIT, HUB_ID, MAX_BYTES, check_files, missing_file, read_config
+from .folder import COMMIT, HUB_ID, MAX_BYTES, check_files, missing_file, read_settings
 from .results import RESULTS_NAME
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}
@@ -96,7 +94,7 @@ def fetch(
     return folder
 
 
-def fetch_base(config: BNOnlyConfig, max_parameters: int | None = None, **client: Any) -> Path:
+def fetch_base(config: Settings, max_parameters: int | None = None, **client: Any) -> Path:
     """Return the file of the pretrained weights that an adapter's configuration pins, from the configured endpoint.
 
     Args: as in `fetch`.
@@ -178,7 +176,7 @@ def push_folder(
     """
     folder = Path(folder)
     check_files(folder)
-    config = read_config(folder)
+    config = read_settings(folder)
     if revision and COMMIT.fullmatch(revision):
         raise ConfigError("A push goes to a branch, not to a commit.", seen=f"revision={revision}", do="name a branch")
     if "/" in repo_id and not HUB_ID.fullmatch(repo_id):

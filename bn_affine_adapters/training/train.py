@@ -28,7 +28,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch import nn
 
-from ..adapter.config import BNOnlyConfig
+from ..adapter.method import BNOnlyConfig
 from ..deploy.exporting import export_network
 from ..errors import OutputFolderError, check_choice
 from ..model.peft_model import BNOnlyPeftModel
