@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from threading import Thread
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +76,7 @@ class _Registration(MetaPathFinder):
     The finder stays where it is: another thread that walks `sys.meta_path` would skip one if this were taken out.
     """
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in _REGISTERS:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
@@ -89,10 +88,20 @@ class _Registration(MetaPathFinder):
                 execute(module)
                 if module.__name__ == name:  # a loader may have more than one module
                     vars(loader).pop("exec_module", None)
-                    import_module(f".{_REGISTERS[name]}", __name__)
+                    _register_in(name)
 
             loader.exec_module = exec_module  # type: ignore[method-assign]  # of this loader alone
         return spec
+
+
+def _register_in(name: str) -> None:
+    try:
+        import_module(f".{_REGISTERS[name]}", __name__)
+    except RuntimeError as error:
+        if type(error).__name__ != "_DeadlockError":
+            raise
+        # Another thread imports a module of ours, which waits for the import of theirs to end. So does this one.
+        Thread(target=import_module, args=(f".{_REGISTERS[name]}", __name__)).start()
 
 
 def _register() -> None:
@@ -100,7 +109,7 @@ def _register() -> None:
     if len(loaded) < len(_REGISTERS):
         sys.meta_path.insert(0, _Registration())
     for name in loaded:
-        import_module(f".{_REGISTERS[name]}", __name__)
+        _register_in(name)
 
 
 _register()

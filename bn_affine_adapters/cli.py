@@ -10,26 +10,19 @@ from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from .adapter.config import BNOnlyConfig
-from .adapter.limits import MAX_PARAMETERS, bounded
-from .adapter.rebuild import create_pretrained, frozen_tensors
-from .deploy.exporting import export
 from .errors import BNAdapterError, ConfigError, FingerprintError, OutputFolderError, printable
-from .model.loading import load_bn_only_model
-from .model.peft_model import BNOnlyPeftModel
-from .model.prediction import predict
-from .sharing.card import write_card
-from .sharing.contents import compare, describe, read_tensors
-from .sharing.folder import check_files, read_config
-from .sharing.hub import fetch, push_folder
+from .settings import MAX_PARAMETERS, Settings
 from .training.recipe import config_files
-from .training.scripts import installed
 from .training.tables import text_table
+
+# What needs torch, or takes long to import, is imported by the command that needs it.
+if TYPE_CHECKING:
+    from .model.peft_model import BNOnlyPeftModel
+    from .sharing.contents import Stored
 
 
 class _Commands(click.Group):
@@ -75,7 +68,11 @@ _network = _options(
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-def _load(adapter: str, base: Path | None, verify: str = "full", **where: Any) -> BNOnlyPeftModel:
+def _load(adapter: str, base: Path | None, verify: str = "full", **where: Any) -> "BNOnlyPeftModel":
+    from .adapter.limits import bounded
+    from .adapter.rebuild import create_pretrained
+    from .model.loading import load_bn_only_model
+
     network = None
     if base is not None:
         _, config, _ = _read(adapter, **where)
@@ -84,10 +81,14 @@ def _load(adapter: str, base: Path | None, verify: str = "full", **where: Any) -
     return load_bn_only_model(adapter, network, verify=verify, **where)  # type: ignore[arg-type]  # click's Choice
 
 
-def _read(adapter: str, **where: Any) -> tuple[Path, BNOnlyConfig, dict[str, torch.Tensor]]:
+def _read(adapter: str, **where: Any) -> "tuple[Path, Settings, dict[str, Stored]]":
+    from .sharing.contents import read_tensors
+    from .sharing.folder import check_files, read_settings
+    from .sharing.hub import fetch
+
     folder = fetch(adapter, **where)
     check_files(folder)
-    return folder, read_config(folder), read_tensors(folder)
+    return folder, read_settings(folder), read_tensors(folder)
 
 
 def _table(rows: list[list[Any]]) -> None:
@@ -101,6 +102,8 @@ def _script(name: str, about: str, part: str = "training", extra: str = "train",
     @main.command(name, help=about, context_settings={"ignore_unknown_options": True, "help_option_names": []})
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def run(arguments: tuple[str, ...]) -> None:
+        from .training.scripts import installed
+
         with installed(extra):
             import_module(f".{part}.{name}", __package__).command(list(arguments), **how)
 
@@ -171,6 +174,8 @@ def inspect(adapter: str, as_json: bool, **where: Any) -> None:
     Example:
       bn-adapters inspect runs/digits/adapter --json
     """
+    from .sharing.contents import describe
+
     found = describe(*_read(adapter, **where))
     if as_json:
         click.echo(json.dumps(found))
@@ -202,6 +207,8 @@ def verify(adapter: str, sampled: bool, as_json: bool, **where: Any) -> None:
     Example:
       bn-adapters verify me/cifar10-resnet110-bn-only --revision v1
     """
+    from .adapter.rebuild import frozen_tensors
+
     start = time.perf_counter()
     model = _load(adapter, verify="sampled" if sampled else "full", **where)
     seconds = time.perf_counter() - start
@@ -233,6 +240,8 @@ def predict_(adapter: str, images: tuple[str, ...], top_k: int, as_json: bool, *
     Example:
       bn-adapters predict me/cifar10-resnet110-bn-only cat.png dog.png --top-k 3
     """
+    from .model.prediction import predict
+
     model = _load(adapter, **where)
     found = {image: predict(model, image, top_k) for image in images}
     if as_json:
@@ -269,6 +278,8 @@ def push(folder: str, repo_id: str, results: str | None, **options: Any) -> None
     Example:
       bn-adapters push runs/digits/adapter me/digits-bn-only --private --tag v1
     """
+    from .sharing.hub import push_folder
+
     click.echo(push_folder(folder, repo_id, results=results or (), **options).commit_url)
 
 
@@ -284,6 +295,9 @@ def card(folder: str, repo_id: str, output: Path | None, results: str | None, **
     Example:
       bn-adapters card runs/digits/adapter me/digits-bn-only --output hub_cards/digits
     """
+    from .sharing.card import write_card
+    from .sharing.folder import check_files
+
     check_files(Path(folder))
     write_card(Path(folder), repo_id, output=output, results=results or (), **options)
     click.echo(str((output or Path(folder)) / "README.md"))
@@ -302,6 +316,8 @@ def export_(adapter: str, folder: Path, form: str, **where: Any) -> None:
       bn-adapters export me/cifar10-resnet110-bn-only plain && python -c "import bn_affine_adapters, timm;
       timm.create_model('local-dir:plain', pretrained=True)"
     """
+    from .deploy.exporting import export
+
     click.echo(str(export(_load(adapter, **where), folder, form)))  # type: ignore[arg-type]  # of click's Choice
 
 
@@ -318,6 +334,8 @@ def diff(one: str, other: str, revision: str | None, other_revision: str | None,
     Example:
       bn-adapters diff runs/digits/adapter me/digits-bn-only
     """
+    from .sharing.contents import compare
+
     _, ours, tensors = _read(one, revision=revision)
     _, theirs, others = _read(other, revision=other_revision)
     settings, layers = compare(ours, tensors, theirs, others)

@@ -9,10 +9,10 @@ from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleE
 from ..norms import COPIES
 from ..norms.find import head_layers, is_norm, named_layers, norm_layers, plain_modules
 from ..seed.rules import draw_norm_
-from .method import BNOnlyConfig
 from ..settings import PEFT_PREFIX
 from .control import is_conv
 from .layer import adapter_layers
+from .method import BNOnlyConfig
 from .rebuild import holder, infer_architecture, infer_args
 
 TUNER_PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT recognises an adapter's tensors

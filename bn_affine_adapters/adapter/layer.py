@@ -13,8 +13,8 @@ from ..errors import AdapterError
 from ..norms import COPIES
 from ..norms.find import affine, is_norm
 from ..seed.rules import Rule, draw_into_, rule_for
-from .method import BNOnlyConfig
 from .control import Control
+from .method import BNOnlyConfig
 
 
 def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:

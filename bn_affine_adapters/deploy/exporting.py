@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..adapter.method import BNOnlyConfig
-from ..adapter.tensors import PEFT_PREFIX
 from ..errors import AdapterError, BNAdapterError, ConfigError, OutputFolderError, RebuildError, check_choice
 from ..model.peft_model import BNOnlyPeftModel
 from ..norms.find import named_layers
 from ..seed.rules import constants_only
-from ..settings import CUSTOM
+from ..settings import CUSTOM, PEFT_PREFIX
 from ..sharing.folder import written_whole
 
 # The keys that an export keeps of timm's configuration, the origin only for given weights, and of data_config.

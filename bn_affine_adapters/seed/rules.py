@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import ConfigError, ReinitError, check_choice
+from ..errors import ReinitError, check_choice
 from ..norms.find import STATISTICS, affine, is_norm, plain_tensors
 from . import draws
 from .draws import NORM_INITS, WEIGHT_INITS, check_seed

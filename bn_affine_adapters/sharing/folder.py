@@ -207,17 +207,21 @@ def read_config(folder: Path) -> "BNOnlyConfig":
     """Read and check an adapter folder's configuration. Raises: as `read_settings`."""
     from ..adapter.method import BNOnlyConfig
 
-    return read_settings(folder, BNOnlyConfig)
+    return _read(folder, BNOnlyConfig)
 
 
-def read_settings(folder: Path, kind: type[AnySettings] = Settings) -> AnySettings:  # type: ignore[assignment]
-    """Read and check an adapter folder's configuration, by default without PEFT.
+def read_settings(folder: Path) -> Settings:
+    """Read and check an adapter folder's configuration, without PEFT.
 
     Raises:
         AdapterFileError: it is not JSON, or belongs to another PEFT method.
         TooLargeError: it holds more lists than any configuration.
         UnknownKeyError, FormatVersionError, ConfigError: a key or value is not usable, or it names no network.
     """
+    return _read(folder, Settings)
+
+
+def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
     path = folder / CONFIG_NAME
     try:
         text = path.read_text(encoding="utf-8")

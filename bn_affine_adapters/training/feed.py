@@ -5,47 +5,20 @@ The one place that knows whether the images lie in memory on the device or strea
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import create_transform
 from torch import Tensor, nn
 
 from ..errors import BNAdapterError, DataError
 from .data import Batch, Split, TensorData, batches, decode, eval_batches, load_splits, steps_per_epoch, stream
+from .options import DataOptions
 
 EVAL_BATCH = 512
-
-
-@dataclass
-class DataOptions:
-    """Which data, how they are decoded, augmented and batched."""
-
-    # The data: "digits", a Hub id or a folder
-    dataset: str = "digits"
-    dataset_config: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-    held_out: int = 0  # images taken out of the training split and tested on instead of the test split
-    image_column: str | None = None
-    label_column: str | None = None
-    data_seed: int = 0
-    streaming: bool = False  # decode in workers with timm's transforms, instead of once into memory
-    workers: int = 4  # of the loader, where streaming
-    image_size: int = 32
-    mean: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_MEAN))
-    std: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_STD))
-    flip: bool = False
-    crop_padding: int = 0  # in memory: zero padding before a random crop
-    crop_scale: list[float] = field(default_factory=lambda: [0.1, 1.0])  # streaming: RandomResizedCrop
-    crop_ratio: list[float] = field(default_factory=lambda: [0.8, 1.25])
-    test_crop: float = 0.875  # streaming: centre crop over resized side
-    batch_size: int = 128  # images an optimiser step, over all processes and accumulation steps
-    accumulation: int = 1
-    channels_last: bool = True
 
 
 def own_options(data_config: Mapping[str, Any]) -> dict[str, Any]:

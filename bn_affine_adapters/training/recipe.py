@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from timm.optim import list_optimizers
-
 from ..errors import BNAdapterError, ConfigError, check_choice, check_keys
-from .feed import DataOptions
+from .options import DataOptions
 
 Options = TypeVar("Options")
 
@@ -223,6 +221,8 @@ def check_values(recipe: Recipe) -> None:
 
 def check_optimizer(recipe: Recipe) -> None:
     """Raise ConfigError for an optimiser that timm does not have, or an argument that it must not get."""
+    from timm.optim import list_optimizers
+
     # AdaHessian takes second derivatives, which the loop does not compute.
     check_choice("optimizer", recipe.optimizer, [name for name in list_optimizers() if name != "adahessian"])
     for key in recipe.optimizer_args:

@@ -17,11 +17,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from accelerate import Accelerator, PartialState
-
-from .feed import Feed, accuracy
-from .scripts import AdapterOptions, accuracy_text, data_options, load_adapter, run_script, table
+from .options import AdapterOptions
+from .scripts import accuracy_text, data_options, load_adapter, run_script, table
 from .scripts import read_options as read
 
 
@@ -39,6 +36,11 @@ def read_options(arguments: list[str]) -> Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Rebuild, verify, evaluate; return the accuracy, the number of images and the adapter's seed."""
+    import torch
+    from accelerate import Accelerator
+
+    from .feed import Feed, accuracy
+
     accelerator = Accelerator(mixed_precision=options.precision)
     feed = Feed(options, accelerator)
     model = load_adapter(options, feed).to(memory_format=feed.format)
@@ -52,6 +54,8 @@ def command(arguments: list[str]) -> None:
     """Measure as the arguments ask; print a summary, or with ``--json`` the result line."""
     options = read_options([word for word in arguments if word != "--json"])
     result = run(options)
+    from accelerate import PartialState
+
     if PartialState().is_main_process:
         print(json.dumps(result) if "--json" in arguments else summary(options, result))
 
