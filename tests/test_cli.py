@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.cli import main
+from bn_affine_adapters.sharing.contents import read_tensors
 from bn_affine_adapters.training.recipe import CONFIGS, config_files, find_config
 from bn_affine_adapters.training.sweeps import read_sweep
 
@@ -305,6 +306,53 @@ def test_train_with_a_wrong_recipe_exits_with_2(run, here):
     assert (code, out) == (2, "")
     assert "epochs is out of range" in err
     assert not list(here.iterdir())
+
+
+LIGHT = """
+import json, sys, time
+from bn_affine_adapters.cli import main
+for words in json.loads(sys.argv[1]):
+    main(words, prog_name="bn-adapters", standalone_mode=False)
+slow = {"torch", "timm", "peft", "transformers", "accelerate", "datasets", "optuna", "matplotlib"} & sys.modules.keys()
+print(json.dumps([sorted(slow), time.process_time()]))
+"""
+
+
+def light(*lines):
+    """Run command lines in a fresh process; return what is slow of what they imported, and seconds of processor."""
+    command = [sys.executable, "-c", LIGHT, json.dumps([[str(word) for word in words] for words in lines])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_help_is_printed_at_once():
+    slow, seconds = light(["--help"])
+    assert slow == []
+    assert seconds < 1.5, "0.2 s are usual"
+
+
+def test_what_needs_no_network_imports_nothing_slow(folder):
+    helps = [[name, "--help"] for name in [*COMMANDS, "sweep", "tune"]]
+    shown = [["inspect", folder], ["inspect", folder, "--json"], ["configs"], ["configs", "show", "digits"]]
+    slow, seconds = light(*helps, *shown)
+    assert len(helps) >= 13
+    assert slow == []
+    assert seconds < 4, "0.6 s are usual"
+
+
+def test_a_tensor_in_bfloat16_is_read_without_torch(folder):
+    tensors = load_file(folder / WEIGHTS)
+    save_file({n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}, folder / WEIGHTS)
+    found = read_tensors(folder)
+    stored = load_file(folder / WEIGHTS)
+    assert len(found) == len(stored) > 10
+    for name, tensor in stored.items():
+        values, size = found[name.removeprefix("base_model.model.")]
+        assert size == tensor.nbytes
+        assert torch.equal(
+            torch.tensor(values), tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        )
 
 
 def test_an_option_that_does_not_exist_exits_with_2(run, folder):
