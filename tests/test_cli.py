@@ -312,7 +312,10 @@ LIGHT = """
 import json, sys, time
 from bn_affine_adapters.cli import main
 for words in json.loads(sys.argv[1]):
-    main(words, prog_name="bn-adapters", standalone_mode=False)
+    try:
+        main(words, prog_name="bn-adapters", standalone_mode=False)
+    except SystemExit as end:
+        assert not end.code, words
 slow = {"torch", "timm", "peft", "transformers", "accelerate", "datasets", "optuna", "matplotlib"} & sys.modules.keys()
 print(json.dumps([sorted(slow), time.process_time()]))
 """

@@ -16,6 +16,7 @@ from ..settings import CUSTOM, MAX_PARAMETERS, Settings
 from .contents import Stored, parts, read_tensors
 from .figure import write_figure
 from .folder import COMMIT, HUB_ID, read_settings
+from .handwritten import METRIC, marked, updated
 from .results import RESULTS_NAME, Score, merged, scores
 
 CARD_NAME = "README.md"
@@ -34,7 +35,7 @@ def write_card(
     output: Path | None = None,
     write_readme: bool = True,
 ) -> None:
-    """Write an adapter's model card, figure and results.
+    """Write an adapter's model card, figure and results; of a card that is there, what a person wrote is kept.
 
     Args:
         folder: an adapter's, with results.json if `bn-adapters train` wrote one.
@@ -49,7 +50,7 @@ def write_card(
         write_readme: False writes the results alone.
 
     Raises:
-        ConfigError: the results cannot be read.
+        ConfigError: the results or the card that is there cannot be read, or its own section was edited by hand.
     """
     lines = merged(folder, results)
     output = output or folder
@@ -62,7 +63,10 @@ def write_card(
     names = parts(config, tensors)["gamma"]
     figure = write_figure(output, {name: tensors[name].values for name in names if tensors[name].values.size})
     text = render(repo_id, config, tensors, lines, figure=figure, license=license, tags=tags, datasets=datasets)
-    (output / CARD_NAME).write_text(text, encoding="utf-8")
+    file = output / CARD_NAME
+    if file.exists():
+        text = updated(file.read_text(encoding="utf-8"), text, drawn=config.seed is not None)
+    file.write_text(text, encoding="utf-8")
 
 
 def _write_results(folder: Path, lines: list[dict[str, Any]]) -> None:
@@ -108,7 +112,8 @@ def render(
         command=_line(results[0].get("command") or "").replace("```", "") if results else "",  # in a code block
         data={key: _numbers(config, key) for key in ("input_size", "mean", "std")},
     )
-    return _TOKEN.sub("hf_***", text)
+    front, rest = _TOKEN.sub("hf_***", text).split("\n---\n", 1)
+    return f"{front}\n---\n\n{marked(rest.lstrip())}"
 
 
 def md(text: object) -> str:
@@ -209,7 +214,7 @@ def _evaluation(score: Score) -> EvalResult:
         dataset_name=score.dataset,
         dataset_split=score.split,
         metric_type="accuracy",
-        metric_name="top-1 accuracy, %",
+        metric_name=METRIC,
         metric_value=score.top1,
         metric_args=spread if score.n > 1 else {"n": 1},
     )

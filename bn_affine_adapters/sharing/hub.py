@@ -17,6 +17,8 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import httpx
 
@@ -39,6 +41,7 @@ from ..settings import CONFIG_NAME, LIFT, MAX_PARAMETERS, SAFETENSORS_WEIGHTS_NA
 from .card import CARD_NAME, write_card
 from .figure import FIGURE_NAME
 from .folder import COMMIT, HUB_ID, MAX_BYTES, check_files, missing_file, read_settings
+from .handwritten import joined, sealed_again
 from .results import RESULTS_NAME
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}
@@ -164,7 +167,8 @@ def push_folder(
         revision: a branch, created if it does not exist.
         create_pr: open a pull request instead of committing to the branch.
         tag: a new tag for the commit, e.g. "v1".
-        card: push the folder's README.md, or write one with its figure; False leaves a card on the Hub unchanged.
+        card: push the folder's README.md, or write one with its figure; what a person wrote into the card on the Hub is
+            kept. False leaves a card on the Hub unchanged.
         about: as in `card.write_card`: results, license, tags, datasets.
 
     Returns:
@@ -191,7 +195,8 @@ def push_folder(
         tempfile.TemporaryDirectory() as staging,
     ):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-        _stage(folder, Path(staging), repo_id, token, card, about)
+        there = _download_card(repo_id, revision, token) if card else None
+        _stage(folder, Path(staging), repo_id, token, there, card, about)
         _prepare_repository(api, repo_id, private, None if create_pr else revision, tag)
         commit = api.upload_folder(
             repo_id=repo_id,
@@ -200,6 +205,7 @@ def push_folder(
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
+            parent_commit=there.parent.name if there else None,  # the card must not have changed meanwhile
             # Files of an earlier adapter; a card that is left unchanged may refer to them.
             delete_patterns=[RESULTS_NAME, ".eval_results/*"] if card else None,
         )
@@ -210,17 +216,44 @@ def push_folder(
 
 
 def _stage(
-    folder: Path, staging: Path, repo_id: str, token: str | bool | None, card: bool, about: dict[str, Any]
+    folder: Path,
+    staging: Path,
+    repo_id: str,
+    token: str | bool | None,
+    there: Path | None,
+    card: bool,
+    about: dict[str, Any],
 ) -> None:
     """Copy the files to push, write the card and the results, and mask the token in all texts."""
     own_card = (CARD_NAME, FIGURE_NAME) if card and (folder / CARD_NAME).exists() else ()
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULTS_NAME, *own_card):
         if (folder / name).exists():
             shutil.copy(folder / name, staging)
+    if there is not None:
+        text = there.read_text(encoding="utf-8")
+        if own_card:
+            drawn = read_settings(folder).seed is not None
+            text = joined(text, (staging / CARD_NAME).read_text(encoding="utf-8"), drawn)
+        (staging / CARD_NAME).write_text(text, encoding="utf-8")
     write_card(staging, repo_id, write_readme=card and not own_card, **about)
     for file in staging.rglob("*.*"):
         if file.suffix in (".md", ".json", ".yaml"):  # the command in a result line may contain the token
-            file.write_text(_masked(file.read_text(encoding="utf-8"), token), encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
+            if (safe := _masked(text, token)) != text:
+                file.write_text(sealed_again(safe) if file.name == CARD_NAME else safe, encoding="utf-8")
+
+
+def _download_card(repo: str, branch: str | None, token: str | bool | None) -> Path | None:
+    """Return the model card that is on the Hub, of a new branch that of main; None if there is none."""
+    for revision in dict.fromkeys((branch, None)):
+        try:
+            return _download(repo, Path(CARD_NAME), revision, None, {"token": token})
+        except LocalEntryNotFoundError:
+            raise
+        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+            if not isinstance(error, RevisionNotFoundError):
+                return None
+    return None
 
 
 def _prepare_repository(api: HfApi, repo_id: str, private: bool | None, branch: str | None, tag: str | None) -> None:

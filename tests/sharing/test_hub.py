@@ -38,6 +38,7 @@ from bn_affine_adapters.errors import (
     NoSpaceError,
     TooLargeError,
 )
+from bn_affine_adapters.sharing.card import write_card
 from bn_affine_adapters.sharing.hub import push_folder
 
 NAME, REPO = "test_resnet", "alice/x"
@@ -745,6 +746,76 @@ def test_a_folders_own_card_is_pushed_as_it_is(versions, hub, alice, repo, tmp_p
     (folder / "README.md").write_text("# My own words\n")
     push_folder(folder, REPO, token=alice)
     assert hub.content(repo().tree()["README.md"]).decode() == "# My own words\n"
+
+
+def card_on(hub, repo):
+    return hub.content(repo().tree()["README.md"]).decode()
+
+
+def edit_card(hub, repo, alice, text):
+    HfApi(token=alice).upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=REPO)
+    assert card_on(hub, repo) == text
+
+
+@pytest.mark.parametrize("door", ["model", "folder"])
+def test_a_second_push_keeps_what_a_person_wrote_into_the_card(door, versions, hub, alice, repo):
+    def send(adapter, **options):
+        if door == "model":
+            return push(adapter, token=alice, card=True, **options)
+        return push_folder(adapter.folder, REPO, token=alice, **options)
+
+    send(versions[0], license="mit", tags=["mine"])
+    edit_card(hub, repo, alice, card_on(hub, repo).replace("---\n", "---\nlanguage: en\n", 1) + "\n## Thanks\n")
+    send(versions[1], results=RESULTS)
+    text = card_on(hub, repo)
+    assert text.endswith("-->\n\n## Thanks\n")
+    assert text.count("## Load it") == 1
+    assert "## Results" in text
+    meta, errors, _ = front_matter(text)
+    assert not errors
+    assert (meta["license"], meta["language"]) == ("mit", "en")
+    assert "mine" in meta["tags"]
+
+
+def test_a_license_chosen_on_the_hub_stays(versions, hub, alice, repo):
+    HfApi(token=alice).create_repo(REPO)
+    edit_card(hub, repo, alice, "---\nlicense: apache-2.0\n---\n")
+    push(versions[0], token=alice, card=True)
+    assert front_matter(card_on(hub, repo))[0]["license"] == "apache-2.0"
+    push(versions[0], token=alice, card=True, license="mit")
+    assert front_matter(card_on(hub, repo))[0]["license"] == "mit"
+
+
+def test_a_folders_card_does_not_replace_text_that_was_written_on_the_hub(
+    versions, hub, alice, repo, tmp_path, refused
+):
+    folder = Path(shutil.copytree(versions[0].folder, tmp_path / "own"))
+    write_card(folder, REPO)
+    push_folder(folder, REPO, token=alice)
+    edit_card(hub, repo, alice, card_on(hub, repo).replace("---\n\n<!--", "---\n\n# Above\n\n<!--"))
+    push_folder(folder, REPO, token=alice)  # the folder's card is our section alone
+    assert card_on(hub, repo).count("# Above\n") == 1
+    (folder / "README.md").write_text("# Other words\n")
+    with refused(HubConflictError, "'# Above'", "delete this file"):
+        push_folder(folder, REPO, token=alice)
+    (folder / "README.md").write_text("# Above\n\n# Other words\n")
+    push_folder(folder, REPO, token=alice)
+    assert card_on(hub, repo).endswith("# Above\n\n# Other words\n")
+    assert "bn-only" in front_matter(card_on(hub, repo))[0]["tags"], "the metadata of the Hub stays"
+
+
+def test_a_card_that_changes_during_the_push_is_not_overwritten(versions, hub, alice, repo, refused, monkeypatch):
+    push(versions[0], token=alice, card=True)
+    upload_folder = HfApi.upload_folder
+
+    def meanwhile(self, **options):
+        edit_card(hub, repo, alice, card_on(hub, repo) + "\nmine\n")
+        return upload_folder(self, **options)
+
+    monkeypatch.setattr(HfApi, "upload_folder", meanwhile)
+    with refused(HubConflictError, "HTTP 412", "then try again"):
+        push_folder(versions[1].folder, REPO, token=alice)
+    assert card_on(hub, repo).endswith("\nmine\n")
 
 
 def test_a_failed_push_names_what_was_asked_for(versions, hub, alice):
