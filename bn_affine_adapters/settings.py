@@ -5,13 +5,16 @@ Needs neither torch nor PEFT, so that a file can be looked at without them.
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from .errors import ConfigError, FormatVersionError, check_choice, check_keys
 from .seed.draws import NORM_INITS, SCHEME, WEIGHT_INITS, check_seed
 
 FORMAT_VERSION = 1
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
 # PEFT's names of an adapter's files, and of what stands before the names of its tensors
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -262,8 +265,11 @@ class Settings:
         return self.backbone_fingerprint is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what adapter_config.json holds: every field but the settings of this run."""
-        return {key: value for key, value in asdict(self).items() if key not in RUN_TIME}
+        """Return what adapter_config.json holds: every field but the settings of this run, and no path of a base."""
+        content = {key: value for key, value in asdict(self).items() if key not in RUN_TIME}
+        if self.base_model_name_or_path and hub_id(self.base_model_name_or_path) is None:
+            content["base_model_name_or_path"] = content["revision"] = None
+        return content
 
     @classmethod
     def check_kwargs(cls, /, **kwargs: Any) -> dict[str, Any]:
@@ -306,6 +312,11 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, bool | int | str)
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return a name if it is one of a repository on the Hub; None if it is a folder here, or anything else."""
+    return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def bare(key: str) -> str:

@@ -12,10 +12,10 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from ..errors import TooLargeError, printable
-from ..settings import CUSTOM, MAX_PARAMETERS, Settings
+from ..settings import CUSTOM, HUB_ID, MAX_PARAMETERS, Settings
 from .contents import Stored, parts, read_tensors
 from .figure import write_figure
-from .folder import COMMIT, HUB_ID, read_settings
+from .folder import COMMIT, read_settings
 from .handwritten import METRIC, marked, updated
 from .results import RESULTS_NAME, Score, merged, scores
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from ..adapter.method import BNOnlyConfig
 
-HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_BYTES = 8_000_000  # of a configuration, and of the header (names and shapes) of a safetensors file
 MAX_LISTS = 100_000  # opening brackets in a configuration's text, those in label names included

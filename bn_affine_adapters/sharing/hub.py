@@ -1,5 +1,6 @@
 """The Hub: fetch an adapter or its base, push a folder; turn the client's errors into ours, with advice."""
 
+import json
 import os
 import shlex
 import shutil
@@ -37,11 +38,21 @@ from ..errors import (
     causes,
     disk_is_full,
 )
-from ..settings import CONFIG_NAME, LIFT, MAX_PARAMETERS, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Settings
+from ..settings import (
+    CONFIG_NAME,
+    HUB_ID,
+    LIFT,
+    MAX_PARAMETERS,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    Settings,
+    hub_id,
+)
 from .card import CARD_NAME, write_card
 from .figure import FIGURE_NAME
-from .folder import COMMIT, HUB_ID, MAX_BYTES, check_files, missing_file, read_settings
+from .folder import COMMIT, MAX_BYTES, check_files, missing_file, read_settings
 from .handwritten import joined, sealed_again
+from .paths import local_paths
 from .results import RESULTS_NAME
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}
@@ -229,6 +240,7 @@ def _stage(
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULTS_NAME, *own_card):
         if (folder / name).exists():
             shutil.copy(folder / name, staging)
+    _check_config(staging / CONFIG_NAME)
     if there is not None:
         text = there.read_text(encoding="utf-8")
         if own_card:
@@ -241,6 +253,17 @@ def _stage(
             text = file.read_text(encoding="utf-8")
             if (safe := _masked(text, token)) != text:
                 file.write_text(sealed_again(safe) if file.name == CARD_NAME else safe, encoding="utf-8")
+
+
+def _check_config(file: Path) -> None:
+    """Take the path of a base out of a configuration that an earlier version wrote; refuse any other path in it."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("base_model_name_or_path") and hub_id(content["base_model_name_or_path"]) is None:
+        content["base_model_name_or_path"] = content["revision"] = None
+        file.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")  # as PEFT writes it
+    if found := local_paths({key: value for key, value in content.items() if key != "label_names"}):
+        do = "leave it out of the settings of BNOnlyConfig, and save the adapter again"
+        raise ConfigError("The adapter's configuration names a path of this machine.", seen=found[0][:200], do=do)
 
 
 def _download_card(repo: str, branch: str | None, token: str | bool | None) -> Path | None:

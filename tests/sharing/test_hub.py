@@ -1,6 +1,7 @@
 """An adapter goes to the Hub in one commit and comes back bit for bit, through the client that everybody has."""
 
 import base64
+import copy
 import json
 import logging
 import pickle
@@ -40,6 +41,7 @@ from bn_affine_adapters.errors import (
 )
 from bn_affine_adapters.sharing.card import write_card
 from bn_affine_adapters.sharing.hub import push_folder
+from bn_affine_adapters.sharing.paths import local_paths, without_paths
 
 NAME, REPO = "test_resnet", "alice/x"
 PAIR = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
@@ -746,6 +748,55 @@ def test_a_folders_own_card_is_pushed_as_it_is(versions, hub, alice, repo, tmp_p
     (folder / "README.md").write_text("# My own words\n")
     push_folder(folder, REPO, token=alice)
     assert hub.content(repo().tree()["README.md"]).decode() == "# My own words\n"
+
+
+@pytest.mark.parametrize("kind", ["seed", "given weights"])
+def test_no_path_of_this_machine_is_pushed(kind, hub, alice, repo, tmp_path):
+    network = timm.create_model(NAME, num_classes=3)
+    network.name_or_path = str(tmp_path)  # as Transformers' networks have it
+    labels = ["/m/01g317", "a", "b"]  # a name of Open Images is no path
+    base = copy.deepcopy(network) if kind == "given weights" else None
+    model = get_bn_only_model(network, BNOnlyConfig(seed=None if base else 1, label_names=labels))
+    line = {"dataset": str(tmp_path / "birds"), "top1": 50.0, "adapter": str(tmp_path / "run" / "adapter")}
+    line |= {"recipe": {"pretrained_file": str(tmp_path / "w.safetensors"), "seed": 1}}
+    line |= {"command": f"bn-adapters train dataset={tmp_path}/birds"}
+    model.push_to_hub(REPO, token=alice, results=[line])
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path), "PEFT's own is not changed"
+    texts = {name: hub.content(file) for name, file in repo().tree().items()}
+    assert {CONFIG_NAME, "README.md", "results.json", SAFETENSORS_WEIGHTS_NAME} <= texts.keys()
+    assert not [name for name, text in texts.items() if str(tmp_path).encode() in text]
+    config = json.loads(texts[CONFIG_NAME])
+    assert (config["base_model_name_or_path"], config["label_names"]) == (None, labels)
+    assert b"bn-adapters train dataset=birds" in texts["README.md"]
+    assert json.loads(texts["results.json"])[0]["recipe"]["pretrained_file"] == "w.safetensors"
+    assert torch.equal(load_bn_only_model(REPO, base)(images()), model.eval()(images()))
+
+
+def test_a_path_in_an_older_folder_is_not_pushed(versions, hub, alice, repo, tmp_path, refused):
+    folder = Path(shutil.copytree(versions[0].folder, tmp_path / "old"))
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path)}))
+    push_folder(folder, REPO, token=alice)
+    assert json.loads(hub.content(repo().tree()[CONFIG_NAME])) == config
+    (folder / CONFIG_NAME).write_text(json.dumps({**config, "data_config": {"file": f"file:{tmp_path}/x"}}))
+    with refused(ConfigError, str(tmp_path), "leave it out"):
+        push_folder(folder, REPO, token=alice)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("{here}/a/b.png and 'c'", "b.png and 'c'"),
+        ("local-dir:{here}/net", "local-dir:net"),
+        ("~/x", "x"),
+        ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
+        ("/m/01g317", "/m/01g317"),
+        ("24/7 and/or me/cifar10 runs/x .. a / b", "24/7 and/or me/cifar10 runs/x .. a / b"),
+    ],
+)
+def test_what_is_a_path_of_this_machine(text, kept, tmp_path):
+    assert without_paths({"a": [text.format(here=tmp_path)], "b": 1}) == {"a": [kept], "b": 1}
+    assert bool(local_paths([text.format(here=tmp_path)])) == (text != kept)
 
 
 def card_on(hub, repo):
