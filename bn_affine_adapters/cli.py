@@ -16,6 +16,7 @@ import click
 
 from .errors import BNAdapterError, ConfigError, FingerprintError, OutputFolderError, printable
 from .settings import MAX_PARAMETERS, Settings
+from .training.advice import as_command_line
 from .training.recipe import config_files
 from .training.tables import text_table
 
@@ -30,7 +31,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except BNAdapterError as error:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
+            click.echo(as_command_line(error, keys=ctx.invoked_subcommand in _SCRIPTS), err=True)
             ctx.exit(1 if isinstance(error, FingerprintError) else 2)
 
 
@@ -95,8 +96,12 @@ def _table(rows: list[list[Any]]) -> None:
     click.echo(text_table([["" if cell is None else printable(str(cell), 100) for cell in row] for row in rows]))
 
 
+_SCRIPTS: set[str] = set()  # they take key=value arguments
+
+
 def _script(name: str, about: str, part: str = "training", extra: str = "train", **how: Any) -> None:
     """Make a script, which `python -m bn_affine_adapters.PART.NAME` runs too, a command."""
+    _SCRIPTS.add(name)
 
     # The script has a --help of its own.
     @main.command(name, help=about, context_settings={"ignore_unknown_options": True, "help_option_names": []})
@@ -346,8 +351,11 @@ def diff(one: str, other: str, revision: str | None, other_revision: str | None,
         if settings:
             _table([["setting", one, other], *([key, *pair] for key, pair in settings.items())])
             click.echo()
-        _table([["largest difference", *columns], *([n, *map(found.get, columns)] for n, found in layers.items())])
-        click.echo(f"\n{len(settings)} settings and {len(layers)} layers differ; {len(tensors)} tensors in the first")
+        if layers:
+            _table([["largest difference", *columns], *([n, *map(found.get, columns)] for n, found in layers.items())])
+            click.echo()
+        differ = f"{len(settings)} settings and {len(layers)} layers differ" if settings or layers else "identical"
+        click.echo(f"{differ}; {len(tensors)} tensors in the first")
     click.get_current_context().exit(1 if settings or layers else 0)
 
 

@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and that every command's example is understood."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -171,6 +172,8 @@ def test_diff_of_equal_adapters_is_empty_and_exits_with_0(run, folder, saved):
     code, text, _ = run("diff", folder, saved, "--json")
     assert code == 0
     assert json.loads(text) == {"settings": {}, "layers": {}}
+    code, text, _ = run("diff", folder, saved)
+    assert (code, text) == (0, f"identical; {len(load_file(folder / WEIGHTS))} tensors in the first\n")
 
 
 def test_diff_names_the_layer_that_changed_and_by_how_much(run, folder, saved):
@@ -259,6 +262,53 @@ def test_what_cannot_be_done_is_an_error_in_three_parts_and_exit_code_2(words, s
     assert "  seen:  " in errors
     assert "  do:    " in errors
     assert not list(here.rglob("adapter_model.safetensors"))
+
+
+PYTHON = re.compile(r"\b(model|timm|BNOnlyConfig|\w+_bn_only_model)\b[.(=]|=(base|None)\b|\(\.\.\.")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with an adapter on weights that nobody else has."""
+    folder = tmp_path_factory.mktemp("given") / "adapter"
+    get_bn_only_model(timm.create_model("test_resnet", num_classes=10), BNOnlyConfig()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("verify {given}", "--base=FILE.safetensors"),
+        ("validate {given} image_size=32 held_out=8", "pretrained_file=FILE.safetensors"),
+        ("verify {saved} --max-parameters 1000", "--max-parameters=N"),
+        ("inspect {saved}/nothing", "bn-adapters train wrote, e.g. runs/digits/adapter"),
+        ("inspect {saved}/nothing", "a tag is --revision="),
+        ("train digits model=nf_resnet26", "model=resnet50"),
+        ("train digits model=nosuch", "those of python -c 'import timm; print(*timm.list_models())'"),
+    ],
+)
+def test_the_advice_in_the_command_line_is_one(words, advice, run, saved, given, here):
+    code, _, errors = run(*words.format(saved=saved, given=given).split())
+    assert code == 2
+    do = errors.partition("  do:    ")[2]
+    assert advice in do
+    assert not PYTHON.search(do.replace("'import timm; print(*timm.list_models())'", "")), do
+
+
+def test_a_value_that_cannot_be_read_is_named_with_its_key(run, here):
+    code, _, errors = run("train", "digits", "lr=high")
+    assert code == 2
+    assert "  seen:  lr: Value 'high'" in errors
+
+
+def test_the_same_command_a_second_time_says_how_to_go_on(run, here):
+    Path("runs/digits/adapter").mkdir(parents=True)
+    code, _, errors = run("train", "digits")
+    assert code == 2
+    assert "bn-adapters validate runs/digits/adapter measures what was trained" in errors
+    assert "to train again, add overwrite=true" in errors
+    Path("runs/digits/adapter").rename("runs/digits/checkpoint.pt")
+    assert "add resume=true to go on from a checkpoint" in run("train", "digits")[2]
 
 
 def test_a_listed_name_is_found_by_its_own_command(here):

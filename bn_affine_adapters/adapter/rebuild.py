@@ -178,7 +178,11 @@ def check_rebuild(model: nn.Module, config: BNOnlyConfig) -> None:
 
 
 def _creation_call(config: BNOnlyConfig) -> str:
-    return f"timm.create_model({config.architecture!r}, **{config.model_args})"
+    return f"timm.create_model({', '.join([repr(config.architecture), *_arguments(config.model_args)])})"
+
+
+def _arguments(args: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value!r}" for key, value in args.items()]
 
 
 def holder(name: str, modules: Collection[str]) -> str | None:
@@ -265,7 +269,7 @@ def verify_layout(model: nn.Module, config: BNOnlyConfig) -> None:
         FingerprintError: they differ; the message names a layer that is missing.
     """
     if config.verify != "off" and _layout(model, config, frozen_tensors(model, config)[0]) != config.layout_hash:
-        advice = "" if config.architecture == CUSTOM else f"pass {_creation_call(config)}, or "
+        advice = "" if config.architecture == CUSTOM else f"pass {_creation_call(config)}"
         raise _mismatch(config, "its layers have other names or shapes", _absent(model, config), advice)
 
 
@@ -286,6 +290,10 @@ def verify(model: nn.Module, config: BNOnlyConfig) -> None:
         dtype = f" ({backbone[name].dtype})" if name in backbone else ""
         raise _mismatch(config, "frozen weights differ", f"the first layer that differs is {name}{dtype}")
     if rest and fingerprint(_arrays(model, config, rest)).full != config.frozen_fingerprint:
+        now, then = getattr(model, "num_classes", None), config.model_args.get("num_classes")
+        if config.architecture != CUSTOM and now != then and not config.train_head:
+            seen, advice = f"num_classes={now}, the adapter's num_classes={then}", f"pass {_creation_call(config)}"
+            raise _mismatch(config, "its head has another number of classes", seen, advice)
         raise _mismatch(config, "the frozen head or norm layers differ", f"among {', '.join(list(rest)[:3])} ...")
 
 
@@ -302,10 +310,12 @@ def _mismatch(config: BNOnlyConfig, why: str, seen: str, advice: str = "") -> Fi
     changed = [f"{k} {v} -> {now.get(k)}" for k, v in config.versions.items() if now.get(k) != v]
     if config.seed is None:
         do = "pass the base that the adapter was trained on as model="
+    elif changed:
+        do = "install the versions that made the adapter"
     else:
-        do = f"install the versions that made the adapter, or report this: seed {config.seed} promises the same bits"
+        do = f"report this: seed {config.seed} promises the same bits" if not advice else ""
     return FingerprintError(
         f"This is not the network that the adapter was trained on: {why}.",
         seen=f"{seen}; {config.architecture}, versions then and now: {', '.join(changed) or 'the same'}",
-        do=advice + do,
+        do=", or ".join(filter(None, (advice, do))),
     )

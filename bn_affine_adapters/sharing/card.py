@@ -17,6 +17,7 @@ from .contents import Stored, parts, read_tensors
 from .figure import write_figure
 from .folder import COMMIT, read_settings
 from .handwritten import METRIC, marked, updated
+from .paths import ELSEWHERE
 from .results import RESULTS_NAME, Score, merged, scores
 
 CARD_NAME = "README.md"
@@ -110,6 +111,7 @@ def render(
         figure=figure,
         scores=measured,
         command=_line(results[0].get("command") or "").replace("```", "") if results else "",  # in a code block
+        elsewhere=ELSEWHERE,
         data={key: _numbers(config, key) for key in ("input_size", "mean", "std")},
     )
     front, rest = _TOKEN.sub("hf_***", text).split("\n---\n", 1)

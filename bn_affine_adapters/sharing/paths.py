@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+ELSEWHERE = "PATH/TO/"  # before the name of a file or folder in a command that others read
 _PATH = re.compile(r"(?<![\w./\\~-])(?:~|[A-Za-z]:)?[/\\][^\s'\"]*")
 
 
@@ -22,12 +23,12 @@ def local_paths(value: Any) -> list[str]:
     return [path for path in _PATH.findall(value) if _is_local(path)] if isinstance(value, str) else []
 
 
-def without_paths(value: Any) -> Any:
-    """Return a value as JSON has it with the last name alone of every absolute path of this machine."""
+def without_paths(value: Any, before: str = "") -> Any:
+    """Return a value as JSON has it; of an absolute path of this machine only the last name is left, after a text."""
     if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
+        return {key: without_paths(item, before) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_paths(item) for item in value]
+        return [without_paths(item, before) for item in value]
     if isinstance(value, str):
-        return _PATH.sub(lambda found: Path(found[0]).name if _is_local(found[0]) else found[0], value)
+        return _PATH.sub(lambda found: before + Path(found[0]).name if _is_local(found[0]) else found[0], value)
     return value

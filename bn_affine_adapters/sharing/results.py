@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, printable
-from .paths import without_paths
+from .paths import ELSEWHERE, without_paths
 
 RESULTS_NAME = "results.json"  # beside an adapter: the list of its result lines
 
@@ -55,7 +55,8 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
 
 def _public(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line without the folder that training saved to, and with the names alone of other files and folders."""
-    return {key: without_paths(value) for key, value in line.items() if key not in ("adapter", "network")}
+    kept = {key: value for key, value in line.items() if key not in ("adapter", "network")}
+    return {key: without_paths(value, ELSEWHERE if key == "command" else "") for key, value in kept.items()}
 
 
 def _recipe(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import BNAdapterError, ConfigError, check_choice, check_keys
+from ..sharing.paths import ELSEWHERE
 from .options import DataOptions
 
 Options = TypeVar("Options")
@@ -105,6 +106,8 @@ WHERE_ONLY = {
     "output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every", "replicates",
 }  # fmt: skip
 
+PATHS = ("dataset", "pretrained_file")  # may name a folder or file of this machine
+
 
 def find_config(name: str, folder: str = "") -> Path:
     """Return a YAML file: the one of that path if it is there, or else the packaged one of that name.
@@ -162,7 +165,8 @@ def read(options: type[Options], *sources: Path | Sequence[str] | Mapping[str, A
     except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:  # a TypeError: a list for a mapping
         if isinstance(error, BNAdapterError):
             raise
-        raise ConfigError(f"{what} cannot be read.", seen=str(error).splitlines()[0], do=do) from error
+        seen, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+        raise ConfigError(f"{what} cannot be read.", seen=f"{key}: {seen}" if key else seen, do=do) from error
 
 
 def read_recipe(arguments: Sequence[str], default: Path) -> Recipe:
@@ -238,7 +242,7 @@ def check_optimizer(recipe: Recipe) -> None:
 def recorded(recipe: Recipe) -> dict[str, Any]:
     """Return what of a recipe decides its result; a local folder is named without its path."""
     kept = {key: value for key, value in asdict(recipe).items() if key not in WHERE_ONLY}
-    for key in ("dataset", "pretrained_file"):
+    for key in PATHS:
         if kept[key] and Path(kept[key]).exists():
             kept[key] = Path(kept[key]).name
     return kept
@@ -275,6 +279,9 @@ def words(settings: Mapping[str, Any]) -> list[str]:
 def command(recipe: Recipe, default: Recipe) -> str:
     """Return the line that trains a recipe again, from the keys in which it differs from the script's default."""
     usual, own = recorded(default), recorded(recipe)
+    for key in PATHS:
+        if own[key] != getattr(recipe, key):
+            own[key] = f"{ELSEWHERE}{own[key]}"
     return shlex.join(["bn-adapters", "train", *words({k: v for k, v in own.items() if v != usual[k]})])
 
 

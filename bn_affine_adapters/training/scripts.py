@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BNAdapterError, ConfigError, NetworkError
 from ..sharing.folder import check_files, read_settings
 from ..sharing.hub import fetch
+from .advice import as_command_line
 from .options import AdapterOptions
 from .recipe import Options, read
 
@@ -45,7 +46,7 @@ def run_script(command: Callable[[list[str]], None], extra: str = "train") -> No
         with installed(extra):
             command(sys.argv[1:])
     except BNAdapterError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(as_command_line(error, keys=True))
 
 
 def table(rows: dict[str, str]) -> str:

@@ -16,6 +16,7 @@ Keys with their defaults and the range of numbers:
 import atexit
 import json
 import os
+import shlex
 import shutil
 import sys
 from contextlib import redirect_stdout
@@ -94,8 +95,16 @@ def check_output(recipe: Recipe) -> None:
         raise OutputFolderError(
             f"{output} exists and is not empty.",
             seen=", ".join(sorted(path.name for path in output.iterdir())[:5]),
-            do="choose another output_dir=, or overwrite=true, or resume=true",
+            do=_how_to_go_on(output),
         )
+
+
+def _how_to_go_on(output: Path) -> str:
+    saved = output / "adapter"
+    if not saved.is_dir():
+        return "add resume=true to go on from a checkpoint, overwrite=true to begin again, or another output_dir="
+    use = shlex.join(["bn-adapters", "validate", str(saved)])
+    return f"{use} measures what was trained; to train again, add overwrite=true or another output_dir="
 
 
 def announce(recipe: Recipe, first: "Replicate", accelerator: "Accelerator") -> None:
