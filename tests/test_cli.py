@@ -264,7 +264,7 @@ def test_what_cannot_be_done_is_an_error_in_three_parts_and_exit_code_2(words, s
     assert not list(here.rglob("adapter_model.safetensors"))
 
 
-PYTHON = re.compile(r"\b(model|timm|BNOnlyConfig|\w+_bn_only_model)\b[.(=]|=(base|None)\b|\(\.\.\.")
+PYTHON = re.compile(r"\b(model|timm|BNOnlyConfig|\w+_bn_only_model)\b[.(]|model=(base|\W)|=None\b|\(\.\.\.")
 
 
 @pytest.fixture(scope="module")

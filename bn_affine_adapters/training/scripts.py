@@ -49,11 +49,6 @@ def run_script(command: Callable[[list[str]], None], extra: str = "train") -> No
         sys.exit(as_command_line(error, keys=True))
 
 
-def table(rows: dict[str, str]) -> str:
-    """Return a short summary for people: a name and what it is on each line."""
-    return "\n".join(f"{name:12}  {text}" for name, text in rows.items())
-
-
 def accuracy_text(options: Any, top1: float, images: int) -> str:
     """Return an accuracy as people read it, with the images that it was measured on."""
     split = f"{options.held_out} of {options.train_split}" if options.held_out else options.test_split

@@ -27,7 +27,8 @@ from ..errors import OutputFolderError, check_choice
 from ..sharing.results import RESULTS_NAME
 from . import recipe as recipes
 from .recipe import CONFIGS, Recipe, help_text, recorded
-from .scripts import accuracy_text, cores, provenance, run_script, table
+from .scripts import accuracy_text, cores, provenance, run_script
+from .tables import text_table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,11 +43,6 @@ DEFAULT = CONFIGS / "digits.yaml"
 def read_recipe(arguments: list[str]) -> Recipe:
     """Return the recipe that the command line asks for."""
     return recipes.read_recipe(arguments, DEFAULT)
-
-
-def run(recipe: Recipe) -> dict[str, Any]:
-    """Train, evaluate and save; return the result line, of several replicates the first one's."""
-    return train(recipe)[0].result
 
 
 def train(recipe: Recipe) -> "list[Replicate]":
@@ -189,7 +185,7 @@ def summary(replicate: "Replicate") -> str:
     }
     if kind == "adapter":
         rows["next"] = recipes.validate_command(recipe, result["adapter"])
-    return table(rows)
+    return text_table([*rows.items()])
 
 
 def command(arguments: list[str]) -> None:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .options import AdapterOptions
-from .scripts import accuracy_text, data_options, load_adapter, run_script, table
+from .scripts import accuracy_text, data_options, load_adapter, run_script
 from .scripts import read_options as read
+from .tables import text_table
 
 
 @dataclass
@@ -63,12 +64,8 @@ def command(arguments: list[str]) -> None:
 def summary(options: Options, result: dict[str, Any]) -> str:
     """Return what a person wants to know."""
     weights = "pretrained weights" if result["seed"] is None else f"the weights of seed {result['seed']}"
-    return table(
-        {
-            "accuracy": accuracy_text(options, result["top1"], result["images"]),
-            "adapter": f"{options.adapter}, on {weights}, verified",
-        }
-    )
+    adapter = f"{options.adapter}, on {weights}, verified"
+    return text_table([("accuracy", accuracy_text(options, result["top1"], result["images"])), ("adapter", adapter)])
 
 
 def main() -> None:

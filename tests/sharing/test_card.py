@@ -32,7 +32,7 @@ TINY = ("epochs=2", "image_size=8", "threads=1")
 def trained(tmp_path_factory):
     """The folder of an adapter after a real short training, and its result line."""
     train = import_module("bn_affine_adapters.training.train")
-    result = train.run(train.read_recipe([*TINY, f"output_dir={tmp_path_factory.mktemp('card') / 'run'}"]))
+    result = train.train(train.read_recipe([*TINY, f"output_dir={tmp_path_factory.mktemp('card') / 'run'}"]))[0].result
     return Path(result["adapter"]), result
 
 
@@ -303,6 +303,13 @@ def test_the_index_of_cards_names_every_card_with_its_own_accuracy():
         metric = metadata(cards[name])["model-index"][0]["results"][0]["metrics"][0]
         assert (metric["value"], metric["args"]["n"]) == (score.top1, score.n)
         assert (CARDS / name / FIGURE_NAME).is_file()
+
+
+def test_a_command_with_a_folder_of_its_own_says_so(folder):
+    line = {"dataset": "d", "top1": 2, "command": "bn-adapters train dataset=PATH/TO/birds"}
+    text = render("me/x", read_config(folder), read_tensors(folder), [line])
+    assert "`PATH/TO/` stands for the folder of your own copy:\n\n```bash\nbn-adapters train dataset=PATH/TO" in text
+    assert "stands for" not in render("me/x", read_config(folder), read_tensors(folder), [{**line, "command": "x"}])
 
 
 def test_a_command_is_printed_as_it_was_run(folder):

@@ -53,7 +53,7 @@ def each_run_begins_as_in_a_process_of_its_own():
 
 
 def tiny(train, output, *arguments):
-    return train.run(train.read_recipe([*TINY, f"output_dir={output}", *arguments]))
+    return train.train(train.read_recipe([*TINY, f"output_dir={output}", *arguments]))[0].result
 
 
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
@@ -69,7 +69,7 @@ def files(adapter):
 @pytest.mark.slow  # .ci/run has the same of the README's command
 def test_the_default_job_passes_92_percent_with_1120_parameters(train, tmp_path):
     # One thread: with several, other tests beside it would hold each of them up. .ci/run times the job by itself.
-    result = train.run(train.read_recipe([f"output_dir={tmp_path / 'run'}", "threads=1"]))
+    result = train.train(train.read_recipe([f"output_dir={tmp_path / 'run'}", "threads=1"]))[0].result
     assert result["trained"] == 1_120
     assert result["top1"] >= 92
 
@@ -209,9 +209,9 @@ def test_a_run_that_was_stopped_resumes_to_the_result_of_one_never_stopped(kind,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_epoch", stop_after(1, loop.train_epoch))
         with pytest.raises(KeyboardInterrupt):
-            train.run(recipe)
+            train.train(recipe)
     AcceleratorState._reset_state(reset_partial_state=True)
-    resumed = train.run(recipe)
+    resumed = train.train(recipe)[0].result
     assert resumed["epochs"] == whole["epochs"]
     if kind != "condition=all":
         assert files(resumed["adapter"]) == files(whole["adapter"])
