@@ -269,7 +269,7 @@ def verify_layout(model: nn.Module, config: BNOnlyConfig) -> None:
         FingerprintError: they differ; the message names a layer that is missing.
     """
     if config.verify != "off" and _layout(model, config, frozen_tensors(model, config)[0]) != config.layout_hash:
-        advice = "" if config.architecture == CUSTOM else f"pass {_creation_call(config)}"
+        advice = "" if config.architecture == CUSTOM else f"pass {_creation_call(config)}, or "
         raise _mismatch(config, "its layers have other names or shapes", _absent(model, config), advice)
 
 
@@ -292,8 +292,9 @@ def verify(model: nn.Module, config: BNOnlyConfig) -> None:
     if rest and fingerprint(_arrays(model, config, rest)).full != config.frozen_fingerprint:
         now, then = getattr(model, "num_classes", None), config.model_args.get("num_classes")
         if config.architecture != CUSTOM and now != then and not config.train_head:
-            seen, advice = f"num_classes={now}, the adapter's num_classes={then}", f"pass {_creation_call(config)}"
-            raise _mismatch(config, "its head has another number of classes", seen, advice)
+            what = "This is not the network that the adapter was trained on: its head has another number of classes."
+            seen = f"num_classes={now}, the adapter's num_classes={then}"
+            raise FingerprintError(what, seen=seen, do=f"pass {_creation_call(config)}")
         raise _mismatch(config, "the frozen head or norm layers differ", f"among {', '.join(list(rest)[:3])} ...")
 
 
@@ -313,9 +314,9 @@ def _mismatch(config: BNOnlyConfig, why: str, seen: str, advice: str = "") -> Fi
     elif changed:
         do = "install the versions that made the adapter"
     else:
-        do = f"report this: seed {config.seed} promises the same bits" if not advice else ""
+        do = f"report this: seed {config.seed} promises the same bits"
     return FingerprintError(
         f"This is not the network that the adapter was trained on: {why}.",
         seen=f"{seen}; {config.architecture}, versions then and now: {', '.join(changed) or 'the same'}",
-        do=", or ".join(filter(None, (advice, do))),
+        do=advice + do,
     )

@@ -1,5 +1,6 @@
 """Paths of this machine, which must not travel with an adapter."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ _PATH = re.compile(r"(?<![\w./\\~-])(?:~|[A-Za-z]:)?[/\\][^\s'\"]*")
 def _is_local(path: str) -> bool:
     """Tell whether the first folder of an absolute path is here; /m/01g317, a class of Open Images, is no path."""
     parts = Path(path).expanduser().parts
-    return len(parts) > 1 and Path(*parts[:2]).exists()
+    return len(parts) > 1 and os.path.exists(Path(*parts[:2]))  # False for a name that no file can have
 
 
 def local_paths(value: Any) -> list[str]:

@@ -791,6 +791,7 @@ def test_a_path_in_an_older_folder_is_not_pushed(versions, hub, alice, repo, tmp
         ("~/x", "x"),
         ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
         ("/m/01g317", "/m/01g317"),
+        ("/" + "n" * 300, "/" + "n" * 300),
         ("24/7 and/or me/cifar10 runs/x .. a / b", "24/7 and/or me/cifar10 runs/x .. a / b"),
     ],
 )
