@@ -79,16 +79,16 @@ def test_a_person_sees_a_summary_and_a_program_one_line_of_json(train, validate,
     train.command([*TINY, f"output_dir={folder}"])
     result = json.loads((folder / "result.json").read_text())
     assert capsys.readouterr().out.splitlines() == [
-        f"accuracy      {result['top1']:.2f} % top-1 on digits/test (359 images)",
-        "trained       1,120 of 175,258 parameters (0.64 %)",
-        f"adapter       {folder}/adapter, {(folder / 'adapter' / ADAPTER[1]).stat().st_size / 1000:.1f} kB",
-        f"time          {result['seconds']:.1f} s",
-        f"next          bn-adapters validate {folder}/adapter",
+        f"accuracy  {result['top1']:.2f} % top-1 on digits/test (359 images)",
+        "trained   1,120 of 175,258 parameters (0.64 %)",
+        f"adapter   {folder}/adapter, {(folder / 'adapter' / ADAPTER[1]).stat().st_size / 1000:.1f} kB",
+        f"time      {result['seconds']:.1f} s",
+        f"next      bn-adapters validate {folder}/adapter",
     ]
     validate.command([f"{folder}/adapter"])
     assert capsys.readouterr().out.splitlines() == [
-        f"accuracy      {result['top1']:.2f} % top-1 on digits/test (359 images)",
-        f"adapter       {folder}/adapter, on the weights of seed 0, verified",
+        f"accuracy  {result['top1']:.2f} % top-1 on digits/test (359 images)",
+        f"adapter   {folder}/adapter, on the weights of seed 0, verified",
     ]
     validate.command(["--json", f"adapter={folder}/adapter"])
     found = json.loads(capsys.readouterr().out)
