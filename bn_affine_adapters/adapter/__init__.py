@@ -1,6 +1,6 @@
 """The PEFT method.
 
-- ``config.py``: `BNOnlyConfig`, and the bounds on the values in a configuration file.
+- ``method.py``: `BNOnlyConfig`, the settings (``settings.py`` of the package) as a PEFT configuration.
 - ``tuner.py``: `BNOnlyTuner`, which puts an adapter into a network and takes it out.
 - ``layer.py``: `BNOnlyLayer`, which holds a copy of one module for each adapter.
 - ``control.py``: the paper's controls, which train other parameters per channel.
@@ -9,3 +9,7 @@
 - ``rebuild.py``: build the frozen network again, write its fingerprints, verify it.
 - ``limits.py``: bounds on the network that a stranger's configuration asks for.
 """
+
+# Before any module of this part: when PEFT has been imported, the method is registered (see the package), which imports
+# these modules, and none of them must be half done then.
+import peft as peft

@@ -7,13 +7,14 @@ import timm.data
 from torch import nn
 
 from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, NetworkError
-from ..norms.find import COPIES, canonical, head_layers, is_norm, named_layers, norm_layers, plain_modules, unwrapped
+from ..norms import COPIES
+from ..norms.find import canonical, head_layers, is_norm, named_layers, norm_layers, plain_modules, unwrapped
 from ..seed.rules import draw_norm_
-from .config import BNOnlyConfig
+from ..settings import PEFT_PREFIX
 from .control import is_conv
 from .layer import adapter_layers
+from .method import BNOnlyConfig
 from .rebuild import holder, infer_architecture, infer_args
-from .tensors import PEFT_PREFIX
 
 TUNER_PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT recognises an adapter's tensors
 

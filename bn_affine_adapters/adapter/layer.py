@@ -10,12 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..errors import AdapterError
+from ..norms import COPIES
 from ..norms.copies import with_own_statistics
-from ..norms.find import COPIES, affine, is_norm
+from ..norms.find import affine, is_norm
 from ..norms.statistics import hold_statistics_, recomputing
 from ..seed.rules import Rule, draw_into_, rule_for
-from .config import BNOnlyConfig
 from .control import Control
+from .method import BNOnlyConfig
 
 
 def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:

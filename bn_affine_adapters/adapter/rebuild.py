@@ -26,7 +26,8 @@ from ..norms.find import STATISTICS, affine, is_norm, plain_modules, plain_tenso
 from ..seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
 from ..seed.generator import OwnGenerator
 from ..seed.rules import constants_only, draw_into_, parameter_rules
-from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
+from ..settings import CUSTOM, FORBIDDEN_ARGS, Settings, is_plain
+from .method import BNOnlyConfig
 
 NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # of an architecture, with timm's optional tag of weights
 
@@ -68,13 +69,13 @@ def create(architecture: str, model_args: dict[str, Any], device: str | torch.de
         ) from error
 
 
-def build(config: BNOnlyConfig, device: str | torch.device = "cpu") -> nn.Module:
+def build(config: Settings, device: str | torch.device = "cpu") -> nn.Module:
     """Build the network that a configuration names, as `create` does."""
     assert config.architecture is not None
     return create(config.architecture, config.model_args, device)
 
 
-def build_outline(config: BNOnlyConfig) -> nn.Module:
+def build_outline(config: Settings) -> nn.Module:
     """Build a configuration's network on the meta device, or on the CPU if its constructor computes with values."""
     try:
         return build(config, "meta")
@@ -178,7 +179,11 @@ def check_rebuild(model: nn.Module, config: BNOnlyConfig) -> None:
 
 
 def _creation_call(config: BNOnlyConfig) -> str:
-    return f"timm.create_model({config.architecture!r}, **{config.model_args})"
+    return f"timm.create_model({', '.join([repr(config.architecture), *_arguments(config.model_args)])})"
+
+
+def _arguments(args: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value!r}" for key, value in args.items()]
 
 
 def holder(name: str, modules: Collection[str]) -> str | None:
@@ -286,6 +291,11 @@ def verify(model: nn.Module, config: BNOnlyConfig) -> None:
         dtype = f" ({backbone[name].dtype})" if name in backbone else ""
         raise _mismatch(config, "frozen weights differ", f"the first layer that differs is {name}{dtype}")
     if rest and fingerprint(_arrays(model, config, rest)).full != config.frozen_fingerprint:
+        now, then = getattr(model, "num_classes", None), config.model_args.get("num_classes")
+        if config.architecture != CUSTOM and now != then and not config.train_head:
+            what = "This is not the network that the adapter was trained on: its head has another number of classes."
+            seen = f"num_classes={now}, the adapter's num_classes={then}"
+            raise FingerprintError(what, seen=seen, do=f"pass {_creation_call(config)}")
         raise _mismatch(config, "the frozen head or norm layers differ", f"among {', '.join(list(rest)[:3])} ...")
 
 
@@ -302,8 +312,10 @@ def _mismatch(config: BNOnlyConfig, why: str, seen: str, advice: str = "") -> Fi
     changed = [f"{k} {v} -> {now.get(k)}" for k, v in config.versions.items() if now.get(k) != v]
     if config.seed is None:
         do = "pass the base that the adapter was trained on as model="
+    elif changed:
+        do = "install the versions that made the adapter"
     else:
-        do = f"install the versions that made the adapter, or report this: seed {config.seed} promises the same bits"
+        do = f"report this: seed {config.seed} promises the same bits"
     return FingerprintError(
         f"This is not the network that the adapter was trained on: {why}.",
         seen=f"{seen}; {config.architecture}, versions then and now: {', '.join(changed) or 'the same'}",

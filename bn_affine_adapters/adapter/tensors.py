@@ -1,17 +1,10 @@
-"""An adapter's tensors: their names in the network, and whether they fit it."""
+"""Whether an adapter's tensors fit the network."""
 
 from collections.abc import Collection, Mapping
 
 import torch
 
 from ..errors import AdapterTensorError
-
-PEFT_PREFIX = "base_model.model."  # of every name in an adapter's file
-
-
-def bare(key: str) -> str:
-    """Return a tensor's name in the network, without PEFT's prefix."""
-    return key.removeprefix(PEFT_PREFIX)
 
 
 def check_tensors(

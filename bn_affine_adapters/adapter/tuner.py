@@ -12,10 +12,12 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..lean import Report, lean_, plain_
-from ..norms.find import COPIES, is_norm
+from ..norms import COPIES
+from ..norms.find import is_norm
 from ..norms.statistics import hold_statistics_
 from ..seed.generator import OwnGenerator
 from ..seed.rules import check_memory, draw_into_, draw_norm_, reinit_, rule_for
+from ..settings import CUSTOM, bare
 from .checks import (
     TUNER_PREFIX,
     check_adapter_name,
@@ -27,12 +29,12 @@ from .checks import (
     choose_layers,
     infer,
 )
-from .config import CUSTOM, BNOnlyConfig
 from .control import Control, controlled
 from .layer import BNOnlyLayer, adapter_layers
 from .limits import bounded
+from .method import BNOnlyConfig
 from .rebuild import build, check_rebuild, verify, verify_layout, write_fingerprints
-from .tensors import bare, check_tensors
+from .tensors import check_tensors
 
 
 class BNOnlyTuner(BaseTuner):

@@ -5,3 +5,5 @@
 - ``images.py``: from a file to the pixels that a network gets, for training, evaluation and predict alike.
 - ``prediction.py``: `predict` classifies an image.
 """
+
+from .. import adapter as adapter  # first, so that PEFT is loaded and the method registered: see there

@@ -16,12 +16,11 @@ from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
+from ..settings import CROP_MODES, INTERPOLATIONS, as_channels
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 MAX_SIDE = 4096  # pixels that a data configuration may ask for
-CROP_MODES = ("center", "border", "squash")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 # Modes that PIL converts to RGB or L without a warning, and without an error, by way of another mode alone.
 _FIRST = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA", "LAB": "RGB"}
 
@@ -153,11 +152,6 @@ def _usable(input_size: Any, mean: Any, std: Any, interpolation: Any, crop_pct: 
 
 def _numbers(value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(isinstance(n, int | float) for n in value)
-
-
-def as_channels(values: Sequence[float], channels: int) -> list[float]:
-    """Return a mean or std for so many channels: as it is if it has them, or else its average for each."""
-    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 def evaluation_transform(data_config: Mapping[str, Any] | None) -> Callable[[Image.Image], Tensor]:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from ..adapter.checks import check_network, choose_layers
-from ..adapter.config import BN_ONLY, CUSTOM, BNOnlyConfig
-from ..adapter.limits import MAX_PARAMETERS, build_within
+from ..adapter.limits import build_within
+from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import build, create_pretrained, verify_layout
 from ..adapter.tuner import BNOnlyTuner, unwrap_
 from ..errors import BaseRequiredError, ConfigError
+from ..settings import BN_ONLY, CUSTOM, MAX_PARAMETERS
 from ..sharing.folder import check_files, check_header, read_config
 from ..sharing.hub import fetch, fetch_base
 from .peft_model import BNOnlyPeftModel
@@ -168,3 +169,6 @@ def _build(
         return build(config).eval()
     base = fetch_base(config, max_parameters=max_parameters, **client)
     return create_pretrained(config.architecture, config.model_args, base).eval()
+
+
+register()

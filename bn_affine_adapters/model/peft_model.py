@@ -16,12 +16,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..adapter.checks import choose_layers
-from ..adapter.config import CUSTOM, BNOnlyConfig
 from ..adapter.control import Control
 from ..adapter.layer import adapter_layers
+from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import create_pretrained, verify
 from ..errors import AdapterError, BNAdapterError, ConfigError
 from ..lean import Report, lean_, plain_
+from ..settings import CUSTOM, hub_id
 from ..sharing.card import write_card
 from ..sharing.folder import check_files, check_header, read_config, written_whole
 from ..sharing.hub import cached_commit, fetch, fetch_base, push_folder
@@ -161,7 +162,7 @@ class BNOnlyPeftModel(PeftModel):
             seen, do = f"adapters: {', '.join(self.peft_config)}", "give the name of one of them"
             raise AdapterError(f"There is no adapter {name!r} to push.", seen=seen, do=do)
         config = self.peft_config[name]
-        if config.seed is None and config.base_model_name_or_path is None:
+        if config.seed is None and hub_id(config.base_model_name_or_path) is None:
             _pin_base(config, self.get_base_model())
         scratch = Path(tempfile.mkdtemp(prefix="bn-adapter-"))
         try:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..adapter.config import BNOnlyConfig
+from ..adapter.method import BNOnlyConfig
 from ..errors import ConfigError, DataError, printable
 from ..norms.copies import evaluation_copy, uncompiled
 from .images import Picture, completed, evaluation_transform, is_one, normaliser, open_image

@@ -5,3 +5,5 @@
 - ``statistics.py``: batch statistics over all processes of a distributed run; when running statistics must not move.
 - ``copies.py``: copies of a network's modules that share its tensors, to evaluate a network that others train.
 """
+
+COPIES = "bn_only_layers"  # where a wrapped module keeps its per-adapter copies

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import MissingModuleError, NoNormLayerError, nearest_name
+from . import COPIES
 
-COPIES = "bn_only_layers"  # where a wrapped module keeps its per-adapter copies
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -7,17 +7,34 @@ no library version, instruction set or thread count can change it.
 import hashlib
 from functools import cache
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..errors import ConfigError
 
 SCHEME = "bnaffine-init-v1"
 CHUNK = 1 << 20  # values a SHAKE stream holds
 BLOCK = 1 << 16  # values looked up at a time: bounds the temporary index array
 NORMAL_TABLE_SHA256 = "37f9656a37dad9ab61645405bad207e2fe7a0dabf033c8d4f77f4782ec998a19"
 
+# The names of what `rules` draws from: weights of convolutions and linear layers, gamma and beta.
+WEIGHT_INITS = ("kaiming_normal", "kaiming_uniform", "binary", "orthogonal")
+NORM_INITS = ("uniform", "ones", "symmetric", "ones_beta_one", "keep")
+
 Distribution = Literal["normal", "uniform", "sign", "unit"]
+
+
+def check_seed(seed: Any) -> int:
+    """Return a seed as a plain integer; raise ConfigError unless it is an integer, numpy's included, in [0, 2^64)."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise ConfigError(
+            "The seed is not usable.",
+            seen=f"seed={seed!r}",
+            do="give an integer with 0 <= seed < 2**64, or None to keep the weights given",
+        )
+    return int(seed)
 
 
 def codes(seed: int, name: str, chunk: int, count: int) -> NDArray[np.uint16]:

@@ -15,13 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..errors import ConfigError, ReinitError, check_choice
+from ..errors import ReinitError, check_choice
 from ..norms.find import STATISTICS, affine, is_norm, plain_tensors
 from . import draws
+from .draws import NORM_INITS, WEIGHT_INITS, check_seed
 from .generator import OwnGenerator
 
-WEIGHT_INITS = ("kaiming_normal", "kaiming_uniform", "binary", "orthogonal")
-NORM_INITS = ("uniform", "ones", "symmetric", "ones_beta_one", "keep")
 GAIN2 = 2.0  # the squared gain of ReLU
 TABLE_SCALE = 0.02
 
@@ -219,17 +218,6 @@ def draw_norm_(module: nn.Module, name: str, seed: int, norm_init: str) -> None:
     for attribute in affine(module):
         if attribute is not None and (rule := rule_for(module, attribute, "kaiming_normal", norm_init)) is not None:
             draw_into_(module.get_parameter(attribute), rule, seed, f"{name}.{attribute}")
-
-
-def check_seed(seed: Any) -> int:
-    """Return a seed as a plain integer; raise ConfigError unless it is an integer, numpy's included, in [0, 2^64)."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
-        raise ConfigError(
-            "The seed is not usable.",
-            seen=f"seed={seed!r}",
-            do="give an integer with 0 <= seed < 2**64, or None to keep the weights given",
-        )
-    return int(seed)
 
 
 _RANDOM = {"uniform_", "normal_", "log_normal_", "cauchy_", "exponential_", "geometric_", "bernoulli_", "random_"}

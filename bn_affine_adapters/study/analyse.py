@@ -16,20 +16,17 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import timm
-import torch
-from accelerate import Accelerator
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, NetworkError, RebuildError
-from ..norms.copies import evaluation_copy
-from ..training.data import check_classes
-from ..training.feed import Feed, accuracy, own_options
-from ..training.scripts import AdapterOptions, data_options, load_adapter, run_script
+from ..training.options import AdapterOptions
+from ..training.scripts import data_options, load_adapter, run_script
 from ..training.scripts import read_options as read
-from .networks import DEAD, GRID, clamped, dead_activations, dead_share, distribution, norm_values
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..training.feed import Feed
 
 DIGITS = 4  # after the point, of every number in the line
 
@@ -51,7 +48,11 @@ def is_plain(adapter: str) -> bool:
 
 def own(adapter: str) -> dict[str, Any]:
     """Return the data options in the network's own configuration."""
-    return own_options(plain_config(adapter)["pretrained_cfg"]) if is_plain(adapter) else data_options(adapter)
+    if is_plain(adapter):
+        from ..training.feed import own_options
+
+        return own_options(plain_config(adapter)["pretrained_cfg"])
+    return data_options(adapter)
 
 
 def plain_config(adapter: str) -> dict[str, Any]:
@@ -64,9 +65,11 @@ def read_options(arguments: list[str]) -> Options:
     return read(arguments, Options, "bn-adapters analyse", __doc__, own)
 
 
-def load(options: Options, feed: Feed) -> nn.Module:
+def load(options: Options, feed: "Feed") -> "nn.Module":
     """Return the network, wrapped or plain; refuse one with other classes than the data."""
     if is_plain(options.adapter):
+        from ..training.data import check_classes
+
         if names := plain_config(options.adapter).get("label_names"):
             feed.number_classes(names)
         model = load_plain(Path(options.adapter).resolve())
@@ -77,6 +80,8 @@ def load(options: Options, feed: Feed) -> nn.Module:
 
 def load_plain(folder: Path) -> Any:
     """Return the network that timm loads from a folder."""
+    import timm
+
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # every architecture takes arguments and converts tensors in its own way
@@ -87,8 +92,12 @@ def load_plain(folder: Path) -> Any:
         ) from error
 
 
-def analyse(model: nn.Module, feed: Feed, options: Options, top1: float) -> dict[str, Any]:
+def analyse(model: "nn.Module", feed: "Feed", options: Options, top1: float) -> dict[str, Any]:
     """Return the result line's "analysis"; ``top1`` is the accuracy without clamping."""
+    from ..norms.copies import evaluation_copy
+    from ..training.feed import accuracy
+    from .networks import clamped, distribution, norm_values
+
     analysis: dict[str, Any] = {"top1": top1}
     for kind, values in norm_values(model).items():
         analysis[kind] = distribution(values, digits=DIGITS)
@@ -107,8 +116,10 @@ def analyse(model: nn.Module, feed: Feed, options: Options, top1: float) -> dict
     return analysis
 
 
-def dead(model: nn.Module, feed: Feed) -> dict[str, Any]:
+def dead(model: "nn.Module", feed: "Feed") -> dict[str, Any]:
     """Return the share of dead channels, in %, at every threshold of the grid and at the paper's."""
+    from .networks import DEAD, GRID, dead_activations, dead_share
+
     counts = dead_activations(model, (batch.images for batch in feed.evaluation()))
     share = [round(value, DIGITS) for value in dead_share(counts)]
     channels = sum(len(entry["zeros"]) for entry in counts.values())
@@ -117,6 +128,12 @@ def dead(model: nn.Module, feed: Feed) -> dict[str, Any]:
 
 def run(options: Options) -> dict[str, Any]:
     """Load, evaluate, analyse; return the result line."""
+    import torch
+    from accelerate import Accelerator
+
+    from ..norms.copies import evaluation_copy
+    from ..training.feed import Feed, accuracy
+
     accelerator = Accelerator()
     if accelerator.num_processes > 1:  # their shares of the last batch overlap, and would be counted twice
         seen, do = (

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..adapter.config import BNOnlyConfig
+from ..adapter.method import BNOnlyConfig
 from ..errors import ConfigError
 from ..norms.statistics import sync_norms_
 from .checkpoint import load_checkpoint, save_checkpoint

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from timm.optim import list_optimizers
-
 from ..errors import BNAdapterError, ConfigError, check_choice, check_keys
-from ..model.images import CROP_MODES, INTERPOLATIONS, as_channels
-from .feed import DataOptions
+from ..settings import CROP_MODES, INTERPOLATIONS, as_channels
+from ..sharing.paths import ELSEWHERE
+from .options import DataOptions
 
 Options = TypeVar("Options")
 
@@ -118,6 +117,8 @@ WHERE_ONLY = {
 }  # fmt: skip
 ROUNDING_ONLY = {"eval_every", "compile", "channels_last"}  # recorded; the results agree to rounding
 
+PATHS = ("dataset", "pretrained_file")  # may name a folder or file of this machine
+
 
 def find_config(name: str, folder: str = "") -> Path:
     """Return a YAML file: the one of that path if it is there, or else the packaged one of that name.
@@ -176,7 +177,8 @@ def read(options: type[Options], *sources: Path | Sequence[str] | Mapping[str, A
     except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:  # a TypeError: a list for a mapping
         if isinstance(error, BNAdapterError):
             raise
-        raise ConfigError(f"{what} cannot be read.", seen=str(error).splitlines()[0], do=do) from error
+        seen, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+        raise ConfigError(f"{what} cannot be read.", seen=f"{key}: {seen}" if key else seen, do=do) from error
 
 
 def read_recipe(arguments: Sequence[str], default: Path) -> Recipe:
@@ -235,6 +237,8 @@ def check_values(recipe: Recipe) -> None:
 
 def check_optimizer(recipe: Recipe) -> None:
     """Raise ConfigError for an optimiser that timm does not have, or an argument that it must not get."""
+    from timm.optim import list_optimizers
+
     # AdaHessian takes second derivatives, which the loop does not compute.
     check_choice("optimizer", recipe.optimizer, [name for name in list_optimizers() if name != "adahessian"])
     for key in recipe.optimizer_args:
@@ -250,7 +254,7 @@ def check_optimizer(recipe: Recipe) -> None:
 def recorded(recipe: Recipe) -> dict[str, Any]:
     """Return what of a recipe decides its result; a local folder is named without its path."""
     kept = {key: value for key, value in asdict(recipe).items() if key not in WHERE_ONLY}
-    for key in ("dataset", "pretrained_file"):
+    for key in PATHS:
         if kept[key] and Path(kept[key]).exists():
             kept[key] = Path(kept[key]).name
     return kept
@@ -287,6 +291,9 @@ def words(settings: Mapping[str, Any]) -> list[str]:
 def command(recipe: Recipe, default: Recipe) -> str:
     """Return the line that trains a recipe again, from the keys in which it differs from the script's default."""
     usual, own = recorded(default), recorded(recipe)
+    for key in PATHS:
+        if own[key] != getattr(recipe, key):
+            own[key] = f"{ELSEWHERE}{own[key]}"
     return shlex.join(["bn-adapters", "train", *words({k: v for k, v in own.items() if v != usual[k]})])
 
 

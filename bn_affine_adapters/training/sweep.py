@@ -25,12 +25,10 @@ from subprocess import SubprocessError
 from typing import IO, Any, NamedTuple
 
 import click
-import torch
 
 from ..errors import ConfigError, NetworkError
-from .feed import DataOptions, Feed, own_options
 from .lines import read_results
-from .network import measured_step
+from .options import DataOptions
 from .recipe import Recipe, run_key, words
 from .scripts import cores, run_script
 from .sweeps import PlannedRun, Sweep, epochs_done, planned_runs, read_sweep, result_of
@@ -86,6 +84,8 @@ async def work(run: PlannedRun, analyse: bool) -> Outcome:
 
 def analysis_arguments(run: PlannedRun) -> list[str]:
     """Return the arguments that analyse what a run saved, on the data that it was tested on."""
+    from .feed import own_options
+
     saved = run.folder / ("adapter" if (run.folder / "adapter").is_dir() else "network")
     usual = {**asdict(DataOptions()), "pretrained": False, "pretrained_file": None}
     saved_with_it = own_options(DataOptions().data_config)
@@ -200,6 +200,7 @@ def finished(path: Path) -> dict[str, bool]:
 
 def dry_run(runs: list[PlannedRun], done: Mapping[str, bool]) -> dict[str, Any]:
     """Return all runs with their state, and the hours that are left of each by a step measured here."""
+    import torch
     from accelerate import Accelerator
 
     accelerator = Accelerator()
@@ -228,6 +229,9 @@ def dry_run(runs: list[PlannedRun], done: Mapping[str, bool]) -> dict[str, Any]:
 
 def measured_cost(recipe: Recipe, accelerator: Any) -> tuple[int, int, float]:
     """Return the parameters that train, the steps of an epoch, and the seconds of a step."""
+    from .feed import Feed
+    from .network import measured_step
+
     feed = Feed(recipe, accelerator)
     try:
         trained, seconds = measured_step(recipe, feed)

@@ -17,13 +17,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from accelerate import Accelerator, PartialState
-
-from ..norms.copies import evaluation_copy
-from .feed import Feed, accuracy
-from .scripts import AdapterOptions, accuracy_text, data_options, load_adapter, run_script, table
+from .options import AdapterOptions
+from .scripts import accuracy_text, data_options, load_adapter, run_script
 from .scripts import read_options as read
+from .tables import text_table
 
 
 @dataclass
@@ -40,6 +37,12 @@ def read_options(arguments: list[str]) -> Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Rebuild, verify, evaluate; return the accuracy, on which images, and the adapter's seed."""
+    import torch
+    from accelerate import Accelerator
+
+    from ..norms.copies import evaluation_copy
+    from .feed import Feed, accuracy
+
     accelerator = Accelerator(mixed_precision=options.precision)
     feed = Feed(options, accelerator)
     model = load_adapter(options, feed).to(memory_format=feed.format)
@@ -54,6 +57,8 @@ def command(arguments: list[str]) -> None:
     """Measure as the arguments ask; print a summary, or with ``--json`` the result line."""
     options = read_options([word for word in arguments if word != "--json"])
     result = run(options)
+    from accelerate import PartialState
+
     if PartialState().is_main_process:
         print(json.dumps(result) if "--json" in arguments else summary(options, result))
 
@@ -61,12 +66,8 @@ def command(arguments: list[str]) -> None:
 def summary(options: Options, result: dict[str, Any]) -> str:
     """Return what a person wants to know."""
     weights = "pretrained weights" if result["seed"] is None else f"the weights of seed {result['seed']}"
-    return table(
-        {
-            "accuracy": accuracy_text(options.dataset, result["split"], result["top1"], result["images"]),
-            "adapter": f"{options.adapter}, on {weights}, verified",
-        }
-    )
+    accuracy = accuracy_text(options.dataset, result["split"], result["top1"], result["images"])
+    return text_table([("accuracy", accuracy), ("adapter", f"{options.adapter}, on {weights}, verified")])
 
 
 def main() -> None:

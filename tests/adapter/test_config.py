@@ -14,9 +14,9 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
-from bn_affine_adapters.adapter.config import BN_ONLY, FORBIDDEN_ARGS, FORMAT_VERSION, PEFT_KEYS, RUN_TIME
 from bn_affine_adapters.errors import ConfigError, FormatVersionError, UnknownKeyError
 from bn_affine_adapters.seed.rules import WEIGHT_INITS
+from bn_affine_adapters.settings import BN_ONLY, FORBIDDEN_ARGS, FORMAT_VERSION, PEFT_KEYS, RUN_TIME
 
 FULL = dict(
     seed=2**64 - 1,
@@ -296,7 +296,7 @@ def test_a_key_of_a_newer_peft_would_be_noticed():
 
 
 def test_a_key_that_only_a_newer_peft_writes_is_let_through(tmp_path, monkeypatch):
-    monkeypatch.setattr("bn_affine_adapters.adapter.config.PEFT_KEYS", PEFT_KEYS | {"key_of_a_newer_peft"})
+    monkeypatch.setattr("bn_affine_adapters.settings.PEFT_KEYS", PEFT_KEYS | {"key_of_a_newer_peft"})
     config = BNOnlyConfig.from_pretrained(write(tmp_path, key_of_a_newer_peft=[1, 2]))
     assert config == BNOnlyConfig(seed=0)
 

@@ -258,6 +258,22 @@ def test_rebuilding_is_fast_and_needs_little_more_memory_than_the_network(name, 
 # -- the frozen weights are verified
 
 
+@pytest.mark.parametrize("classes", [1000, 5])
+def test_another_number_of_classes_is_named_as_the_cause(classes, folder, refused):
+    with refused(FingerprintError, f"num_classes={classes}", "num_classes=3", "its head") as caught:
+        load_bn_only_model(folder, timm.create_model(NAME, num_classes=classes))
+    assert caught.value.do == f"pass timm.create_model('{NAME}', num_classes=3)"
+
+
+def test_versions_are_the_advice_only_if_they_differ(edit, refused):
+    fault = {"backbone_fingerprint": "0" * 64}
+    with refused(FingerprintError, "versions then and now: the same", "report this") as caught:
+        load_bn_only_model(edit(**fault))
+    assert "install" not in caught.value.do
+    with refused(FingerprintError, "timm 0.1 -> ", "install the versions"):
+        load_bn_only_model(edit(**fault, versions=lambda versions: {**versions, "timm": "0.1"}))
+
+
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory, train_step):
     """An adapter on a network drawn from seed 0; copy it before changing it."""

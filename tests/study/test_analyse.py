@@ -96,7 +96,7 @@ def test_a_network_without_relus_has_no_dead_channels_but_all_else(tmp_path, cap
 
 
 def test_two_processes_are_refused(monkeypatch, refused):
-    monkeypatch.setattr(analyse, "Accelerator", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("accelerate.Accelerator", lambda: SimpleNamespace(num_processes=2))
     with refused(ConfigError, "2 processes"):
         analyse.run(analyse.Options())
 

@@ -152,6 +152,17 @@ def test_the_command_in_a_result_line_means_the_same_recipe(tmp_path):
     assert recorded(read_recipe(line[2:])) == recorded(recipe)
 
 
+def test_a_command_for_others_says_where_a_file_of_this_machine_is_to_be_put(tmp_path):
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "w.safetensors").touch()
+    given = [f"dataset={tmp_path}/birds", f"pretrained_file={tmp_path}/w.safetensors", "pretrained=true", "seed=null"]
+    recipe = read_recipe(given)
+    line = shlex.split(recipes.command(recipe, read_recipe([])))
+    assert {"dataset=PATH/TO/birds", "pretrained_file=PATH/TO/w.safetensors"} < {*line}
+    assert recorded(recipe)["dataset"] == "birds", "a run is known by the name"
+    assert "dataset=me/birds" in recipes.command(read_recipe(["dataset=me/birds"]), read_recipe([]))
+
+
 def test_the_next_command_tests_on_the_same_images():
     assert validate_command(read_recipe([]), "runs/digits/adapter") == "bn-adapters validate runs/digits/adapter"
     recipe = read_recipe(["cifar10", "held_out=500", "precision=bf16"])

@@ -54,7 +54,7 @@ def each_run_begins_as_in_a_process_of_its_own():
 
 
 def tiny(train, output, *arguments):
-    return train.run(train.read_recipe([*TINY, f"output_dir={output}", *arguments]))
+    return train.train(train.read_recipe([*TINY, f"output_dir={output}", *arguments]))[0].result
 
 
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
@@ -70,7 +70,7 @@ def files(adapter):
 @pytest.mark.slow  # .ci/run has the same of the README's command
 def test_the_default_job_passes_92_percent_with_1120_parameters(train, tmp_path):
     # One thread: with several, other tests beside it would hold each of them up. .ci/run times the job by itself.
-    result = train.run(train.read_recipe([f"output_dir={tmp_path / 'run'}", "threads=1"]))
+    result = train.train(train.read_recipe([f"output_dir={tmp_path / 'run'}", "threads=1"]))[0].result
     assert result["trained"] == 1_120
     assert result["top1"] >= 92
 
@@ -80,16 +80,16 @@ def test_a_person_sees_a_summary_and_a_program_one_line_of_json(train, validate,
     train.command([*TINY, f"output_dir={folder}"])
     result = json.loads((folder / "result.json").read_text())
     assert capsys.readouterr().out.splitlines() == [
-        f"accuracy      {result['top1']:.2f} % top-1 on digits/test (359 images)",
-        "trained       1,120 of 175,258 parameters (0.64 %)",
-        f"adapter       {folder}/adapter, {(folder / 'adapter' / ADAPTER[1]).stat().st_size / 1000:.1f} kB",
-        f"time          {result['seconds']:.1f} s",
-        f"next          bn-adapters validate {folder}/adapter",
+        f"accuracy  {result['top1']:.2f} % top-1 on digits/test (359 images)",
+        "trained   1,120 of 175,258 parameters (0.64 %)",
+        f"adapter   {folder}/adapter, {(folder / 'adapter' / ADAPTER[1]).stat().st_size / 1000:.1f} kB",
+        f"time      {result['seconds']:.1f} s",
+        f"next      bn-adapters validate {folder}/adapter",
     ]
     validate.command([f"{folder}/adapter"])
     assert capsys.readouterr().out.splitlines() == [
-        f"accuracy      {result['top1']:.2f} % top-1 on digits/test (359 images)",
-        f"adapter       {folder}/adapter, on the weights of seed 0, verified",
+        f"accuracy  {result['top1']:.2f} % top-1 on digits/test (359 images)",
+        f"adapter   {folder}/adapter, on the weights of seed 0, verified",
     ]
     validate.command(["--json", f"adapter={folder}/adapter"])
     found = json.loads(capsys.readouterr().out)
@@ -210,9 +210,9 @@ def test_a_run_that_was_stopped_resumes_to_the_result_of_one_never_stopped(kind,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_epoch", stop_after(1, loop.train_epoch))
         with pytest.raises(KeyboardInterrupt):
-            train.run(recipe)
+            train.train(recipe)
     AcceleratorState._reset_state(reset_partial_state=True)
-    resumed = train.run(recipe)
+    resumed = train.train(recipe)[0].result
     assert resumed["epochs"] == whole["epochs"]
     if kind != "condition=all":
         assert files(resumed["adapter"]) == files(whole["adapter"])

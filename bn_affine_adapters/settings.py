@@ -1,17 +1,27 @@
-"""BNOnlyConfig: everything that rebuilds a network from an adapter, as a PEFT configuration."""
+"""The settings of an adapter: everything that rebuilds a network from it, as adapter_config.json holds it, checked.
+
+Needs neither torch nor PEFT, so that a file can be looked at without them.
+"""
 
 import json
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from peft import PeftConfig
-
-from ..errors import ConfigError, FormatVersionError, check_choice, check_keys
-from ..seed.draws import SCHEME
-from ..seed.rules import NORM_INITS, WEIGHT_INITS, check_seed
+from .errors import ConfigError, FormatVersionError, check_choice, check_keys
+from .seed.draws import NORM_INITS, SCHEME, WEIGHT_INITS, check_seed
 
 FORMAT_VERSION = 1
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
+# PEFT's names of an adapter's files, and of what stands before the names of its tensors
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"  # a pickle
+PEFT_PREFIX = "base_model.model."
+
 CUSTOM = "custom"  # the architecture of a network that timm cannot build: loads only with model=
 
 
@@ -50,11 +60,18 @@ FORBIDDEN_ARGS = {
 MAX_DEPTH = 8
 MAX_VALUES = 1_000
 MAX_CLASSES = 2**40  # so that no shape overflows; `limits` refuses what is too large for the memory
+# Bounds on the network that a file asks for: see adapter/limits.py.
+MAX_PARAMETERS = 200_000_000  # 800 MB in float32
+MAX_TENSORS = 20_000  # in a constructor and in an adapter's file; cifar_resnet866, the deepest, has 4,337 and 4,335
+LIFT = "load_bn_only_model(..., max_parameters=N), or None for no limit, if you trust whoever made it"
+# How images are prepared, in timm's words
+CROP_MODES = ("center", "border", "squash")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 NAME_LISTS = ("extra_trainable_modules", "norm_layers", "head_layers", "control_layers", "label_names")
 
 
 @dataclass
-class BNOnlyConfig(PeftConfig):
+class Settings:
     """Configure which parameters of a network train, and how the rest is redrawn.
 
     Settings that are None are inferred from the network when it is wrapped, and saved.
@@ -99,6 +116,15 @@ class BNOnlyConfig(PeftConfig):
     ('uniform', 'keep')
     """
 
+    # PEFT's own, in its order.
+    task_type: Any = None
+    peft_type: Any = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    # Ours.
     seed: int | None = None
     weight_init: str = "kaiming_normal"
     norm_init: str | None = None
@@ -128,18 +154,15 @@ class BNOnlyConfig(PeftConfig):
 
     built_here = False  # True if the network was just built from this configuration: not built again to compare
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "BNOnlyConfig":
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Refuse unknown keys before the dataclass does, naming the nearest one."""
         check_keys(kwargs, {f.name for f in fields(cls)}, "BNOnlyConfig")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check every value and fill in the defaults that depend on the seed."""
-        self.task_type = None
-        super().__post_init__()
-        self.peft_type = BN_ONLY
         # PEFT chooses its model class by task type: this one stands for BNOnlyPeftModel in its registry.
-        self.task_type = BN_ONLY
+        self.peft_type = self.task_type = BN_ONLY
         if self.norm_init is None:
             self.norm_init = "keep" if self.seed is None else "uniform"
         self._check()
@@ -246,8 +269,11 @@ class BNOnlyConfig(PeftConfig):
         return self.backbone_fingerprint is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what adapter_config.json holds: every field but the settings of this run."""
-        return {key: value for key, value in super().to_dict().items() if key not in RUN_TIME}
+        """Return what adapter_config.json holds: every field but the settings of this run, and no path of a base."""
+        content = {key: value for key, value in asdict(self).items() if key not in RUN_TIME}
+        if self.base_model_name_or_path and hub_id(self.base_model_name_or_path) is None:
+            content["base_model_name_or_path"] = content["revision"] = None
+        return content
 
     @classmethod
     def check_kwargs(cls, /, **kwargs: Any) -> dict[str, Any]:
@@ -290,3 +316,18 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, bool | int | str)
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return a name if it is one of a repository on the Hub; None if it is a folder here, or anything else."""
+    return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def bare(key: str) -> str:
+    """Return a tensor's name in the network, without PEFT's prefix."""
+    return key.removeprefix(PEFT_PREFIX)
+
+
+def as_channels(values: Sequence[float], channels: int) -> list[float]:
+    """Return a mean or std for so many channels: as it is if it has them, or else its average for each."""
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
