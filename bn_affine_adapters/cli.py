@@ -272,7 +272,9 @@ def predict_(adapter: str, images: tuple[str, ...], top_k: int, out: Path | None
         click.get_current_context().exit(2)
 
 
-def _write_csv(out: Path, found: dict[str, list[Prediction]]) -> None:
+def _write_csv(out: Path, found: "dict[str, list[Prediction]]") -> None:
+    from .model.prediction import Prediction
+
     try:
         with out.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
