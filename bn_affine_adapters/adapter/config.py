@@ -11,7 +11,7 @@ from ..errors import ConfigError, FormatVersionError, check_choice, check_keys
 from ..seed.draws import SCHEME
 from ..seed.rules import NORM_INITS, WEIGHT_INITS, check_seed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CUSTOM = "custom"  # the architecture of a network that timm cannot build: loads only with model=
 
 
@@ -37,6 +37,11 @@ BN_ONLY = MethodName("BN_ONLY")
 PEFT_KEYS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 }  # fmt: skip
+VERIFY = ("full", "sampled", "off")
+LEAN = (None, "exact", "rounded", "smallest")
+# What timm does with images: it takes an unknown crop_mode for "center", and fails late on another interpolation.
+CROP_MODES = (None, "center", "squash", "border")
+INTERPOLATIONS = (None, "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 RUN_TIME = ("verify", "lean")  # settings of this run, never written to adapter_config.json
 
 # Creation arguments that would load something, or build something other than a classifier.
@@ -87,6 +92,9 @@ class BNOnlyConfig(PeftConfig):
         backbone_digests: the first 8 digits of each of those tensors' sha256, in the order of sorted names.
         frozen_fingerprint: sha256 over a drawn head that does not train and norm layers outside the adapter, if any.
         layout_hash: sha256 over the backbone's names and shapes.
+        traits_fingerprint: sha256 over the classes and settings of all modules.
+        traits_digests: the first 4 digits of each module's own, in the order of sorted names.
+        tensors_digest: sha256 over the adapter's tensors, written when it is saved.
         versions: of the libraries that made the adapter.
         verify: "full", "sampled" or "off": how the frozen network is compared when an adapter is loaded. Not saved.
         lean: "exact", "rounded" or "smallest": train in less memory and time, see `bn_affine_adapters.lean`. Not saved.
@@ -122,6 +130,9 @@ class BNOnlyConfig(PeftConfig):
     backbone_digests: str | None = None
     frozen_fingerprint: str | None = None
     layout_hash: str | None = None
+    traits_fingerprint: str | None = None
+    traits_digests: str | None = None
+    tensors_digest: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     verify: Literal["full", "sampled", "off"] = "full"
     lean: Literal["exact", "rounded", "smallest"] | None = None
@@ -142,16 +153,21 @@ class BNOnlyConfig(PeftConfig):
         self.task_type = BN_ONLY
         if self.norm_init is None:
             self.norm_init = "keep" if self.seed is None else "uniform"
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Check every value: when the configuration is made, and again when a network is wrapped with it.
+
+        Raises:
+            ConfigError: a value is not usable.
+        """
         if self.seed is not None:
             check_seed(self.seed)
         check_choice("weight_init", self.weight_init, WEIGHT_INITS)
         check_choice("norm_init", self.norm_init, NORM_INITS)
         check_choice("running_statistics", self.running_statistics, ("update", "frozen"))
-        check_choice("verify", self.verify, ("full", "sampled", "off"))
-        check_choice("lean", self.lean, (None, "exact", "rounded", "smallest"))
+        check_choice("verify", self.verify, VERIFY)
+        check_choice("lean", self.lean, LEAN)
         check_choice("control", self.control, (None, "two_weights", "input_affine"))
         check_choice("init_scheme", self.init_scheme, (SCHEME,))
         for key in ("train_gamma", "train_beta", "train_head"):
@@ -160,12 +176,16 @@ class BNOnlyConfig(PeftConfig):
             self._check_names(key)
         for key in ("model_args", "versions", "data_config"):
             self._check_plain_dict(key, optional=key == "data_config")
-        digests = [f.name for f in fields(self) if f.name.endswith(("fingerprint", "sampled", "digests", "hash"))]
+        ends = ("fingerprint", "sampled", "digest", "digests", "hash")
+        digests = [f.name for f in fields(self) if f.name.endswith(ends)]
         for key in (*digests, "architecture", "base_model_name_or_path", "revision", "peft_version"):
             _check_type(key, getattr(self, key), str | None)
         _check_type("auto_mapping", self.auto_mapping, type(None))  # by which PEFT would import a base's class
         if self.control == "two_weights" and self.seed is None:
             raise ConfigError("control='two_weights' chooses weights from the seed.", seen="seed=None", do="seed=0")
+        if self.fresh and self.data_config is not None:  # `predict` checks what a file says
+            check_choice("data_config's crop_mode", self.data_config.get("crop_mode"), CROP_MODES)
+            check_choice("data_config's interpolation", self.data_config.get("interpolation"), INTERPOLATIONS)
         self._check_format()
         self._check_args()
         if self.architecture is None and not self.fresh:

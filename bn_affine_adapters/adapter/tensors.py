@@ -1,5 +1,6 @@
-"""An adapter's tensors: their names in the network, and whether they fit it."""
+"""An adapter's tensors: their names in the network, their digest, and whether they fit the network."""
 
+import hashlib
 from collections.abc import Collection, Mapping
 
 import torch
@@ -12,6 +13,21 @@ PEFT_PREFIX = "base_model.model."  # of every name in an adapter's file
 def bare(key: str) -> str:
     """Return a tensor's name in the network, without PEFT's prefix."""
     return key.removeprefix(PEFT_PREFIX)
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the sha256 over an adapter's tensors by name in the network, which binds them to their configuration.
+
+    Format `bnaffine-tensors-v1`: a header line, then a line a tensor, names sorted by their UTF-8 bytes: name, type
+    ("float32"), shape, sha256 of the bytes in the file, separated by tabs.
+    """
+    total = hashlib.sha256(b"bnaffine-tensors-v1\n")
+    for name in sorted(tensors, key=str.encode):
+        tensor = tensors[name].detach().cpu().contiguous()
+        kind, shape = str(tensor.dtype).removeprefix("torch."), ",".join(map(str, tensor.shape))
+        digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        total.update(f"{name}\t{kind}\t{shape}\t{digest}\n".encode())
+    return total.hexdigest()
 
 
 def check_tensors(

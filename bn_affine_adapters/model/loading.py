@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ..adapter.checks import choose_layers
-from ..adapter.config import BN_ONLY, CUSTOM, BNOnlyConfig
+from ..adapter.config import BN_ONLY, CUSTOM, LEAN, VERIFY, BNOnlyConfig
 from ..adapter.limits import MAX_PARAMETERS, build_within
 from ..adapter.rebuild import build, create_pretrained, verify_layout
 from ..adapter.tuner import BNOnlyTuner, unwrap_
-from ..errors import BaseRequiredError
+from ..errors import BaseRequiredError, check_choice
 from ..sharing.folder import check_files, check_header, read_config
 from ..sharing.hub import fetch, fetch_base
 from .peft_model import BNOnlyPeftModel
@@ -91,6 +91,7 @@ def load_bn_only_model(
         max_parameters: refuse a network with more; None lifts this and every other bound on what is built.
 
     Raises:
+        ConfigError: ``verify`` or ``lean`` is none of the words above.
         AdapterFileError: a file is missing, truncated or not safetensors.
         BaseRequiredError: the adapter belongs to given weights: pass ``model``.
         FingerprintError: the network is not the one that the adapter was trained on.
@@ -98,6 +99,8 @@ def load_bn_only_model(
         TooLargeError: the network asked for, or a file, is over the limit.
         HubError: the adapter is not on the Hub, needs another token, or the Hub cannot be reached.
     """
+    check_choice("verify", verify, VERIFY)
+    check_choice("lean", lean, LEAN)
     client: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = fetch(adapter, revision=revision, subfolder=subfolder, max_parameters=max_parameters, **client)
     check_files(folder)

@@ -7,10 +7,12 @@ no library version, instruction set or thread count can change it.
 import hashlib
 from functools import cache
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..errors import check_choice
 
 SCHEME = "bnaffine-init-v1"
 CHUNK = 1 << 20  # values a SHAKE stream holds
@@ -39,7 +41,12 @@ def quantiles() -> NDArray[np.int32]:
 
 @cache
 def table(distribution: Distribution) -> NDArray[np.float32]:
-    """Return z(c) for every code c, float32 (65536,). Each value is exact in binary32."""
+    """Return z(c) for every code c, float32 (65536,). Each value is exact in binary32.
+
+    Raises:
+        ConfigError: there is no such distribution.
+    """
+    check_choice("distribution", distribution, get_args(Distribution))
     c = np.arange(65536)
     match distribution:
         case "normal":

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
+from ..errors import check_choice
 from .feed import Feed, accuracy
+from .recipe import CHOICES
 from .scripts import AdapterOptions, accuracy_text, data_options, load_adapter, run_script, table
 from .scripts import read_options as read
 
@@ -34,7 +36,9 @@ class Options(AdapterOptions):
 
 def read_options(arguments: list[str]) -> Options:
     """Merge the adapter's own data configuration with the key=value arguments."""
-    return read(arguments, Options, "bn-adapters validate", __doc__, data_options)
+    options = read(arguments, Options, "bn-adapters validate", __doc__, data_options)
+    check_choice("precision", options.precision, CHOICES["precision"])
+    return options
 
 
 def run(options: Options) -> dict[str, Any]:
