@@ -25,7 +25,7 @@ from .model.peft_model import BNOnlyPeftModel
 from .model.prediction import predict
 from .sharing.card import write_card
 from .sharing.contents import compare, describe, read_tensors
-from .sharing.folder import check_files, check_pair, read_config
+from .sharing.folder import check_files, read_config
 from .sharing.hub import fetch, push_folder
 from .training.recipe import config_files
 from .training.scripts import installed
@@ -87,9 +87,8 @@ def _load(adapter: str, base: Path | None, verify: str = "full", **where: Any) -
 def _read(adapter: str, **where: Any) -> tuple[Path, BNOnlyConfig, dict[str, torch.Tensor]]:
     folder = fetch(adapter, **where)
     check_files(folder)
-    config, tensors = read_config(folder), read_tensors(folder)
-    check_pair(folder, config)
-    return folder, config, tensors
+    config = read_config(folder)
+    return folder, config, read_tensors(folder, config)
 
 
 def _table(rows: list[list[Any]]) -> None:

@@ -32,6 +32,7 @@ from .rebuild import (
     build,
     check_rebuild,
     check_traits,
+    frozen_difference,
     holder,
     verify,
     verify_layout,
@@ -40,7 +41,7 @@ from .rebuild import (
 )
 from .tensors import bare, check_tensors, tensors_digest
 from .traits import Traits, traits
-from .unchanged import allow_fusing_, check_complete, check_settings, check_unchanged, forbid_fusing_
+from .unchanged import allow_fusing_, check_complete, check_settings, check_unchanged, forbid_fusing_, settle
 
 
 class BNOnlyTuner(BaseTuner):
@@ -65,27 +66,7 @@ class BNOnlyTuner(BaseTuner):
         first = next((other for name, other in self.peft_config.items() if name != adapter_name), None)
         config.check()  # again, since a value may have been changed after it was made
         fresh, training = config.fresh, model.training
-        if first is None:
-            check_wrappable(model)
-            self.wrapped = traits(model)
-        else:
-            check_settings(model, next(iter(self.peft_config)), first, self.wrapped)
-        if fresh:
-            infer(model, config, first)
-        elif not config.built_here:
-            verify_layout(model, config)
-            check_traits(self.wrapped, config)
-        if first is not None:
-            check_agreement(model, config, first)
-        elif config.architecture != CUSTOM and not config.built_here and config.verify != "off":
-            # A configuration from a file must not ask for a larger network than the one it is loaded on.
-            most = None if fresh else 2 * sum(p.numel() for p in model.parameters())
-            with bounded(config, most):
-                check_rebuild(self.wrapped, config)
-        choose_layers(model, config)
-        check_nesting(model, config)
-        if first is not None:
-            check_frozen_norms(model, config)
+        self._check_network(model, config, first)
         # Up to here nothing has changed the network; all checks that need no redrawing have passed.
         if config.seed is not None and first is None:
             reinit_(
@@ -96,6 +77,8 @@ class BNOnlyTuner(BaseTuner):
                 reference=None if config.architecture == CUSTOM else lambda: build(config),
             )
         if fresh:
+            if first is not None and (found := frozen_difference(model, first)):
+                settle(model, first, found)
             write_fingerprints(model, config, self.wrapped)
             warn_of_lost_base(model, config)
         else:
@@ -109,6 +92,30 @@ class BNOnlyTuner(BaseTuner):
         level = config.lean or (self.lean.level if self.lean else None)
         if level is not None:  # again for every further adapter, which puts its own layers into the network
             self.lean = lean_(model, level, (config.data_config or {}).get("input_size"))
+
+    def _check_network(self, model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
+        """Complete a configuration, and check that network, configuration and other adapters fit each other."""
+        if first is None:
+            check_wrappable(model)
+            self.wrapped = traits(model)
+        else:
+            check_settings(model, next(iter(self.peft_config)), first, self.wrapped)
+        if config.fresh:
+            infer(model, config, first)
+        elif not config.built_here:
+            verify_layout(model, config)
+            check_traits(self.wrapped, config)
+        if first is not None:
+            check_agreement(model, config, first)
+        elif config.architecture != CUSTOM and not config.built_here and config.verify != "off":
+            # A configuration from a file must not ask for a larger network than the one it is loaded on.
+            most = None if config.fresh else 2 * sum(p.numel() for p in model.parameters())
+            with bounded(config, most):
+                check_rebuild(self.wrapped, config)
+        choose_layers(model, config)
+        check_nesting(model, config)
+        if first is not None:
+            check_frozen_norms(model, config)
 
     def _prepare_adapter_config(self, peft_config: BNOnlyConfig, model_config: dict[str, Any]) -> BNOnlyConfig:
         return peft_config

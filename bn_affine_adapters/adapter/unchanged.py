@@ -43,7 +43,7 @@ def check_unchanged(model: nn.Module, name: str, config: BNOnlyConfig, before: M
             "set requires_grad_(False); to train a module, name it in extra_trainable_modules, or train_head=True",
         )
     if found := frozen_difference(model, config):
-        _settle(model, config, found)
+        settle(model, config, found)
 
 
 def check_complete(model: nn.Module, name: str, config: BNOnlyConfig) -> None:
@@ -97,7 +97,7 @@ def _compare(where: str, module: nn.Module, then: Traits, now: Traits, heads: se
         warnings.warn(f"{what}. If it is no counter, set it after loading: {seen}.", stacklevel=5)
 
 
-def _settle(model: nn.Module, config: BNOnlyConfig, found: tuple[str, str]) -> None:
+def settle(model: nn.Module, config: BNOnlyConfig, found: tuple[str, str]) -> None:
     """Raise AdapterError for frozen tensors that differ, except where the reason is known, which warns."""
     if config.verify == "off":
         write_fingerprints(model, config, traits(model))

@@ -19,7 +19,8 @@ from ..adapter.rebuild import create_pretrained, verify
 from ..errors import AdapterError, BNAdapterError, ConfigError, check_choice
 from ..lean import Report, lean_, plain_
 from ..sharing.card import write_card
-from ..sharing.folder import check_files, check_header, check_pair, read_config, written_whole
+from ..sharing.contents import read_tensors
+from ..sharing.folder import check_files, check_header, read_config, written_whole
 from ..sharing.hub import cached_commit, fetch, fetch_base, push_folder
 
 
@@ -167,7 +168,7 @@ class BNOnlyPeftModel(PeftModel):
             _check_same(config, self.peft_config[adapter_name], adapter_name)
         choose_layers(self.get_base_model(), config)
         check_header(folder, self.get_base_model(), config)
-        check_pair(folder, config)
+        read_tensors(folder, config)
         try:
             return super().load_adapter(str(folder), adapter_name, *args, **kwargs)
         except Exception:

@@ -17,7 +17,7 @@ from ..adapter.limits import MAX_PARAMETERS, build_within
 from ..errors import TooLargeError, printable
 from .contents import parts, read_tensors
 from .figure import write_figure
-from .folder import COMMIT, HUB_ID, check_pair, read_config
+from .folder import COMMIT, HUB_ID, read_config
 from .results import RESULTS_NAME, Score, merged, scores
 
 CARD_NAME = "README.md"
@@ -60,8 +60,7 @@ def write_card(
     if not write_readme:
         return
     _write_eval_results(output, scores(lines))
-    config, tensors = read_config(folder), read_tensors(folder)
-    check_pair(folder, config)
+    tensors = read_tensors(folder, config := read_config(folder))
     names = parts(config, tensors)["gamma"]
     figure = write_figure(output, {name: tensors[name].float().numpy() for name in names if tensors[name].numel()})
     text = render(repo_id, config, tensors, lines, figure=figure, license=license, tags=tags, datasets=datasets)

@@ -9,7 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from ..adapter.config import BNOnlyConfig
-from ..adapter.tensors import bare
+from ..adapter.tensors import bare, tensors_digest
 from ..errors import AdapterTensorError
 from ..norms.find import COPIES
 
@@ -17,16 +17,28 @@ NEAR_ZERO = 0.01  # |gamma| below which a feature counts as disabled, as in the 
 _KINDS = {"gamma": ("weight", "alpha"), "beta": ("bias", "beta")}  # as norm layers name them: see `norms.find.affine`
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path, config: BNOnlyConfig | None = None) -> dict[str, torch.Tensor]:
     """Return an adapter's tensors by name in the network; their number and size were bounded by `check_files`.
 
+    Args:
+        folder: of the adapter.
+        config: that it was saved with, to check that both files are of one adapter.
+
     Raises:
-        AdapterTensorError: a value is not finite.
+        AdapterTensorError: a value is not finite, or the tensors are not those that the configuration was saved with.
     """
     tensors = {bare(name): tensor for name, tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items()}
     if strange := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         what, do = "The adapter has values that are not finite.", "download it again, or train it again"
         raise AdapterTensorError(what, seen=f"{len(strange)} tensors, the first is {strange[0][:200]}", do=do)
+    digest = None if config is None else config.tensors_digest  # None in format 1
+    if digest is not None and (found := tensors_digest(tensors)) != digest:
+        raise AdapterTensorError(
+            f"The tensors in {folder} are not those that its configuration was saved with.",
+            seen=f"sha256 {found[:16]}...; the configuration says {digest[:16]}...",
+            do="save or download both files again; tensors that you changed go through "
+            "peft.set_peft_model_state_dict(model, tensors) and model.save_pretrained(folder)",
+        )
     return tensors
 
 

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from ..adapter.config import BN_ONLY, BNOnlyConfig
 from ..adapter.control import controlled
 from ..adapter.layer import drawn
 from ..adapter.limits import MAX_TENSORS
-from ..adapter.tensors import PEFT_PREFIX, bare, check_tensors, tensors_digest
+from ..adapter.tensors import PEFT_PREFIX, bare, check_tensors
 from ..errors import AdapterFileError, AdapterTensorError, ConfigError, NoSpaceError, TooLargeError, disk_is_full
 from ..norms.find import COPIES, named_layers
 
@@ -170,26 +169,6 @@ def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
             expected[f"{name}.{COPIES}.{key}"] = torch.empty(shape, dtype=tensor.dtype, device="meta")
         optional |= {f"{name}.{COPIES}.{key}" for key in drawn(copy, name, config)}
     check_tensors(read_header(folder), expected, optional)
-
-
-def check_pair(folder: Path, config: BNOnlyConfig) -> None:
-    """Check that an adapter's tensors are those that its configuration was saved with.
-
-    `check_files` has to be called first.
-
-    Raises:
-        AdapterTensorError: they are others, as after a save that was killed between its two files.
-    """
-    if config.tensors_digest is None:  # format 1
-        return
-    tensors = {bare(name): tensor for name, tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items()}
-    if (found := tensors_digest(tensors)) != config.tensors_digest:
-        raise AdapterTensorError(
-            f"The tensors in {folder} are not those that its configuration was saved with.",
-            seen=f"sha256 {found[:16]}...; the configuration says {config.tensors_digest[:16]}...",
-            do="save or download both files again; tensors that you changed go through "
-            "peft.set_peft_model_state_dict(model, tensors) and model.save_pretrained(folder)",
-        )
 
 
 def read_config(folder: Path) -> BNOnlyConfig:

@@ -39,8 +39,9 @@ from ..errors import (
     disk_is_full,
 )
 from .card import CARD_NAME, write_card
+from .contents import read_tensors
 from .figure import FIGURE_NAME
-from .folder import COMMIT, HUB_ID, MAX_BYTES, check_files, check_pair, missing_file, read_config
+from .folder import COMMIT, HUB_ID, MAX_BYTES, check_files, missing_file, read_config
 from .results import RESULTS_NAME
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}
@@ -178,8 +179,7 @@ def push_folder(
     """
     folder = Path(folder)
     check_files(folder)
-    config = read_config(folder)
-    check_pair(folder, config)
+    read_tensors(folder, config := read_config(folder))
     if revision and COMMIT.fullmatch(revision):
         raise ConfigError("A push goes to a branch, not to a commit.", seen=f"revision={revision}", do="name a branch")
     if "/" in repo_id and not HUB_ID.fullmatch(repo_id):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model, load_bn_only_model, predict
 from bn_affine_adapters.adapter.limits import BUILD_SECONDS
+from bn_affine_adapters.adapter.tensors import bare, tensors_digest
 from bn_affine_adapters.errors import (
     AdapterFileError,
     AdapterTensorError,
@@ -122,7 +123,8 @@ def edit_tensors(folder, change):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    return folder
+    # As a stranger would, who writes both files.
+    return edit(folder, tensors_digest=tensors_digest({bare(name): tensor for name, tensor in tensors.items()}))
 
 
 def load(folder):
