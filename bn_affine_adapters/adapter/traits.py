@@ -25,6 +25,7 @@ _DROPS = re.compile(r"\w*Dropout\w*|DropPath|DropBlock\w*|StochasticDepth")
 _SHOWN_IN_TRAINING = re.compile(rf"\b(?:{'|'.join(sorted(_IN_TRAINING))})=[^,]*(?:, )?")
 # A network with synchronised batch statistics is the same network.
 _SYNCHRONISED = re.compile(r"(?:Sync)?BatchNorm(Act)?(?:[123]d)?")
+_PLAIN = (bool, int, float, str)
 _LIBRARIES = ("torch", "timm", "bn_affine_adapters")
 
 
@@ -50,7 +51,7 @@ def traits_of(module: nn.Module) -> Traits:
         if parameter is not None:
             found[f"shape of {name}"] = tuple(parameter.shape)
     for key, value in vars(module).items():
-        if isinstance(value, bool | int | float | str) and key[0] != "_" and key not in _INCIDENTAL:
+        if key[0] != "_" and isinstance(value, _PLAIN) and key not in _INCIDENTAL:
             found[key] = value
     return found
 

@@ -83,7 +83,8 @@ class BNOnlyTuner(BaseTuner):
             warn_of_lost_base(model, config)
         else:
             verify(model, config)
-            write_traits(self.wrapped, config)
+            if config.traits_fingerprint is None or config.architecture == CUSTOM:
+                write_traits(self.wrapped, config)  # format 1 has none; another one has warned, or was not asked for
         _unwrap_inside(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _hold_frozen_norms(model)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError, BNAdapterError, NetworkError
-from ..norms.find import COPIES, FUSING, canonical, plain_modules
+from ..norms.find import COPIES, FUSING, canonical, is_norm, plain_modules
 from .config import BNOnlyConfig
 from .control import Control
 from .layer import BNOnlyLayer, adapter_layers
@@ -35,8 +35,10 @@ def check_unchanged(model: nn.Module, name: str, config: BNOnlyConfig, before: M
     """
     check_complete(model, name, config)
     check_settings(model, name, config, before)
-    outside = [path for path, p in model.named_parameters() if p.requires_grad and f".{COPIES}." not in path]
-    if outside:
+    # Base layers that the adapter has a copy of do not run.
+    idle = {id(p) for m in adapter_layers(model) if name in m.configs and is_norm(m.base_layer) for p in m.parameters()}
+    trains = [(path, id(p)) for path, p in model.named_parameters() if p.requires_grad and f".{COPIES}." not in path]
+    if outside := [path for path, number in trains if number not in idle]:
         raise _changed(
             "parameters outside the adapter require a gradient, and it does not hold them",
             f"{len(outside)}, the first is {canonical(outside[0]).replace('.base_layer.', '.')}",
