@@ -41,12 +41,7 @@ def quantiles() -> NDArray[np.int32]:
 
 @cache
 def table(distribution: Distribution) -> NDArray[np.float32]:
-    """Return z(c) for every code c, float32 (65536,). Each value is exact in binary32.
-
-    Raises:
-        ConfigError: there is no such distribution.
-    """
-    check_choice("distribution", distribution, get_args(Distribution))
+    """Return z(c) for every code c, float32 (65536,). Each value is exact in binary32."""
     c = np.arange(65536)
     match distribution:
         case "normal":
@@ -70,7 +65,11 @@ def fill(out: NDArray[np.float32], seed: int, name: str, distribution: Distribut
         name: the parameter's canonical name.
         distribution: which table turns codes into numbers.
         scale: rounded to binary32, then multiplied.
+
+    Raises:
+        ConfigError: there is no such distribution.
     """
+    check_choice("distribution", distribution, get_args(Distribution))
     values = table(distribution) * np.float32(scale)
     for chunk, start in enumerate(range(0, out.size, CHUNK)):
         stream = codes(seed, name, chunk, min(CHUNK, out.size - start))
