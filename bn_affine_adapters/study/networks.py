@@ -263,8 +263,9 @@ def depth_width_slopes(points: Iterable[tuple[int, float, str]]) -> dict[str, An
         points: (gammas and betas, accuracy in %, "depth" or "width"); replicates are points of their own.
 
     Returns:
-        {"depth": {"slope": points per doubling, "intercept": %, "n": points}, "width": {...}, "ratio": of the slopes,
-        depth over width; None where width has none}.
+        {"depth": {"slope": points per doubling, "error": its standard error, "intercept": %, "n": points}, "width":
+        {...}, "ratio": of the slopes, depth over width, None where width has none, "error": its standard error}. The
+        errors are those of least squares, which takes all points for independent; None of two points.
 
     Raises:
         ConfigError: a group is another one, has not two networks of different size, or a point cannot be drawn.
@@ -278,18 +279,31 @@ def depth_width_slopes(points: Iterable[tuple[int, float, str]]) -> dict[str, An
             raise ConfigError(what, seen=f"{(parameters, accuracy, group)}", do=do)
         groups[group].append((parameters, accuracy))
     lines: dict[str, Any] = {name: _line(name, group) for name, group in groups.items()}
-    width = lines["width"]["slope"]
-    return {**lines, "ratio": lines["depth"]["slope"] / width if width else None}
+    return {**lines, **_ratio(lines["depth"], lines["width"])}
 
 
-def _line(name: str, points: list[tuple[int, float]]) -> dict[str, float | int]:
+def _ratio(depth: Mapping[str, Any], width: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the ratio of two slopes, and its standard error to first order."""
+    if not width["slope"]:
+        return {"ratio": None, "error": None}
+    ratio = depth["slope"] / width["slope"]
+    if depth["error"] is None or width["error"] is None:
+        return {"ratio": ratio, "error": None}
+    return {"ratio": ratio, "error": math.hypot(depth["error"], ratio * width["error"]) / abs(width["slope"])}
+
+
+def _line(name: str, points: list[tuple[int, float]]) -> dict[str, Any]:
     if len(sizes := {parameters for parameters, _ in points}) < 2:
         seen = f"{len(points)} points of {len(sizes)} sizes"
         raise ConfigError(f"The {name} line needs two networks of different size.", seen=seen, do="add another one")
     x, y = np.array(points, dtype=np.float64).T
     x = np.log2(x)
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-    return {"slope": slope, "intercept": float(y.mean() - slope * x.mean()), "n": len(points)}
+    squares = float(((x - x.mean()) ** 2).sum())
+    slope = float(((x - x.mean()) * (y - y.mean())).sum()) / squares
+    intercept = float(y.mean() - slope * x.mean())
+    residuals = float(((y - intercept - slope * x) ** 2).sum())
+    error = math.sqrt(residuals / (len(points) - 2) / squares) if len(points) > 2 else None
+    return {"slope": slope, "error": error, "intercept": intercept, "n": len(points)}
 
 
 def parameter_table(names: Iterable[str]) -> list[dict[str, str | int]]:

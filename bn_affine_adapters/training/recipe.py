@@ -102,10 +102,12 @@ TEST_KEYS = (
     "dataset", "dataset_config", "train_split", "test_split", "held_out", "image_column", "label_column", "streaming",
     "test_crop", "pretrained", "pretrained_file", "precision",
 )  # fmt: skip
-# Where and how a run is done, not what comes out of it.
+# What decides what is computed is every key but these, which say where and how a run is done: a new key is part of the
+# recipe unless it is named here. The first ones are not recorded in result lines.
 WHERE_ONLY = {
     "output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every", "replicates",
 }  # fmt: skip
+ROUNDING_ONLY = {"eval_every", "compile", "channels_last"}  # recorded; the results agree to rounding
 
 
 def find_config(name: str, folder: str = "") -> Path:
@@ -158,7 +160,8 @@ def read(options: type[Options], *sources: Path | Sequence[str] | Mapping[str, A
             if not isinstance(layer, Mapping):
                 raise ConfigError(f"{source} is a list, not keys with values.", seen=str(layer)[:80], do=do)
             check_keys(dict(layer), names, what)
-            layers.append(layer)
+            # YAML reads the bare word no as false.
+            layers.append({**layer, "precision": "no"} if layer.get("precision") is False else layer)
         merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(options), *layers))
         return options(**merged)  # type: ignore[arg-type]  # OmegaConf promises no str keys
     except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:  # a TypeError: a list for a mapping
@@ -285,18 +288,24 @@ def validate_command(recipe: Recipe, adapter: str) -> str:
     return shlex.join(["bn-adapters", "validate", adapter, *words(changed)])
 
 
-def run_key(recorded: Mapping[str, Any]) -> str:
-    """Return what tells one run from another: the settings of a result line that are not the defaults, as JSON.
+def computed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a result line's recipe that decide what is computed, in their order.
 
-    How often it was evaluated, whether it was compiled and where the data set was found make no other run; a key that
-    a later version adds, at its default, makes none either.
+    A key that the line lacks was added later, and has its default. Of a data set only the name counts.
+    """
+    own = {**json.loads(json.dumps(asdict(Recipe()))), **recorded}
+    own["dataset"] = Path(own["dataset"]).name
+    if own["norm_init"] == "uniform" and own["seed"] is not None:
+        own["norm_init"] = None  # which means it
+    return {key: value for key, value in own.items() if key not in WHERE_ONLY | ROUNDING_ONLY}
+
+
+def run_key(recorded: Mapping[str, Any]) -> str:
+    """Return what tells one run from another: what is `computed`, without the defaults, as JSON.
 
     >>> run_key({"model": "cifar_resnet14", "seed": 1, "eval_every": 5, "dataset": "uoft-cs/cifar10"})
     '{"dataset": "cifar10", "seed": 1}'
     """
-    usual = json.loads(json.dumps(asdict(Recipe())))
-    own = {**recorded, "dataset": Path(recorded.get("dataset", usual["dataset"])).name}
-    if own.get("norm_init") == "uniform" and own.get("seed", 0) is not None:
-        own["norm_init"] = None  # which means it
-    own = {key: value for key, value in own.items() if key not in ("eval_every", "compile") and value != usual.get(key)}
+    usual = computed({})
+    own = {key: value for key, value in computed(recorded).items() if key not in usual or value != usual[key]}
     return json.dumps(dict(sorted(own.items())))

@@ -78,6 +78,13 @@ def test_a_recipe_that_cannot_be_used_is_refused(arguments, error, match):
     assert caught.value.do
 
 
+def test_precision_no_can_be_given(tmp_path):
+    assert read_recipe(["imagenet"]).precision == "bf16"
+    assert read_recipe(["imagenet", "precision=no"]).precision == "no"
+    (tmp_path / "mine.yaml").write_text("precision: no\nepochs: 3\n")
+    assert read_recipe([str(tmp_path / "mine.yaml")]) == replace(Recipe(), epochs=3)
+
+
 def test_every_number_has_a_range():
     kinds = (int, float, list)
     numbers = {f.name for f in fields(Recipe) if isinstance(getattr(Recipe(), f.name), kinds)}
