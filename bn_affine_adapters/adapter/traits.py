@@ -18,7 +18,10 @@ Traits = dict[str, Any]
 MODULE_DIGEST = 4  # hex digits kept of each module's own hash, to name the module that differs
 
 # Attributes that differ between equal networks, or change only how the same numbers are computed.
-_INCIDENTAL = {"training", "grad_checkpointing", "fused_attn", "fast_norm", "_fast_norm", "name_or_path", "device"}
+_INCIDENTAL = {
+    "training", "grad_checkpointing", "gradient_checkpointing", "use_checkpoint", "fused_attn", "fast_norm",
+    "name_or_path", "device",
+}  # fmt: skip
 # Settings that change nothing that a network in evaluation mode computes.
 _IN_TRAINING = {"momentum", "inplace", "dropout", "drop_prob", "drop_rate", "drop_path_rate"}
 _DROPS = re.compile(r"\w*Dropout\w*|DropPath|DropBlock\w*|StochasticDepth")

@@ -63,9 +63,15 @@ class BNOnlyTuner(BaseTuner):
             check_memory(name, parameter)
         # A copy, so that the caller's configuration can be used for another network.
         config = self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
-        first = next((other for name, other in self.peft_config.items() if name != adapter_name), None)
+        others = [name for name in self.peft_config if name != adapter_name]
+        first = self.peft_config[others[0]] if others else None
         config.check()  # again, since a value may have been changed after it was made
-        fresh, training = config.fresh, model.training
+        training = model.training
+        if first is not None:
+            check_settings(model, others[0], first, self.wrapped)
+        else:
+            check_wrappable(model)
+            self.wrapped = traits(model)
         self._check_network(model, config, first)
         # Up to here nothing has changed the network; all checks that need no redrawing have passed.
         if config.seed is not None and first is None:
@@ -76,15 +82,7 @@ class BNOnlyTuner(BaseTuner):
                 norm_init=config.norm_init or "uniform",
                 reference=None if config.architecture == CUSTOM else lambda: build(config),
             )
-        if fresh:
-            if first is not None and (found := frozen_difference(model, first)):
-                settle(model, first, found)
-            write_fingerprints(model, config, self.wrapped)
-            warn_of_lost_base(model, config)
-        else:
-            verify(model, config)
-            if config.traits_fingerprint is None or config.architecture == CUSTOM:
-                write_traits(self.wrapped, config)  # format 1 has none; another one has warned, or was not asked for
+        self._verify_or_record(model, config, first)
         _unwrap_inside(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _hold_frozen_norms(model)
@@ -96,11 +94,6 @@ class BNOnlyTuner(BaseTuner):
 
     def _check_network(self, model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
         """Complete a configuration, and check that network, configuration and other adapters fit each other."""
-        if first is None:
-            check_wrappable(model)
-            self.wrapped = traits(model)
-        else:
-            check_settings(model, next(iter(self.peft_config)), first, self.wrapped)
         if config.fresh:
             infer(model, config, first)
         elif not config.built_here:
@@ -117,6 +110,18 @@ class BNOnlyTuner(BaseTuner):
         check_nesting(model, config)
         if first is not None:
             check_frozen_norms(model, config)
+
+    def _verify_or_record(self, model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
+        """Compare the network with a loaded adapter's fingerprints, or write those of a new adapter."""
+        if config.fresh:
+            if first is not None and (found := frozen_difference(model, first)):
+                settle(model, first, found)
+            write_fingerprints(model, config, self.wrapped)
+            warn_of_lost_base(model, config)
+            return
+        verify(model, config)
+        if config.traits_fingerprint is None or config.architecture == CUSTOM:
+            write_traits(self.wrapped, config)  # format 1 has none; another one has warned, or was not asked for
 
     def _prepare_adapter_config(self, peft_config: BNOnlyConfig, model_config: dict[str, Any]) -> BNOnlyConfig:
         return peft_config

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.adapter.config import FORMAT_VERSION
+from bn_affine_adapters.adapter.rebuild import create
 from bn_affine_adapters.adapter.tensors import bare, tensors_digest
 from bn_affine_adapters.adapter.traits import computed, digest, traits, traits_of
 from bn_affine_adapters.errors import AdapterTensorError, ConfigError, FingerprintError
@@ -268,3 +270,13 @@ def test_an_adapter_of_format_1_is_saved_in_the_newest(own):
     assert torch.equal(load_bn_only_model(folder, copy.deepcopy(base))(IMAGES), answer)
     with pytest.raises(FingerprintError):
         load_bn_only_model(folder, other)
+
+
+@pytest.mark.parametrize(("name", "count"), [("cifar_resnet14", "444"), ("resnet50", "1,072")])
+def test_the_digests_add_as_many_bytes_as_the_page_says(name, count):
+    found = digest(traits(create(name, {}, "meta")), BNOnlyConfig())
+    values = {"traits_fingerprint": found.full, "traits_digests": found.modules, "tensors_digest": found.full}
+    size = sum(len(json.dumps({key: value}, indent=2)) - 2 for key, value in values.items())
+    assert f"{size:,}" == count
+    page = (Path(__file__).parents[2] / "docs" / "adapter-format.md").read_text()
+    assert f"{count} " in page.replace("\n  ", " ")
