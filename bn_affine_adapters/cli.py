@@ -91,7 +91,8 @@ def _read(adapter: str, **where: Any) -> "tuple[Path, Settings, dict[str, Stored
 
     folder = fetch(adapter, **where)
     check_files(folder)
-    return folder, read_settings(folder), read_tensors(folder)
+    config = read_settings(folder)
+    return folder, config, read_tensors(folder, config)
 
 
 def _table(rows: list[list[Any]]) -> None:

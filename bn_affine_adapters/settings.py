@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from .errors import ConfigError, FormatVersionError, check_choice, check_keys
 from .seed.draws import NORM_INITS, SCHEME, WEIGHT_INITS, check_seed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
 # PEFT's names of an adapter's files, and of what stands before the names of its tensors
 CONFIG_NAME = "adapter_config.json"
@@ -47,6 +47,9 @@ BN_ONLY = MethodName("BN_ONLY")
 PEFT_KEYS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 }  # fmt: skip
+VERIFY = ("full", "sampled", "off")
+LEAN = (None, "exact", "rounded", "smallest")
+# What timm does with images: it takes an unknown crop_mode for "center", and fails late on another interpolation.
 RUN_TIME = ("verify", "lean")  # settings of this run, never written to adapter_config.json
 
 # Creation arguments that would load something, or build something other than a classifier.
@@ -104,6 +107,9 @@ class Settings:
         backbone_digests: the first 8 digits of each of those tensors' sha256, in the order of sorted names.
         frozen_fingerprint: sha256 over a drawn head that does not train and norm layers outside the adapter, if any.
         layout_hash: sha256 over the backbone's names and shapes.
+        traits_fingerprint: sha256 over the classes and settings of all modules.
+        traits_digests: the first 4 digits of each module's own, in the order of sorted names.
+        tensors_digest: sha256 over the adapter's tensors, written when it is saved.
         versions: of the libraries that made the adapter.
         verify: "full", "sampled" or "off": how the frozen network is compared when an adapter is loaded. Not saved.
         lean: "exact", "rounded" or "smallest": train in less memory and time, see `bn_affine_adapters.lean`. Not saved.
@@ -148,6 +154,9 @@ class Settings:
     backbone_digests: str | None = None
     frozen_fingerprint: str | None = None
     layout_hash: str | None = None
+    traits_fingerprint: str | None = None
+    traits_digests: str | None = None
+    tensors_digest: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     verify: Literal["full", "sampled", "off"] = "full"
     lean: Literal["exact", "rounded", "smallest"] | None = None
@@ -165,16 +174,21 @@ class Settings:
         self.peft_type = self.task_type = BN_ONLY
         if self.norm_init is None:
             self.norm_init = "keep" if self.seed is None else "uniform"
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Check every value: when the configuration is made, and again when a network is wrapped with it.
+
+        Raises:
+            ConfigError: a value is not usable.
+        """
         if self.seed is not None:
             self.seed = check_seed(self.seed)
         check_choice("weight_init", self.weight_init, WEIGHT_INITS)
         check_choice("norm_init", self.norm_init, NORM_INITS)
         check_choice("running_statistics", self.running_statistics, ("update", "frozen"))
-        check_choice("verify", self.verify, ("full", "sampled", "off"))
-        check_choice("lean", self.lean, (None, "exact", "rounded", "smallest"))
+        check_choice("verify", self.verify, VERIFY)
+        check_choice("lean", self.lean, LEAN)
         check_choice("control", self.control, (None, "two_weights", "input_affine"))
         check_choice("init_scheme", self.init_scheme, (SCHEME,))
         for key in ("train_gamma", "train_beta", "train_head"):
@@ -183,12 +197,16 @@ class Settings:
             self._check_names(key)
         for key in ("model_args", "versions", "data_config"):
             self._check_plain_dict(key, optional=key == "data_config")
-        digests = [f.name for f in fields(self) if f.name.endswith(("fingerprint", "sampled", "digests", "hash"))]
+        ends = ("fingerprint", "sampled", "digest", "digests", "hash")
+        digests = [f.name for f in fields(self) if f.name.endswith(ends)]
         for key in (*digests, "architecture", "base_model_name_or_path", "revision", "peft_version"):
             _check_type(key, getattr(self, key), str | None)
         _check_type("auto_mapping", self.auto_mapping, type(None))  # by which PEFT would import a base's class
         if self.control == "two_weights" and self.seed is None:
             raise ConfigError("control='two_weights' chooses weights from the seed.", seen="seed=None", do="seed=0")
+        if self.fresh and self.data_config is not None:  # `predict` checks what a file says
+            check_choice("data_config's crop_mode", self.data_config.get("crop_mode"), (None, *CROP_MODES))
+            check_choice("data_config's interpolation", self.data_config.get("interpolation"), (None, *INTERPOLATIONS))
         self._check_format()
         self._check_args()
         if self.architecture is None and not self.fresh:

@@ -1,14 +1,27 @@
 """Choose the layers that an adapter owns, and refuse what does not fit, before a network is wrapped."""
 
+import warnings
 from copy import deepcopy
 from typing import Any
 
 import timm.data
+import torch
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, NetworkError
 from ..norms import COPIES
-from ..norms.find import canonical, head_layers, is_norm, named_layers, norm_layers, plain_modules, unwrapped
+from ..norms.find import (
+    affine,
+    canonical,
+    head_layers,
+    is_norm,
+    named_layers,
+    norm_layers,
+    plain_modules,
+    unwrapped,
+)
 from ..seed.rules import draw_norm_
 from ..settings import PEFT_PREFIX
 from .control import is_conv
@@ -56,6 +69,44 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
         raise AdapterNameError(
             f"{name!r} cannot be the name of an adapter.", seen=why, do='choose another, e.g. "default" or "task_1"'
         )
+
+
+def check_wrappable(model: nn.Module) -> None:
+    """Raise NetworkError, before anything changes, for what hides norm layers or would change while it is frozen."""
+    for name, module in model.named_modules():
+        seen = f"{type(module).__name__} at {name or 'the top'}"
+        if not name and unwrapped(module) is not module:
+            do = "adapt the network itself, then compile or distribute what that returns"
+            raise NetworkError("The network is inside a wrapper.", seen=seen, do=do)
+        if isinstance(module, torch.jit.ScriptModule):
+            what, do = "TorchScript hides norm layers.", "wrap the network before it is scripted or traced"
+            raise NetworkError(what, seen=seen, do=do)
+        hooks = (*module._forward_pre_hooks.values(), module)
+        if any(isinstance(hook, SpectralNorm | _SpectralNorm) for hook in hooks):
+            what = "Spectral normalisation changes in every training step what the adapter holds frozen."
+            do = "torch.nn.utils.parametrize.remove_parametrizations, or remove_spectral_norm, first"
+            raise NetworkError(what, seen=seen, do=do)
+
+
+def warn_of_lost_base(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Warn if nobody can have an adapter's base again: no seed draws it, and it is no known pretrained network."""
+    if config.seed is not None or config.base_model_name_or_path is not None:
+        return
+    known = getattr(model, "pretrained_cfg", None) or {}
+    layers = norm_layers(model).values()
+    tensors = [layer.get_parameter(name) for layer in layers for name in affine(layer) if name]
+    # In a new network gamma and beta are constants.
+    if all(bool((tensor == tensor.flatten()[0]).all()) for tensor in tensors if tensor.numel()):
+        why = "they are those of a new network, drawn at random"
+    elif any(known.get(key) for key in ("hf_hub_id", "url", "file")) or getattr(model, "name_or_path", None):
+        return
+    else:
+        why = "nothing tells where they come from"
+    warnings.warn(
+        f"This adapter belongs to weights that nobody else can have: no seed draws them, and {why}. Keep the base "
+        "network's weights, to pass it as model= when the adapter is loaded, or redraw them: BNOnlyConfig(seed=0).",
+        stacklevel=2,
+    )
 
 
 def infer(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
@@ -185,7 +236,7 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
 
 def check_nesting(model: nn.Module, config: BNOnlyConfig) -> None:
     """Raise ConfigError if a module that an adapter owns lies inside another such module."""
-    names = {*config.target_modules, *(layer.canonical_name for layer in adapter_layers(model))}
+    names = {*config.target_modules, *(layer.canonical_name for layer in adapter_layers(model) if layer.configs)}
     nested = [(name, outer) for name in sorted(names) if (outer := holder(name.rpartition(".")[0], names))]
     if nested:
         raise ConfigError(

@@ -13,8 +13,8 @@ from ..adapter.limits import build_within
 from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import build, create_pretrained, verify_layout
 from ..adapter.tuner import BNOnlyTuner, unwrap_
-from ..errors import BaseRequiredError, ConfigError
-from ..settings import BN_ONLY, CUSTOM, MAX_PARAMETERS
+from ..errors import BaseRequiredError, ConfigError, check_choice
+from ..settings import BN_ONLY, CUSTOM, LEAN, MAX_PARAMETERS, VERIFY
 from ..sharing.folder import check_files, check_header, read_config
 from ..sharing.hub import fetch, fetch_base
 from .peft_model import BNOnlyPeftModel
@@ -102,6 +102,7 @@ def load_bn_only_model(
         max_parameters: refuse a network with more; None lifts this and every other bound on what is built.
 
     Raises:
+        ConfigError: ``verify`` or ``lean`` is none of the words above.
         AdapterFileError: a file is missing, truncated or not safetensors.
         BaseRequiredError: the adapter belongs to given weights: pass ``model``.
         FingerprintError: the network is not the one that the adapter was trained on.
@@ -111,6 +112,8 @@ def load_bn_only_model(
         ConfigError: there is no such ``dtype``.
         HubError: the adapter is not on the Hub, needs another token, or the Hub cannot be reached.
     """
+    check_choice("verify", verify, VERIFY)
+    check_choice("lean", lean, LEAN)
     if model is not None:
         check_network(model)
     dtype = _floating(dtype)

@@ -20,10 +20,11 @@ from ..adapter.control import Control
 from ..adapter.layer import adapter_layers
 from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import create_pretrained, verify
-from ..errors import AdapterError, BNAdapterError, ConfigError
+from ..errors import AdapterError, BNAdapterError, ConfigError, check_choice
 from ..lean import Report, lean_, plain_
-from ..settings import CUSTOM, hub_id
+from ..settings import CUSTOM, LEAN, hub_id
 from ..sharing.card import write_card
+from ..sharing.contents import read_tensors
 from ..sharing.folder import check_files, check_header, read_config, written_whole
 from ..sharing.hub import cached_commit, fetch, fetch_base, push_folder
 
@@ -87,13 +88,21 @@ class BNOnlyPeftModel(PeftModel):
         return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted) - replaced
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, *args: Any, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Write adapter_config.json and adapter_model.safetensors, each whole or not at all.
+
+        Every frozen value is compared with the fingerprint written when the network was wrapped.
 
         Args: as in `peft.PeftModel.save_pretrained`.
 
         Raises:
+            AdapterError: the network has changed since it was wrapped, so that loading would give another one.
             ConfigError: ``safe_serialization=False`` asks for a pickle.
             NoSpaceError: the disk is full; an adapter that was there before is untouched.
         """
@@ -102,11 +111,14 @@ class BNOnlyPeftModel(PeftModel):
         if not self.peft_config:
             seen, do = "all adapters were deleted", "model.add_adapter(name, config) first"
             raise AdapterError("There is no adapter to save.", seen=seen, do=do)
+        for name in self.peft_config if selected_adapters is None else selected_adapters:
+            if name in self.peft_config:  # PEFT refuses the others
+                self.base_model.check_unchanged(name)
         kwargs.setdefault("save_embedding_layers", False)  # "auto" would ask the Hub for the base
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         with written_whole(target) as scratch:
-            super().save_pretrained(str(scratch), True, *args, **kwargs)
+            super().save_pretrained(str(scratch), True, selected_adapters, *args, **kwargs)
 
     def set_lean(self, level: str | None, input_size: tuple[int, ...] | None = None) -> Report | None:
         """Turn lean training on or off, see `bn_affine_adapters.lean.lean_`; return what it saves.
@@ -118,6 +130,7 @@ class BNOnlyPeftModel(PeftModel):
         Raises:
             ConfigError: there is no such level.
         """
+        check_choice("lean", level, LEAN)
         plain_(self.get_base_model())
         self.base_model.lean = None
         if level is not None:
@@ -200,6 +213,7 @@ class BNOnlyPeftModel(PeftModel):
             _check_same(config, self.peft_config[adapter_name], adapter_name)
         choose_layers(self.get_base_model(), config)
         check_header(folder, self.get_base_model(), config)
+        read_tensors(folder, config)
         try:
             return super().load_adapter(str(folder), adapter_name, *args, **kwargs)
         except Exception:
@@ -215,7 +229,7 @@ def _pin_base(config: BNOnlyConfig, network: nn.Module) -> None:
     if commit is None:
         return
     pinned = deepcopy(config)
-    pinned.base_model_name_or_path, pinned.revision = repo, commit
+    pinned.base_model_name_or_path, pinned.revision, pinned.verify = repo, commit, "full"
     try:
         file = fetch_base(pinned, local_files_only=True)
         verify(create_pretrained(str(config.architecture), config.model_args, file), pinned)

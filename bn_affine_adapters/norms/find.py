@@ -15,6 +15,7 @@ from ..errors import MissingModuleError, NoNormLayerError, nearest_name
 from . import COPIES
 
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # timm's methods, which put convolutions for norm layers
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 # timm's norm layers that are not subclasses of torch's. They are looked up by name, because not every version of timm
@@ -63,13 +64,18 @@ def is_norm(module: nn.Module) -> bool:
     return any(affine(module)) or module._buffers.get("running_mean") is not None
 
 
+def without_wrappers(name: str) -> str:
+    """Return a name without the parts that torch.compile, FSDP or recomputation put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def canonical(name: str) -> str:
     """Return a parameter's or module's name in the plain network, without what wrappers put around it.
 
     >>> canonical("module.base_model.model.layer1._orig_mod.0.conv1.weight")
     'layer1.0.conv1.weight'
     """
-    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    name = without_wrappers(name)
     while (rest := name.removeprefix("module.").removeprefix("base_model.model.")) != name:
         name = rest
     return name

@@ -7,12 +7,12 @@ no library version, instruction set or thread count can change it.
 import hashlib
 from functools import cache
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_choice
 
 SCHEME = "bnaffine-init-v1"
 CHUNK = 1 << 20  # values a SHAKE stream holds
@@ -80,7 +80,11 @@ def fill(out: NDArray[np.float32], seed: int, name: str, distribution: Distribut
         name: the parameter's canonical name.
         distribution: which table turns codes into numbers.
         scale: rounded to binary32, then multiplied.
+
+    Raises:
+        ConfigError: there is no such distribution.
     """
+    check_choice("distribution", distribution, get_args(Distribution))
     values = table(distribution) * np.float32(scale)
     for chunk, start in enumerate(range(0, out.size, CHUNK)):
         stream = codes(seed, name, chunk, min(CHUNK, out.size - start))

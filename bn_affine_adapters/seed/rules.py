@@ -47,7 +47,12 @@ def fan_in(weight: torch.Tensor) -> int:
 
 
 def weight_rule(weight: torch.Tensor, weight_init: str) -> Rule:
-    """Return the rule of a convolution's or linear layer's weight."""
+    """Return the rule of a convolution's or linear layer's weight.
+
+    Raises:
+        ConfigError: ``weight_init`` is none of WEIGHT_INITS.
+    """
+    check_choice("weight_init", weight_init, WEIGHT_INITS)
     match weight_init:
         case "kaiming_normal":
             return Rule("normal", math.sqrt(GAIN2 / fan_in(weight)))
@@ -62,6 +67,7 @@ def weight_rule(weight: torch.Tensor, weight_init: str) -> Rule:
 def rule_for(owner: nn.Module, attribute: str, weight_init: str, norm_init: str) -> Rule | None:
     """Return the rule of a parameter, or None if only a constant set by its constructor can be its rule."""
     if is_norm(owner):
+        check_choice("norm_init", norm_init, NORM_INITS)
         gamma, beta = affine(owner)
         if attribute == gamma:
             return _GAMMA_RULES.get(norm_init, Rule("constant", 1.0))

@@ -60,7 +60,7 @@ def write_card(
     if not write_readme:
         return
     _write_eval_results(output, scores(lines))
-    config, tensors = read_settings(folder), read_tensors(folder)
+    tensors = read_tensors(folder, config := read_settings(folder))
     names = parts(config, tensors)["gamma"]
     figure = write_figure(output, {name: tensors[name].values for name in names if tensors[name].values.size})
     text = render(repo_id, config, tensors, lines, figure=figure, license=license, tags=tags, datasets=datasets)

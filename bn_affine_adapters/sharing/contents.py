@@ -10,7 +10,9 @@ from safetensors import deserialize
 
 from ..errors import AdapterTensorError
 from ..norms import COPIES
+from ..seed.digest import tensors_digest
 from ..settings import SAFETENSORS_WEIGHTS_NAME, Settings, bare
+from .folder import DTYPES
 
 NEAR_ZERO = 0.01  # |gamma| below which a feature counts as disabled, as in the paper
 _KINDS = {"gamma": ("weight", "alpha"), "beta": ("bias", "beta")}  # as norm layers name them: see `norms.find.affine`
@@ -35,18 +37,35 @@ def _stored(entry: dict[str, Any]) -> Stored:
     return Stored(values.reshape(entry["shape"]), len(data))
 
 
-def read_tensors(folder: Path) -> dict[str, Stored]:
+def read_tensors(folder: Path, config: Settings | None = None) -> dict[str, Stored]:
     """Return an adapter's tensors by name in the network; their number and size were bounded by `check_files`.
 
+    Args:
+        folder: of the adapter.
+        config: that it was saved with, to check that both files are of one adapter.
+
     Raises:
-        AdapterTensorError: a value is not finite.
+        AdapterTensorError: a value is not finite, or the tensors are not those that the configuration was saved with.
     """
-    content = deserialize((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes())
-    tensors = {bare(name): _stored(entry) for name, entry in content}
+    entries = {bare(name): entry for name, entry in deserialize((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes())}
+    tensors = {name: _stored(entry) for name, entry in entries.items()}
     if strange := [name for name, tensor in tensors.items() if not np.isfinite(tensor.values).all()]:
         what, do = "The adapter has values that are not finite.", "download it again, or train it again"
         raise AdapterTensorError(what, seen=f"{len(strange)} tensors, the first is {strange[0][:200]}", do=do)
+    if config is not None and config.tensors_digest is not None:  # format 1 has none
+        _check_digest(folder, entries, config.tensors_digest)
     return tensors
+
+
+def _check_digest(folder: Path, entries: Mapping[str, Mapping[str, Any]], digest: str) -> None:
+    found = tensors_digest((n, DTYPES[e["dtype"]], e["shape"], e["data"]) for n, e in entries.items())
+    if found != digest:
+        raise AdapterTensorError(
+            f"The tensors in {folder} are not those that its configuration was saved with.",
+            seen=f"sha256 {found[:16]}...; the configuration says {digest[:16]}...",
+            do="save or download both files again; tensors that you changed go through "
+            "peft.set_peft_model_state_dict(model, tensors) and model.save_pretrained(folder)",
+        )
 
 
 def parts(config: Settings, names: Iterable[str]) -> dict[str, list[str]]:
@@ -108,7 +127,8 @@ def compare(
 ) -> tuple[dict[str, list[Any]], dict[str, dict[str, str | float]]]:
     """Return the settings that differ, and by layer and tensor the largest difference, or what differs, in words."""
     before, after = ours.to_dict(), theirs.to_dict()
-    settings = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
+    # The digest of the tensors differs where these do, which are compared below.
+    settings = {k: [before[k], after[k]] for k in before if before[k] != after[k] and k != "tensors_digest"}
     layers: dict[str, dict[str, str | float]] = {}
     for name in [*tensors, *(others.keys() - tensors.keys())]:
         layer, _, tensor = name.partition(f".{COPIES}.")

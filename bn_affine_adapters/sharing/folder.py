@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_BYTES = 8_000_000  # of a configuration, and of the header (names and shapes) of a safetensors file
 MAX_LISTS = 100_000  # opening brackets in a configuration's text, those in label names included
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I64": "int64"}  # torch's names
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I64": "int64"}  # torch's names
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
@@ -154,13 +154,13 @@ def read_header(folder: Path) -> "dict[str, torch.Tensor]":
     import torch
 
     return {
-        name: torch.empty(entry.shape, dtype=getattr(torch, _DTYPES[entry.dtype]), device="meta")
+        name: torch.empty(entry.shape, dtype=getattr(torch, DTYPES[entry.dtype]), device="meta")
         for name, entry in read_entries(folder).items()
     }
 
 
 def _check_entries(entries: Mapping[str, Entry]) -> None:
-    strange = [f"{name[:200]} is {dtype}" for name, (_, dtype) in entries.items() if dtype not in _DTYPES]
+    strange = [f"{name[:200]} is {dtype}" for name, (_, dtype) in entries.items() if dtype not in DTYPES]
     # Sizes whose product overflows 64 bits are possible in a file if another size is zero.
     huge = {name: shape for name, (shape, _) in entries.items() if math.prod(size or 1 for size in shape) > 2**40}
     strange += [f"{name[:200]} has shape {shape[:9]}" for name, shape in huge.items()]
@@ -168,7 +168,7 @@ def _check_entries(entries: Mapping[str, Entry]) -> None:
         raise AdapterTensorError(
             "The adapter holds tensors of a type or shape that no adapter has.",
             seen="; ".join(strange[:3]),
-            do=f"save them as one of {', '.join(_DTYPES)}",
+            do=f"save them as one of {', '.join(DTYPES)}",
         )
 
 
@@ -244,6 +244,12 @@ def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
         raise ConfigError(
             f"{folder} does not say which network it belongs to.",
             seen=f"architecture={config.architecture!r}, backbone_fingerprint={config.backbone_fingerprint!r}",
+            do="save the adapter again with model.save_pretrained",
+        )
+    if config.format_version >= 2 and None in (config.traits_fingerprint, config.traits_digests, config.tensors_digest):
+        raise ConfigError(
+            f"{folder} lacks a digest that every adapter of its format has.",
+            seen=f"format_version={config.format_version}, tensors_digest={config.tensors_digest!r}",
             do="save the adapter again with model.save_pretrained",
         )
     return config

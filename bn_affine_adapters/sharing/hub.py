@@ -49,6 +49,7 @@ from ..settings import (
     hub_id,
 )
 from .card import CARD_NAME, write_card
+from .contents import read_tensors
 from .figure import FIGURE_NAME
 from .folder import COMMIT, MAX_BYTES, check_files, missing_file, read_settings
 from .handwritten import joined, sealed_again
@@ -191,7 +192,7 @@ def push_folder(
     """
     folder = Path(folder)
     check_files(folder)
-    config = read_settings(folder)
+    read_tensors(folder, config := read_settings(folder))
     if revision and COMMIT.fullmatch(revision):
         raise ConfigError("A push goes to a branch, not to a commit.", seen=f"revision={revision}", do="name a branch")
     if "/" in repo_id and not HUB_ID.fullmatch(repo_id):

@@ -17,7 +17,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import check_choice
 from .options import AdapterOptions
+from .recipe import CHOICES
 from .scripts import accuracy_text, data_options, load_adapter, run_script
 from .scripts import read_options as read
 from .tables import text_table
@@ -32,7 +34,9 @@ class Options(AdapterOptions):
 
 def read_options(arguments: list[str]) -> Options:
     """Merge the adapter's own data configuration with the key=value arguments."""
-    return read(arguments, Options, "bn-adapters validate", __doc__, data_options)
+    options = read(arguments, Options, "bn-adapters validate", __doc__, data_options)
+    check_choice("precision", options.precision, CHOICES["precision"])
+    return options
 
 
 def run(options: Options) -> dict[str, Any]:

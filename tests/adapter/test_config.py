@@ -40,6 +40,9 @@ FULL = dict(
     backbone_digests="12345678" * 3,
     frozen_fingerprint="ef" * 32,
     layout_hash="01" * 32,
+    traits_fingerprint="23" * 32,
+    traits_digests="4567" * 3,
+    tensors_digest="89" * 32,
     versions={"torch": "2.15.0", "timm": "1.0.31"},
 )
 CONFIGS = {
@@ -65,7 +68,7 @@ def test_the_defaults_are_the_issues():
     assert (config.train_gamma, config.train_beta, config.train_head) == (True, True, False)
     assert (config.running_statistics, config.verify) == ("update", "full")
     assert (config.norm_layers, config.extra_trainable_modules, config.model_args) == (None, [], {})
-    assert (config.peft_type, config.format_version, config.init_scheme) == ("BN_ONLY", 1, "bnaffine-init-v1")
+    assert (config.peft_type, config.format_version, config.init_scheme) == ("BN_ONLY", 2, "bnaffine-init-v1")
     assert BNOnlyConfig(seed=0).norm_init == "uniform"
     assert BNOnlyConfig(seed=0, norm_init="ones").norm_init == "ones"
 
@@ -210,6 +213,9 @@ BAD = {
     "backbone_digests": [5, b"ab", ["ab"]],
     "frozen_fingerprint": [5, b"ab", ["ab"]],
     "layout_hash": [5, b"ab", ["ab"]],
+    "traits_fingerprint": [5, b"ab", ["ab"]],
+    "traits_digests": [5, b"ab", ["ab"]],
+    "tensors_digest": [5, b"ab", ["ab"]],
     "versions": [None, [], "2.15", {"torch": object()}],
     "verify": ["none", None, True, "FULL"],
     "lean": ["smaller", True, "", 1],
@@ -218,7 +224,7 @@ BAD = {
 
 def test_bad_values_are_tried_for_every_field():
     assert set(BAD) == OURS
-    assert sum(map(len, BAD.values())) == 100
+    assert sum(map(len, BAD.values())) == 109
 
 
 @pytest.mark.parametrize(

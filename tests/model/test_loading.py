@@ -38,7 +38,7 @@ from bn_affine_adapters.errors import (
 from bn_affine_adapters.norms.find import norm_layers
 from bn_affine_adapters.seed import draws
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error", "ignore:This adapter belongs to weights")
 NAME = "test_resnet"
 FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
 
@@ -437,7 +437,7 @@ def test_a_broken_folder_is_refused(fault, folder, refused):
 # What every door refuses, and how much of it: test_trust. Here is what the error says, and that nothing changes.
 
 CONFIG_FAULTS = {
-    "newer-format": ({"format_version": 2, "wings": True}, FormatVersionError, ["format_version 2", "pip install -U"]),
+    "newer-format": ({"format_version": 3, "wings": True}, FormatVersionError, ["format_version 3", "pip install -U"]),
     "unknown-key": ({"train_gama": True}, UnknownKeyError, ["'train_gama'", "'train_gamma'"]),
     "other-method": ({"peft_type": "LN_TUNING"}, AdapterFileError, ["'LN_TUNING'"]),
     "no-method": ({"peft_type": None}, AdapterFileError, ["peft_type=None"]),
