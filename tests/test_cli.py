@@ -18,7 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters.adapter.tensors import digest_of
 from bn_affine_adapters.cli import main
+from bn_affine_adapters.settings import CONFIG_NAME, bare
 from bn_affine_adapters.sharing.contents import read_tensors
 from bn_affine_adapters.training.recipe import CONFIGS, config_files, find_config
 from bn_affine_adapters.training.sweeps import read_sweep
@@ -58,6 +60,9 @@ def change(folder, name_part="running_mean"):
     name = next(name for name in tensors if name_part in name)
     tensors[name] = tensors[name] + 0.5
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["tensors_digest"] = digest_of({bare(key): tensor for key, tensor in tensors.items()})
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
     return name
 
 
@@ -392,7 +397,9 @@ def test_train_with_a_wrong_recipe_exits_with_2(run, here):
 
 LIGHT = """
 import json, sys, time
+from bn_affine_adapters.adapter.tensors import digest_of
 from bn_affine_adapters.cli import main
+from bn_affine_adapters.settings import CONFIG_NAME, bare
 for words in json.loads(sys.argv[1]):
     try:
         main(words, prog_name="bn-adapters", standalone_mode=False)

@@ -60,10 +60,14 @@ def write_card(
     if not write_readme:
         return
     _write_eval_results(output, scores(lines))
+    _write_readme(folder, output, repo_id, lines, license=license, tags=tags, datasets=datasets)
+
+
+def _write_readme(folder: Path, output: Path, repo_id: str, lines: list[dict[str, Any]], **about: Any) -> None:
     tensors = read_tensors(folder, config := read_settings(folder))
     names = parts(config, tensors)["gamma"]
     figure = write_figure(output, {name: tensors[name].values for name in names if tensors[name].values.size})
-    text = render(repo_id, config, tensors, lines, figure=figure, license=license, tags=tags, datasets=datasets)
+    text = render(repo_id, config, tensors, lines, figure=figure, **about)
     file = output / CARD_NAME
     if file.exists():
         text = updated(file.read_text(encoding="utf-8"), text, drawn=config.seed is not None)

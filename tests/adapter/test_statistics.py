@@ -131,7 +131,7 @@ def averaged(model):
     """The statistics that update_bn has to leave: means over the batches, computed without it on a copy."""
     copy = deepcopy(model).train()
     for layer in adapter_layers(copy):
-        for norm in layer.bn_only_layers["default"].modules():
+        for norm in layer.bn_only_layers["default"].modules() if "default" in layer.bn_only_layers else ():
             if isinstance(norm, nn.BatchNorm2d) and norm.training:
                 norm.reset_running_stats()
                 norm.momentum = None

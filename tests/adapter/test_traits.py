@@ -264,7 +264,7 @@ def test_an_adapter_of_format_1_is_saved_in_the_newest(own):
     edit(folder, format_version=1, tensors_digest=None, traits_fingerprint=None, traits_digests=None)
     other = Own(eps=1e-3)
     other.load_state_dict(base.state_dict())
-    load_bn_only_model(folder, other)  # as ever: format 1 does not know settings
+    load_bn_only_model(folder, copy.deepcopy(other))  # as ever: format 1 does not know settings
     load_bn_only_model(folder, copy.deepcopy(base)).save_pretrained(folder)
     assert read_config(folder).format_version == FORMAT_VERSION
     assert torch.equal(load_bn_only_model(folder, copy.deepcopy(base))(IMAGES), answer)

@@ -91,7 +91,8 @@ def test_every_literal_of_the_public_functions_is_tried():
     found = set()
     for name in package.__all__:
         target = getattr(package, name)
-        hints = target.__annotations__ if hasattr(target, "__annotations__") else {}
+        classes = target.__mro__ if isinstance(target, type) else [target]
+        hints = {key: hint for each in classes for key, hint in getattr(each, "__annotations__", {}).items()}
         for key, hint in hints.items():
             if Literal in (get_origin(part) for part in (hint, *get_args(hint))):
                 found.add(f"{name}({key})")

@@ -137,7 +137,7 @@ def test_each_image_comes_with_its_classes_or_its_error(photo, tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"crop_mode": "centre"}, {"interpolation": "random"}, {"crop_pct": 2.5}, {"mean": [0.5]}, {"std": [1, 1, 0]},
+        {"crop_pct": 2.5}, {"mean": [0.5]}, {"std": [1, 1, 0]},
         {"input_size": [2, 32, 32]}, {"input_size": [3, 32]}, {"input_size": [3, 32, 0]}, {"input_size": None},
     ],
 )  # fmt: skip
