@@ -233,20 +233,53 @@ def check_seed(seed: Any) -> None:
 
 _RANDOM = {"uniform_", "normal_", "log_normal_", "cauchy_", "exponential_", "geometric_", "bernoulli_", "random_"}
 _RANDOM_FACTORIES = {"rand", "randn", "rand_like", "randn_like", "normal", "bernoulli"}
+_ARITHMETIC = {"add_", "sub_", "mul_", "div_", "clamp_", "erfinv_"}  # in place: NaN stays NaN
+_COMPARISONS = {"lt", "le", "gt", "ge"}
+_MAX_READS = 10_000  # of single values by one constructor; those of timm read at most a few hundred
 
 
 class _RandomIsNaN(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in _RANDOM and args[0].is_floating_point():
             # One NaN marks the tensor; filling all of it would take time, and it is redrawn anyway.
             if args[0].numel():
-                args[0][(0,) * args[0].dim()].fill_(torch.nan)
+                _first(args[0]).fill_(torch.nan)
             return args[0]
+        if name in _ARITHMETIC and _is_random(args[0]):
+            return args[0]  # as all of it is redrawn: this saves most of the time of building a vision transformer
         out = func(*args, **(kwargs or {}))
         if name == "linalg_qr" and args[0].isnan().any():  # called by orthogonal_; LAPACK may drop a NaN
             return tuple(part.fill_(torch.nan) for part in out)
+        if name in _COMPARISONS and _is_random(args[0]):
+            # As if all values were NaN: torch's trunc_normal_ draws again until no value is out of its bounds.
+            return out.fill_(False)
+        if name == "_local_scalar_dense":
+            self._count_read()
         return out.fill_(torch.nan) if name in _RANDOM_FACTORIES else out
+
+    def _count_read(self) -> None:
+        self.reads += 1
+        if self.reads > _MAX_READS:
+            raise ReinitError(
+                "A constructor waits for random values, but no value is drawn while a network is rebuilt.",
+                seen=f"{_MAX_READS:,} values read, as by a loop that draws again until all values are in bounds",
+                do="give architecture='custom' for a network that then loads only with model=",
+            )
+
+
+def _first(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[(0,) * tensor.dim()]
+
+
+def _is_random(tensor: Any) -> bool:
+    if not isinstance(tensor, torch.Tensor) or tensor.is_meta or not (tensor.is_floating_point() and tensor.numel()):
+        return False
+    return math.isnan(_first(tensor).item())
 
 
 @contextmanager
