@@ -136,8 +136,10 @@ def infer_args(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_channels(model: nn.Module) -> int | None:
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
-    return getattr(dict(model.named_modules()).get(name), "in_channels", None) if isinstance(name, str) else None
+    """Return the channels that the first convolution takes, or the network's own number if timm names none."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    first = dict(model.named_modules()).get(names if isinstance(names, str) else next(iter(names), ""))
+    return getattr(first, "in_channels", getattr(model, "in_chans", None))
 
 
 def _image_channels(model: nn.Module, args: dict[str, Any], usual: int) -> int | None:

@@ -33,10 +33,11 @@ _TABLE = re.compile(
 
 
 class Rule(NamedTuple):
-    """How one tensor is drawn: a distribution with its scale, an orthogonal matrix, or a constant."""
+    """How one tensor is drawn: a distribution with its scale, an orthogonal matrix, rotations, or a constant."""
 
-    kind: str  # a draws.Distribution, "orthogonal" or "constant"
-    scale: float = 1.0
+    kind: str  # a draws.Distribution, "orthogonal", "rotations" or "constant"
+    scale: float = 1.0  # of rotations: the temperature
+    shift: float = 0.0  # added after scaling
 
 
 _GAMMA_RULES = {"uniform": Rule("unit"), "symmetric": Rule("uniform")}  # U(0, 1), the paper's; U(-1, 1)
@@ -77,6 +78,29 @@ def rule_for(owner: nn.Module, attribute: str, weight_init: str, norm_init: str)
         return None
     if isinstance(owner, nn.Embedding) or _TABLE.fullmatch(attribute):
         return Rule("normal", TABLE_SCALE)
+    return _rule_by_class(owner, attribute, weight_init)
+
+
+def _rule_by_class(owner: Any, attribute: str, weight_init: str) -> Rule | None:
+    """Return the rule of a parameter that only one class of torch or timm has: as its constructor draws it."""
+    if isinstance(owner, nn.RNNBase):
+        return Rule("uniform", math.sqrt(1 / owner.hidden_size))
+    if not type(owner).__module__.startswith("timm."):
+        return None
+    match type(owner).__name__, attribute:
+        case "CondConv2d", "weight" if weight_init != "orthogonal":
+            return weight_rule(torch.empty(owner.weight_shape, device="meta"), weight_init)
+        case "CondConv2d", "bias":
+            return Rule("uniform", math.sqrt(1 / math.prod(owner.weight_shape[1:])))
+        case "RotaryEmbeddingMixed", "freqs":
+            return Rule("rotations", owner.temperature)
+        case "DiffAttention" | "DiffParallelScalingBlock", "lambda_q1" | "lambda_k1" | "lambda_q2" | "lambda_k2":
+            return Rule("normal", 0.1)
+        case "HSMSSD", "A":
+            low, high = owner.a_init_range
+            return Rule("unit", high - low, low)
+        case "EfficientAdditiveAttention", "w_g":
+            return Rule("normal")
     return None
 
 
@@ -90,8 +114,12 @@ def draw_into_(tensor: torch.Tensor, rule: Rule, seed: int, name: str) -> None:
     elif rule.kind == "orthogonal":
         draws.fill(out.reshape(-1), seed, name, "normal")
         out[...] = _orthogonal(out)
+    elif rule.kind == "rotations":
+        draws.rotations(out, seed, name, rule.scale)
     else:
         draws.fill(out.reshape(-1), seed, name, rule.kind, rule.scale)  # type: ignore[arg-type]  # a Distribution
+        if rule.shift:
+            out += np.float32(rule.shift)
     if not in_place:
         tensor.copy_(target)
 
