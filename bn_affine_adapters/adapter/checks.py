@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError
 from ..norms.find import COPIES, head_layers, is_norm, named_layers, norm_layers, plain_modules
+from ..norms.scales import layer_scales
 from ..seed.rules import draw_norm_
 from .config import BNOnlyConfig
 from .control import is_conv
@@ -44,9 +45,13 @@ def infer(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) ->
     if first is not None:
         config.architecture = config.architecture or first.architecture
         config.model_args = {**first.model_args, **config.model_args}
+        config.layer_scale = config.layer_scale or first.layer_scale
+        if config.layer_scale == first.layer_scale and config.layer_scales is None:
+            config.layer_scales = first.layer_scales
     else:
         config.architecture = config.architecture or infer_architecture(model)
         config.model_args = infer_args(model, config.model_args)
+        config.layer_scale = config.layer_scale or ("constructor" if config.seed is None else "one")
     if config.data_config is None and getattr(model, "pretrained_cfg", None):
         data = timm.data.resolve_model_data_config(model)
         channels = config.model_args.get("in_chans", data["input_size"][0])
@@ -69,6 +74,7 @@ def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
     _choose_head(model, config)
     named_layers(model, config.whole_modules, "head or extra_trainable_modules")
     _choose_norms(model, config)
+    _choose_scales(model, config)
     _choose_convolutions(model, config)
     if not config.target_modules:
         raise ConfigError("Nothing is adapted.", seen="norm_layers=[] and no head", do="leave norm_layers out for all")
@@ -113,6 +119,19 @@ def _choose_norms(model: nn.Module, config: BNOnlyConfig) -> None:
         )
 
 
+def _choose_scales(model: nn.Module, config: BNOnlyConfig) -> None:
+    found = layer_scales(model)
+    if config.layer_scales is None:
+        whole = set(config.whole_modules)
+        config.layer_scales = [] if config.layer_scale == "constructor" else [n for n in found if not holder(n, whole)]
+    if strange := [name for name in config.layer_scales if name not in found]:
+        seen, do = strange[0][:200], "leave layer_scales out for all of them"
+        raise ConfigError("layer_scales names a parameter that is not a layer scale.", seen=seen, do=do)
+    if config.layer_scale == "train" and not config.layer_scales:
+        do = 'layer_scale="constructor", or a network with layer scales, e.g. convnext_atto'
+        raise ConfigError(f"{type(model).__name__} has no layer scale to train.", seen="layer_scale='train'", do=do)
+
+
 def _choose_convolutions(model: nn.Module, config: BNOnlyConfig) -> None:
     others = {*config.whole_modules, *(config.head_layers or ())}
     if config.control and config.control_layers is None:
@@ -135,7 +154,9 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
         AdapterError: it belongs to other frozen weights, or an adapter is merged.
         ConfigError: it belongs to another architecture, or has its own number of classes and no head.
     """
-    mine, theirs = ((c.seed, c.weight_init if c.seed is not None else None, c.init_scheme) for c in (config, first))
+    mine, theirs = (
+        (c.seed, c.weight_init if c.seed is not None else None, c.init_scheme, c.ones) for c in (config, first)
+    )
     if mine != theirs:
         raise AdapterError(
             "Adapters on one network share its frozen weights, and this one was made for others.",

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..errors import AdapterError
-from ..norms.find import COPIES, affine, is_norm
+from ..norms.find import COPIES, Scale, affine, is_norm
 from ..seed.rules import Rule, draw_into_, rule_for
 from .config import BNOnlyConfig
 from .control import Control
@@ -18,7 +18,7 @@ from .control import Control
 
 def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:
     """Return which parameters an adapter's configuration trains of a module (copy or base layer) of canonical name."""
-    if name in config.whole_modules or isinstance(module, Control):
+    if name in config.whole_modules or isinstance(module, Control | Scale):
         return [key for key, _ in module.named_parameters()]
     gamma, beta = affine(module)
     return [key for key, on in ((gamma, config.train_gamma), (beta, config.train_beta)) if key and on]

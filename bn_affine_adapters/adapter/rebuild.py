@@ -22,7 +22,7 @@ from ..errors import (
     UnknownArchitectureError,
     nearest_name,
 )
-from ..norms.find import STATISTICS, affine, is_norm, plain_modules, plain_tensors
+from ..norms.find import STATISTICS, Scale, affine, is_norm, plain_modules, plain_tensors
 from ..seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
 from ..seed.rules import constants_only, draw_into_, parameter_rules
 from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
@@ -160,6 +160,10 @@ def _traits(model: nn.Module) -> dict[str, Any]:
     traits: dict[str, Any] = {}
     for name, module in plain_modules(model):
         where = name or "the network"
+        if isinstance(module, Scale):  # stands for a parameter of the module that it lies in
+            where, _, parameter_name = f".{name.removesuffix(Scale.SUFFIX)}".rpartition(".")
+            traits[f"{where[1:] or 'the network'}: shape of {parameter_name}"] = tuple(module.weight.shape)
+            continue
         # A network with synchronised batch statistics is the same network.
         kind = type(module).__qualname__.replace("SyncBatchNormAct", "BatchNormAct2d")
         traits[f"{where}: class"] = kind.replace("SyncBatchNorm", "BatchNorm2d")
@@ -222,9 +226,9 @@ def frozen_tensors(model: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, to
     backbone: dict[str, torch.Tensor] = {}
     rest: dict[str, torch.Tensor] = {}
     extra, heads = set(config.extra_trainable_modules), set(config.head_layers or ())
-    norms = set(config.norm_layers or ())
+    norms, scales = set(config.norm_layers or ()), set(config.trained_scales)
     for name, owner, attribute, tensor in plain_tensors(model):
-        if holder(name, extra):
+        if holder(name, extra) or name in scales:
             continue
         if holder(name, heads):
             if not config.train_head:

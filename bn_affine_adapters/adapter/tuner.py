@@ -11,6 +11,7 @@ from torch import nn
 
 from ..lean import Report, lean_, plain_
 from ..norms.find import COPIES, is_norm
+from ..norms.scales import scales_as_modules_, scales_as_parameters_
 from ..seed.rules import check_memory, draw_into_, draw_norm_, reinit_, rule_for
 from .checks import (
     TUNER_PREFIX,
@@ -71,9 +72,11 @@ class BNOnlyTuner(BaseTuner):
                 config.seed,
                 weight_init=config.weight_init,
                 norm_init=config.norm_init or "uniform",
+                ones=config.ones,
                 reference=None if config.architecture == CUSTOM else lambda: build(config),
             )
         (write_fingerprints if fresh else verify)(model, config)
+        scales_as_modules_(model, config.trained_scales)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.train(training)
         level = config.lean or (self.lean.level if self.lean else None)
@@ -201,6 +204,7 @@ def unwrap_(model: nn.Module) -> nn.Module:
         if isinstance(layer, BNOnlyLayer):
             base = layer.base_layer
             model.set_submodule(name, base.plain() if isinstance(base, Control) else base)
+    scales_as_parameters_(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.train(model.training)

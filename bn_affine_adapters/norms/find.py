@@ -49,6 +49,17 @@ class Affine(NamedTuple):
     beta: str | None
 
 
+class Scale(nn.Module):
+    """Holds the parameter NAME of the module that it lies in, under the name NAME_scale: see `scales`."""
+
+    SUFFIX = "_scale"
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """Hold a parameter."""
+        super().__init__()
+        self.weight = weight
+
+
 def affine(module: nn.Module) -> Affine:
     """Return the attribute names of a norm layer's gamma and beta: ("weight", "bias") almost everywhere."""
     names = ("alpha", "beta") if "alpha" in module._parameters else ("weight", "bias")
@@ -101,7 +112,8 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]
         for attribute, tensor in [*module._parameters.items(), *buffers.items()]:
             if tensor is None:
                 continue
-            entry = (f"{name}.{attribute}" if name else attribute, module, attribute, tensor)
+            full = name.removesuffix(Scale.SUFFIX) if isinstance(module, Scale) else f"{name}.{attribute}"
+            entry = (full.removeprefix("."), module, attribute, tensor)
             other = entries.get(id(tensor))
             if other is None or entry[0].encode() < other[0].encode():
                 entries[id(tensor)] = entry

@@ -6,7 +6,7 @@ table. Any other tensor keeps its constant if its constructor fills it with one,
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from ..norms.find import STATISTICS, affine, is_norm, plain_tensors
 from . import draws
 
 WEIGHT_INITS = ("kaiming_normal", "kaiming_uniform", "binary", "orthogonal")
+LAYER_SCALES = ("constructor", "one", "train")
 NORM_INITS = ("uniform", "ones", "symmetric", "ones_beta_one", "keep")
 GAIN2 = 2.0  # the squared gain of ReLU
 TABLE_SCALE = 0.02
@@ -134,7 +135,12 @@ def _orthogonal(normal: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def parameter_rules(
-    model: nn.Module, *, weight_init: str, norm_init: str, reference: Callable[[], nn.Module] | None = None
+    model: nn.Module,
+    *,
+    weight_init: str,
+    norm_init: str,
+    ones: Collection[str] = (),
+    reference: Callable[[], nn.Module] | None = None,
 ) -> Iterator[tuple[str, nn.Parameter, Rule]]:
     """Yield (canonical name, parameter, its rule) for every parameter that `reinit_` redraws. Args: as there.
 
@@ -149,7 +155,7 @@ def parameter_rules(
         _check(name, owner, tensor, taken)
         if norm_init == "keep" and is_norm(owner) and attribute in affine(owner):
             continue
-        rule = rule_for(owner, attribute, weight_init, norm_init)
+        rule = Rule("constant", 1.0) if name in ones else rule_for(owner, attribute, weight_init, norm_init)
         if rule is None:
             if constants is None:
                 constants = {n: t for n, _, _, t in plain_tensors(reference() if reference else model)}
@@ -205,6 +211,7 @@ def reinit_(
     *,
     weight_init: str = "kaiming_normal",
     norm_init: str = "uniform",
+    ones: Collection[str] = (),
     reference: Callable[[], nn.Module] | None = None,
 ) -> nn.Module:
     """Redraw a network from a seed in place and reset its running statistics; return it.
@@ -217,6 +224,7 @@ def reinit_(
         seed: 0 <= seed < 2^64.
         weight_init: one of WEIGHT_INITS; "orthogonal" is not portable between machines.
         norm_init: one of NORM_INITS; "keep" leaves gamma and beta as they are.
+        ones: names of parameters that become 1 whatever their rule, e.g. `norms.scales.layer_scales(model)`.
         reference: builds the network under `constants_only`, if a constant has to be read; default ``model``.
 
     Raises:
@@ -232,7 +240,8 @@ def reinit_(
     check_choice("weight_init", weight_init, WEIGHT_INITS)
     check_choice("norm_init", norm_init, NORM_INITS)
     # All rules first: a network that cannot be redrawn is not changed.
-    rules = list(parameter_rules(model, weight_init=weight_init, norm_init=norm_init, reference=reference))
+    drawn: dict[str, Any] = {"weight_init": weight_init, "norm_init": norm_init, "ones": set(ones)}
+    rules = list(parameter_rules(model, **drawn, reference=reference))
     for name, tensor, rule in rules:
         draw_into_(tensor, rule, seed, name)
     for _, owner, attribute, tensor in plain_tensors(model):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ..adapter.config import BNOnlyConfig
 from ..adapter.tensors import bare
 from ..errors import AdapterTensorError
-from ..norms.find import COPIES
+from ..norms.find import COPIES, Scale
 
 NEAR_ZERO = 0.01  # |gamma| below which a feature counts as disabled, as in the paper
 _KINDS = {"gamma": ("weight", "alpha"), "beta": ("bias", "beta")}  # as norm layers name them: see `norms.find.affine`
@@ -34,8 +34,9 @@ def parts(config: BNOnlyConfig, names: Iterable[str]) -> dict[str, list[str]]:
     """Sort an adapter's tensors into "gamma", "beta", "running statistics", "head", "control" and "other modules"."""
     norms = set(config.norm_layers or ())
     others = dict.fromkeys(config.head_layers or (), "head") | dict.fromkeys(config.control_layers or (), "control")
-    by_part: dict[str, list[str]] = {part: [] for part in (*_KINDS, "running statistics", "head", "control")}
-    by_part["other modules"] = []
+    others |= {name + Scale.SUFFIX: "layer scale" for name in config.trained_scales}
+    names_of_parts = (*_KINDS, "running statistics", "head", "layer scale", "control", "other modules")
+    by_part: dict[str, list[str]] = {part: [] for part in names_of_parts}
     for name in names:
         layer, _, key = name.partition(f".{COPIES}.")
         kind = next((part for part, keys in _KINDS.items() if key in keys), "running statistics")

@@ -22,7 +22,7 @@ from ..adapter.layer import drawn
 from ..adapter.limits import MAX_TENSORS
 from ..adapter.tensors import PEFT_PREFIX, bare, check_tensors
 from ..errors import AdapterFileError, AdapterTensorError, ConfigError, NoSpaceError, TooLargeError, disk_is_full
-from ..norms.find import COPIES, named_layers
+from ..norms.find import COPIES, Scale, named_layers, plain_tensors
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -160,7 +160,12 @@ def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
     """
     classes = config.model_args.get("num_classes")
     expected, optional = {}, set()
-    for name, module in named_layers(model, config.target_modules, "the adapter's").items():
+    tensors = {name: tensor for name, _, _, tensor in plain_tensors(model)}
+    scales = {name + Scale.SUFFIX: tensors[name] for name in config.trained_scales}
+    for name, tensor in scales.items():
+        expected[f"{name}.{COPIES}.weight"] = torch.empty_like(tensor, device="meta")
+    modules = [name for name in config.target_modules if name not in scales]
+    for name, module in named_layers(model, modules, "the adapter's").items():
         copy = controlled(module, name, config) if name in (config.control_layers or ()) else module
         for key, tensor in copy.state_dict().items():
             shape = tuple(tensor.shape)

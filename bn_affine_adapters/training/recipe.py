@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from timm.optim import list_optimizers
 
 from ..errors import BNAdapterError, ConfigError, check_choice, check_keys
+from ..seed.rules import LAYER_SCALES
 from .feed import DataOptions
 
 Options = TypeVar("Options")
@@ -49,6 +50,7 @@ class Recipe(DataOptions):
     condition: str = "bn"
     weight_init: str = "kaiming_normal"
     norm_init: str | None = None
+    layer_scale: str = "constructor"  # or "one", "train": the gains of residual branches in ConvNeXt and others
     running_statistics: str = "update"
     # The optimiser
     optimizer: str = "sgd"  # without Nesterov; or one of timm's: adamw, lamb, muon, ...
@@ -88,6 +90,7 @@ RANGES = {
 }  # fmt: skip
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "condition": (*CONDITIONS, *FULL_CONDITIONS),
+    "layer_scale": LAYER_SCALES,
     "schedule": ("multistep", "cosine"),
     "precision": ("no", "bf16", "fp16"),
     "compile": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),

@@ -128,14 +128,16 @@ SMALL_HIERA = {"embed_dim": 24, "stages": [1, 1, 1, 1]}
 )
 def test_a_network_whose_constructor_truncates_normals_loads(name, arguments, tmp_path):
     model = get_bn_only_model(timm.create_model(name, **arguments), BNOnlyConfig(seed=0, model_args=arguments))
+    model.save_pretrained(tmp_path)
     stale = [torch.full((size,), 9.0) for size in range(64, 64_000, 64)]
     del stale  # the constructor gets this memory, whose values are out of bounds
-    assert reload_is_exact(model.eval(), tmp_path, size=224)
+    assert same_state(load_bn_only_model(tmp_path).state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded by timm", "not recorded"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("name", ["resnet18", "tresnet_m", "crossvit_9_240", "csatv2"])
+@pytest.mark.filterwarnings("ignore:CSATv2 is designed")
 def test_the_channels_of_an_image_are_inferred_whatever_the_stem_does_to_them(name, channels, recorded):
     with torch.device("meta"):
         model = timm.create_model(name, in_chans=channels)
