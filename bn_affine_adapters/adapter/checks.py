@@ -6,7 +6,7 @@ import timm.data
 from torch import nn
 
 from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError
-from ..norms.find import COPIES, head_layers, is_norm, named_layers, norm_layers, plain_modules
+from ..norms.find import COPIES, head_layers, is_norm, is_response_norm, named_layers, norm_layers, plain_modules
 from ..norms.scales import layer_scales
 from ..seed.rules import draw_norm_
 from .config import BNOnlyConfig
@@ -108,10 +108,11 @@ def _choose_head(model: nn.Module, config: BNOnlyConfig) -> None:
 def _choose_norms(model: nn.Module, config: BNOnlyConfig) -> None:
     if config.norm_layers is None:
         # A norm layer inside a module that the adapter owns as a whole is part of that module's copy.
-        whole = set(config.whole_modules)
-        config.norm_layers = [name for name in norm_layers(model) if not holder(name, whole)]
+        whole, found = set(config.whole_modules), norm_layers(model)
+        owned = [name for name, module in plain_modules(model) if name in found or is_response_norm(module)]
+        config.norm_layers = [name for name in owned if not holder(name, whole)]
     layers = named_layers(model, config.norm_layers, "norm_layers")
-    if strange := [name for name, module in layers.items() if not is_norm(module)]:
+    if strange := [name for name, module in layers.items() if not (is_norm(module) or is_response_norm(module))]:
         raise ConfigError(
             "norm_layers names a module that is not a norm layer.",
             seen=strange[0],

@@ -22,7 +22,7 @@ from ..errors import (
     UnknownArchitectureError,
     nearest_name,
 )
-from ..norms.find import STATISTICS, Scale, affine, is_norm, plain_modules, plain_tensors
+from ..norms.find import STATISTICS, Scale, affine, is_norm, is_response_norm, plain_modules, plain_tensors
 from ..seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
 from ..seed.rules import constants_only, draw_into_, parameter_rules
 from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
@@ -233,6 +233,8 @@ def frozen_tensors(model: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, to
         if holder(name, heads):
             if not config.train_head:
                 rest[name] = tensor
+        elif is_response_norm(owner) and holder(name, norms):
+            continue
         elif is_norm(owner) and attribute in (*affine(owner), *STATISTICS):
             if not holder(name, norms):
                 rest[name] = tensor

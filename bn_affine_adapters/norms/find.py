@@ -74,6 +74,15 @@ def is_norm(module: nn.Module) -> bool:
     return any(affine(module)) or module._buffers.get("running_mean") is not None
 
 
+def is_response_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a GlobalResponseNorm (ConvNeXt V2).
+
+    An adapter trains it like a norm layer, but it is redrawn as its constructor sets it, gamma and beta 0. Older
+    adapters, saved before it trained, have it among their frozen tensors.
+    """
+    return (type(module).__module__, type(module).__name__) == ("timm.layers.grn", "GlobalResponseNorm")
+
+
 def canonical(name: str) -> str:
     """Return a parameter's or module's name in the plain network, without what wrappers put around it.
 

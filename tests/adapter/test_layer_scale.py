@@ -7,7 +7,7 @@ import pickle
 import pytest
 import timm
 import torch
-from conftest import each_once, images
+from conftest import images
 from peft.utils import CONFIG_NAME
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
@@ -46,8 +46,8 @@ def test_layer_scales_start_as_asked_train_only_if_asked_and_come_back(choice, t
 
 
 FAMILIES = {  # a network, how many layer scales it has
-    "test_convnext2": 4, "edgenext_xx_small": 19, "xcit_nano_12_p16_224": 40, "resmlp_12_224": 24,
-    "caformer_s18": 36, "poolformer_s12": 24, "fastvit_t8": 11, "beit_base_patch16_224": 24, "resnet18": 0,
+    "test_convnext2": 4, "edgenext_xx_small": 15, "xcit_nano_12_p16_224": 40, "resmlp_12_224": 24,
+    "poolformer_s12": 24, "beit_base_patch16_224": 24, "resnet18": 0,
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_each_adapter_trains_layer_scales_of_its_own(train_step):
     first = gains(model)
     model.set_adapter("two")
     assert (gains(model) == torch.tensor(1e-6)).all(), "the second inherits layer_scale, and starts anew"
-    train_step(model)
+    train_step(model, steps=3)
     assert not torch.equal(gains(model), first)
     model.set_adapter("default")
     assert torch.equal(gains(model), first)
@@ -91,12 +91,9 @@ def test_each_adapter_trains_layer_scales_of_its_own(train_step):
         model.add_adapter("three", BNOnlyConfig(seed=0, layer_scale="one"))
 
 
-@each_once(level=["exact", "rounded", "smallest"])
-def test_lean_training_trains_layer_scales(level, train_step):
-    plain, lean = wrapped(layer_scale="train"), wrapped(layer_scale="train", lean=level)
-    train_step(plain), train_step(lean)
-    tolerance = 1e-4 if level == "exact" else 0.05
-    assert torch.allclose(gains(lean), gains(plain), rtol=tolerance, atol=1e-7)
+def test_lean_training_trains_layer_scales(train_step):
+    plain, lean = wrapped(layer_scale="train"), wrapped(layer_scale="train", lean="exact")
+    assert torch.allclose(gains(train_step(lean)), gains(train_step(plain)), rtol=1e-4, atol=1e-7)
 
 
 def test_a_network_is_a_plain_one_again_when_it_is_unloaded(train_step):
