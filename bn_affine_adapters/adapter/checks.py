@@ -48,6 +48,7 @@ def infer(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) ->
         config.layer_scale = config.layer_scale or first.layer_scale
         if config.layer_scale == first.layer_scale and config.layer_scales is None:
             config.layer_scales = first.layer_scales
+        _choose_scales(model, config)  # before `check_agreement` compares them
     else:
         config.architecture = config.architecture or infer_architecture(model)
         config.model_args = infer_args(model, config.model_args)
