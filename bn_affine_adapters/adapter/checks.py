@@ -199,9 +199,9 @@ def check_nesting(model: nn.Module, config: BNOnlyConfig) -> None:
         )
 
 
-def check_frozen_norms(model: nn.Module, config: BNOnlyConfig) -> None:
+def check_frozen_norms(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
     """Raise ConfigError if the norm layers that a further adapter does not own differ from what norm_init draws."""
-    if config.seed is None or config.norm_init in (None, "keep"):
+    if first is None or config.seed is None or config.norm_init in (None, "keep"):
         return
     owned = set(config.target_modules)
     for name, layer in norm_layers(model).items():

@@ -63,8 +63,7 @@ class BNOnlyTuner(BaseTuner):
                 check_rebuild(model, config)
         choose_layers(model, config)
         check_nesting(model, config)
-        if first is not None:
-            check_frozen_norms(model, config)
+        check_frozen_norms(model, config, first)
         # Up to here nothing has changed the network; all checks that need no redrawing have passed.
         if config.seed is not None and first is None:
             reinit_(

@@ -35,13 +35,14 @@ def scales_as_modules_(model: nn.Module, names: Collection[str]) -> None:
 
     A block's parameter ``gamma`` becomes its module ``gamma_scale``; the block still reads it as ``gamma``.
     """
-    owners: dict[int, tuple[nn.Module, list[str]]] = {}
-    for name, owner, attribute, _ in list(plain_tensors(model)):
+    owners: dict[int, tuple[nn.Module, dict[str, nn.Parameter]]] = {}
+    for name, owner, attribute, parameter in list(plain_tensors(model)):
         if name in names and not isinstance(owner, Scale):
-            owners.setdefault(id(owner), (owner, []))[1].append(attribute)
+            owners.setdefault(id(owner), (owner, {}))[1][attribute] = parameter
     for owner, attributes in owners.values():
-        for attribute in attributes:
-            owner.add_module(attribute + Scale.SUFFIX, Scale(owner._parameters.pop(attribute)))
+        for attribute, parameter in attributes.items():
+            del owner._parameters[attribute]
+            owner.add_module(attribute + Scale.SUFFIX, Scale(parameter))
         owner.__class__ = _reading(type(owner), tuple(attributes))  # type: ignore[arg-type]  # a class is hashable
 
 

@@ -224,7 +224,7 @@ def reinit_(
         seed: 0 <= seed < 2^64.
         weight_init: one of WEIGHT_INITS; "orthogonal" is not portable between machines.
         norm_init: one of NORM_INITS; "keep" leaves gamma and beta as they are.
-        ones: names of parameters that become 1 whatever their rule, e.g. `norms.scales.layer_scales(model)`.
+        ones: names of parameters that become 1, e.g. `norms.scales.layer_scales(model)`.
         reference: builds the network under `constants_only`, if a constant has to be read; default ``model``.
 
     Raises:
@@ -240,14 +240,17 @@ def reinit_(
     check_choice("weight_init", weight_init, WEIGHT_INITS)
     check_choice("norm_init", norm_init, NORM_INITS)
     # All rules first: a network that cannot be redrawn is not changed.
-    drawn: dict[str, Any] = {"weight_init": weight_init, "norm_init": norm_init, "ones": set(ones)}
-    rules = list(parameter_rules(model, **drawn, reference=reference))
+    rules = list(parameter_rules(model, weight_init=weight_init, norm_init=norm_init, ones=ones, reference=reference))
     for name, tensor, rule in rules:
         draw_into_(tensor, rule, seed, name)
+    _reset_statistics_(model)
+    return model
+
+
+def _reset_statistics_(model: nn.Module) -> None:
     for _, owner, attribute, tensor in plain_tensors(model):
         if is_norm(owner) and attribute in STATISTICS:
             tensor.fill_(1 if attribute == "running_var" else 0)
-    return model
 
 
 @torch.no_grad()
