@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from .errors import ConfigError, FormatVersionError, check_choice, check_keys
-from .seed.draws import NORM_INITS, SCHEME, WEIGHT_INITS, check_seed
+from .norms import SCALE_SUFFIX
+from .seed.draws import LAYER_SCALES, NORM_INITS, SCHEME, WEIGHT_INITS, check_seed
 
 FORMAT_VERSION = 2
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
@@ -21,6 +22,7 @@ CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"  # a pickle
 PEFT_PREFIX = "base_model.model."
+
 
 CUSTOM = "custom"  # the architecture of a network that timm cannot build: loads only with model=
 
@@ -70,7 +72,9 @@ LIFT = "load_bn_only_model(..., max_parameters=N), or None for no limit, if you 
 # How images are prepared, in timm's words
 CROP_MODES = ("center", "border", "squash")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-NAME_LISTS = ("extra_trainable_modules", "norm_layers", "head_layers", "control_layers", "label_names")
+NAME_LISTS = (
+    "extra_trainable_modules", "norm_layers", "head_layers", "layer_scales", "control_layers", "label_names",
+)  # fmt: skip
 
 
 @dataclass
@@ -87,6 +91,9 @@ class Settings:
             "symmetric" (gamma U(-1, 1)), "ones_beta_one", or "keep" (default without a seed).
         train_gamma: train the norm layers' scale.
         train_beta: train the norm layers' shift.
+        layer_scale: the gains of residual branches (LayerScale): "one" redraws them as 1 and "constructor" as what the
+            constructor sets, often 1e-6, frozen either way; "train" trains them from there. By default "one" with a
+            seed, and "constructor" without one, which keeps the values given.
         train_head: train what timm's `get_classifier()` returns.
         control: parameters per channel of every convolution that train as well: "two_weights" (chosen from the seed;
             the paper's control, with train_gamma and train_beta off) or "input_affine" (scale and shift of its input).
@@ -97,6 +104,7 @@ class Settings:
         architecture: a name registered in timm, or "custom" for a network that only your own code builds.
         model_args: creation arguments of the architecture. num_classes, in_chans and img_size are inferred.
         head_layers: exact names of the head's modules; inferred.
+        layer_scales: exact names of the parameters that layer_scale is for; inferred.
         control_layers: exact names of the convolutions under control; inferred: all outside head and extra modules.
         data_config: timm's data configuration: input_size (C, H, W), mean, std, interpolation, crop_pct.
         label_names: the classes' names in the order of the logits.
@@ -136,6 +144,7 @@ class Settings:
     norm_init: str | None = None
     train_gamma: bool = True
     train_beta: bool = True
+    layer_scale: str | None = None
     train_head: bool = False
     control: str | None = None
     extra_trainable_modules: list[str] = field(default_factory=list)
@@ -144,6 +153,7 @@ class Settings:
     architecture: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     head_layers: list[str] | None = None
+    layer_scales: list[str] | None = None
     control_layers: list[str] | None = None
     data_config: dict[str, Any] | None = None
     label_names: list[str] | None = None
@@ -186,6 +196,7 @@ class Settings:
             self.seed = check_seed(self.seed)
         check_choice("weight_init", self.weight_init, WEIGHT_INITS)
         check_choice("norm_init", self.norm_init, NORM_INITS)
+        check_choice("layer_scale", self.layer_scale, (None, *LAYER_SCALES))
         check_choice("running_statistics", self.running_statistics, ("update", "frozen"))
         check_choice("verify", self.verify, VERIFY)
         check_choice("lean", self.lean, LEAN)
@@ -269,12 +280,23 @@ class Settings:
     def target_modules(self) -> tuple[str, ...]:
         """The exact names of all modules of which the adapter has a copy; a tuple, because PEFT changes lists."""
         controlled = self.control_layers or [] if self.control else []
-        return tuple(dict.fromkeys([*(self.norm_layers or []), *self.whole_modules, *controlled]))
+        scales = [name + SCALE_SUFFIX for name in self.trained_scales]
+        return tuple(dict.fromkeys([*(self.norm_layers or []), *self.whole_modules, *scales, *controlled]))
 
     @property
     def whole_modules(self) -> list[str]:
         """The exact names of the modules that train as a whole: a head that trains, and extra modules."""
         return [*((self.head_layers or []) if self.train_head else []), *self.extra_trainable_modules]
+
+    @property
+    def trained_scales(self) -> list[str]:
+        """The exact names of the layer scales that train."""
+        return (self.layer_scales or []) if self.layer_scale == "train" else []
+
+    @property
+    def ones(self) -> list[str]:
+        """The exact names of the parameters that are redrawn as 1."""
+        return (self.layer_scales or []) if self.layer_scale == "one" else []
 
     @property
     def portable(self) -> bool:
@@ -298,6 +320,7 @@ class Settings:
         """Check the keys of a configuration file, and drop those of PEFT that this class does not have."""
         for key, value in kwargs.items():
             _check_size(key, value)
+        kwargs.setdefault("layer_scale", "constructor")  # of a file that was written before there was a choice
         known = {f.name for f in fields(cls)} - set(RUN_TIME)
         # First, so that a file of a newer format is refused as such and not for a new key.
         version = kwargs.get("format_version", FORMAT_VERSION)

@@ -17,11 +17,13 @@ from ..norms.find import (
     canonical,
     head_layers,
     is_norm,
+    is_response_norm,
     named_layers,
     norm_layers,
     plain_modules,
     unwrapped,
 )
+from ..norms.scales import layer_scales
 from ..seed.rules import draw_norm_
 from ..settings import PEFT_PREFIX
 from .control import is_conv
@@ -114,9 +116,14 @@ def infer(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) ->
     if first is not None:
         config.architecture = config.architecture or first.architecture
         config.model_args = {**first.model_args, **config.model_args}
+        config.layer_scale = config.layer_scale or first.layer_scale
+        if config.layer_scale == first.layer_scale and config.layer_scales is None:
+            config.layer_scales = first.layer_scales
+        _choose_scales(model, config)  # before `check_agreement` compares them
     else:
         config.architecture = config.architecture or infer_architecture(model)
         config.model_args = infer_args(model, config.model_args)
+        config.layer_scale = config.layer_scale or ("constructor" if config.seed is None else "one")
     if config.data_config is None and getattr(model, "pretrained_cfg", None):
         data = timm.data.resolve_model_data_config(model)
         channels = config.model_args.get("in_chans", data["input_size"][0])
@@ -139,6 +146,7 @@ def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
     _choose_head(model, config)
     named_layers(model, config.whole_modules, "head or extra_trainable_modules")
     _choose_norms(model, config)
+    _choose_scales(model, config)
     _choose_convolutions(model, config)
     if not config.target_modules:
         raise ConfigError("Nothing is adapted.", seen="norm_layers=[] and no head", do="leave norm_layers out for all")
@@ -172,15 +180,29 @@ def _choose_head(model: nn.Module, config: BNOnlyConfig) -> None:
 def _choose_norms(model: nn.Module, config: BNOnlyConfig) -> None:
     if config.norm_layers is None:
         # A norm layer inside a module that the adapter owns as a whole is part of that module's copy.
-        whole = set(config.whole_modules)
-        config.norm_layers = [name for name in norm_layers(model) if not holder(name, whole)]
+        whole, found = set(config.whole_modules), norm_layers(model)
+        owned = [name for name, module in plain_modules(model) if name in found or is_response_norm(module)]
+        config.norm_layers = [name for name in owned if not holder(name, whole)]
     layers = named_layers(model, config.norm_layers, "norm_layers")
-    if strange := [name for name, module in layers.items() if not is_norm(module)]:
+    if strange := [name for name, module in layers.items() if not (is_norm(module) or is_response_norm(module))]:
         raise ConfigError(
             "norm_layers names a module that is not a norm layer.",
             seen=strange[0],
             do="name it in extra_trainable_modules to train it as a whole",
         )
+
+
+def _choose_scales(model: nn.Module, config: BNOnlyConfig) -> None:
+    found = layer_scales(model)
+    if config.layer_scales is None:
+        whole = set(config.whole_modules)
+        config.layer_scales = [] if config.layer_scale == "constructor" else [n for n in found if not holder(n, whole)]
+    if strange := [name for name in config.layer_scales if name not in found]:
+        seen, do = strange[0][:200], "leave layer_scales out for all of them"
+        raise ConfigError("layer_scales names a parameter that is not a layer scale.", seen=seen, do=do)
+    if config.layer_scale == "train" and not config.layer_scales:
+        do = 'layer_scale="constructor", or a network with layer scales, e.g. convnext_atto'
+        raise ConfigError(f"{type(model).__name__} has no layer scale to train.", seen="layer_scale='train'", do=do)
 
 
 def _choose_convolutions(model: nn.Module, config: BNOnlyConfig) -> None:
@@ -205,7 +227,9 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
         AdapterError: it belongs to other frozen weights, or an adapter is merged.
         ConfigError: it belongs to another architecture, or has its own number of classes and no head.
     """
-    mine, theirs = ((c.seed, c.weight_init if c.seed is not None else None, c.init_scheme) for c in (config, first))
+    mine, theirs = (
+        (c.seed, c.weight_init if c.seed is not None else None, c.init_scheme, c.ones) for c in (config, first)
+    )
     if mine != theirs:
         raise AdapterError(
             "Adapters on one network share its frozen weights, and this one was made for others.",
@@ -263,9 +287,9 @@ def check_shared(model: nn.Module, config: BNOnlyConfig) -> None:
             )
 
 
-def check_frozen_norms(model: nn.Module, config: BNOnlyConfig) -> None:
+def check_frozen_norms(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
     """Raise ConfigError if the norm layers that a further adapter does not own differ from what norm_init draws."""
-    if config.seed is None or config.norm_init in (None, "keep"):
+    if first is None or config.seed is None or config.norm_init in (None, "keep"):
         return
     owned = set(config.target_modules)
     for name, layer in norm_layers(model).items():

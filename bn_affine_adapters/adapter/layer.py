@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import AdapterError
 from ..norms import COPIES
 from ..norms.copies import with_own_statistics
-from ..norms.find import affine, is_norm
+from ..norms.find import Scale, affine, is_norm
 from ..norms.statistics import hold_statistics_, recomputing
 from ..seed.rules import Rule, draw_into_, rule_for
 from .control import Control
@@ -21,10 +21,13 @@ from .method import BNOnlyConfig
 
 def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:
     """Return which parameters an adapter's configuration trains of a module (copy or base layer) of canonical name."""
-    if name in config.whole_modules or isinstance(module, Control):
+    if name in config.whole_modules or isinstance(module, Control | Scale):
         return [key for key, _ in module.named_parameters()]
     gamma, beta = affine(module)
-    return [key for key, on in ((gamma, config.train_gamma), (beta, config.train_beta)) if key and on]
+    # EvoNorm's v weights its input, and FRN's tau is a threshold in place of ReLU's 0: they train with gamma and beta.
+    further = [key if key in module._parameters and is_norm(module) else None for key in ("v", "tau")]
+    on = zip((gamma, beta, *further), (config.train_gamma, config.train_beta) * 2, strict=True)
+    return [key for key, trains in on if key and trains and module._parameters[key] is not None]
 
 
 def drawn(module: nn.Module, name: str, config: BNOnlyConfig) -> dict[str, Rule]:

@@ -23,7 +23,7 @@ from ..errors import (
     UnknownArchitectureError,
     nearest_name,
 )
-from ..norms.find import FUSING, STATISTICS, affine, is_norm, plain_modules, plain_tensors
+from ..norms.find import FUSING, STATISTICS, affine, is_norm, is_response_norm, plain_modules, plain_tensors
 from ..seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
 from ..seed.generator import OwnGenerator
 from ..seed.rules import constants_only, draw_into_, parameter_rules
@@ -76,10 +76,15 @@ def build(config: Settings, device: str | torch.device = "cpu") -> nn.Module:
 
 def build_outline(config: Settings) -> nn.Module:
     """Build a configuration's network on the meta device, or on the CPU if its constructor computes with values."""
+    assert config.architecture is not None
+    return _outline(config.architecture, config.model_args)
+
+
+def _outline(architecture: str, model_args: dict[str, Any]) -> nn.Module:
     try:
-        return build(config, "meta")
+        return create(architecture, model_args, "meta")
     except RebuildError:
-        return build(config)
+        return create(architecture, model_args)
 
 
 def create_pretrained(architecture: str, model_args: dict[str, Any], file: Path) -> nn.Module:
@@ -121,15 +126,35 @@ def infer_args(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     recorded = getattr(model, "_model_args", None) or {}
     args = {key: value for key, value in recorded.items() if key not in FORBIDDEN_ARGS and is_plain(value)}
     input_size = cfg.get("input_size") or (3,)
-    first = dict(model.named_modules()).get(cfg.get("first_conv") or "")
-    if (channels := getattr(first, "in_channels", None)) not in (None, input_size[0]):
-        args["in_chans"] = channels
+    if "in_chans" not in given and _first_channels(model) not in (None, input_size[0]):
+        args["in_chans"] = _image_channels(model, {**args, **given}, input_size[0])
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is not None and tuple(size) != tuple(input_size[1:]):
         args["img_size"] = list(size)
     if (classes := getattr(model, "num_classes", None)) is not None:
         args["num_classes"] = classes
     return json.loads(json.dumps({**args, **given}))  # lists instead of tuples, as in a file
+
+
+def _first_channels(model: nn.Module) -> int | None:
+    """Return the channels that the first convolution takes, or the network's own number if timm names none."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    first = dict(model.named_modules()).get(names if isinstance(names, str) else next(iter(names), ""))
+    return getattr(first, "in_channels", getattr(model, "in_chans", None))
+
+
+def _image_channels(model: nn.Module, args: dict[str, Any], usual: int) -> int | None:
+    """Return how many channels the images have whose first convolution has others than usual.
+
+    A stem may change the channels before it, e.g. from 3 to 48 in TResNet. Then the network as timm builds it shows by
+    which factor.
+    """
+    ours, name = _first_channels(model), infer_architecture(model)
+    theirs = None if name == CUSTOM else _first_channels(_outline(name, args))
+    expected = args.get("in_chans", usual)
+    if ours is None or theirs is None:
+        return ours
+    return expected * ours // theirs
 
 
 def check_rebuild(found: Mapping[str, Traits], config: BNOnlyConfig) -> None:
@@ -201,13 +226,15 @@ def frozen_tensors(model: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, to
     backbone: dict[str, torch.Tensor] = {}
     rest: dict[str, torch.Tensor] = {}
     extra, heads = set(config.extra_trainable_modules), set(config.head_layers or ())
-    norms = set(config.norm_layers or ())
+    norms, scales = set(config.norm_layers or ()), set(config.trained_scales)
     for name, owner, attribute, tensor in plain_tensors(model):
-        if holder(name, extra):
+        if holder(name, extra) or name in scales:
             continue
         if holder(name, heads):
             if not config.train_head:
                 rest[name] = tensor
+        elif is_response_norm(owner) and holder(name, norms):
+            continue
         elif is_norm(owner) and attribute in (*affine(owner), *STATISTICS):
             if not holder(name, norms):
                 rest[name] = tensor

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..norms.find import plain_modules
+from ..norms import SCALE_SUFFIX
+from ..norms.find import Scale, plain_modules
 from ..settings import Settings
 
 Traits = dict[str, Any]
@@ -41,7 +42,14 @@ class Digest(NamedTuple):
 
 def traits(model: nn.Module) -> dict[str, Traits]:
     """Return the traits of every module of the plain network by canonical name, "" for the network itself."""
-    return {name: traits_of(module) for name, module in plain_modules(model)}
+    found: dict[str, Traits] = {}
+    for name, module in plain_modules(model):
+        if isinstance(module, Scale):  # stands for a parameter of the module that it lies in
+            where, _, attribute = f".{name.removesuffix(SCALE_SUFFIX)}".rpartition(".")
+            found[where[1:]][f"shape of {attribute}"] = tuple(module.weight.shape)
+        else:
+            found[name] = traits_of(module)
+    return found
 
 
 def traits_of(module: nn.Module) -> Traits:

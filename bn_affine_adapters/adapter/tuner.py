@@ -14,6 +14,7 @@ from ..errors import AdapterError
 from ..lean import Report, lean_, plain_
 from ..norms import COPIES
 from ..norms.find import STATISTICS, canonical, is_norm, without_wrappers
+from ..norms.scales import scales_as_modules_, scales_as_parameters_
 from ..norms.statistics import hold_statistics_
 from ..seed.generator import OwnGenerator
 from ..seed.rules import check_memory, draw_into_, draw_norm_, reinit_, rule_for
@@ -90,6 +91,7 @@ class BNOnlyTuner(BaseTuner):
         self._loading = not config.fresh
         self._verify_or_record(model, config, first)
         _unwrap_inside(model, config)
+        scales_as_modules_(model, config.trained_scales)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _hold_frozen_norms(model)
         forbid_fusing_(model)
@@ -115,8 +117,7 @@ class BNOnlyTuner(BaseTuner):
         choose_layers(model, config)
         check_nesting(model, config)
         check_shared(model, config)
-        if first is not None:
-            check_frozen_norms(model, config)
+        check_frozen_norms(model, config, first)
 
     def _verify_or_record(self, model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
         """Compare the network with a loaded adapter's fingerprints, or write those of a new adapter."""
@@ -311,6 +312,7 @@ def _redraw_(model: nn.Module, config: BNOnlyConfig) -> None:
             config.seed,
             weight_init=config.weight_init,
             norm_init=config.norm_init or "uniform",
+            ones=config.ones,
             reference=None if config.architecture == CUSTOM else lambda: build(config),
         )
 
@@ -324,6 +326,7 @@ def unwrap_(model: nn.Module) -> nn.Module:
             plain = layer.remaining()
             model.set_submodule(name, plain.plain() if isinstance(plain, Control) else plain)
     hold_statistics_(model, False)
+    scales_as_parameters_(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.train(model.training)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import AdapterError, BNAdapterError, NetworkError
 from ..norms import COPIES
-from ..norms.find import FUSING, canonical, is_norm, plain_modules
+from ..norms.find import FUSING, Scale, canonical, is_norm, plain_modules
 from .control import Control
 from .layer import BNOnlyLayer, adapter_layers
 from .method import BNOnlyConfig
@@ -70,12 +70,11 @@ def check_settings(model: nn.Module, name: str, config: BNOnlyConfig, before: Ma
     bases, heads = dict(plain_modules(model)), set(config.head_layers or ())
     if gone := [where for where in before if where not in bases]:
         raise _changed("a module is gone", gone[0], _UNDO)
-    for where, module in bases.items():
-        then, now = before.get(where, {}), traits_of(module)
-        _compare(where, module, then, now, heads)
+    for where, found in traits(model).items():
+        _compare(where, bases[where], before.get(where, {}), found, heads)
     for layer in adapter_layers(model):
         copy = layer.bn_only_layers[name] if name in layer.configs else None
-        if copy is None or isinstance(copy, Control):
+        if copy is None or isinstance(copy, Control | Scale):
             continue
         for inner, module in copy.named_modules():
             where = f"{layer.canonical_name}.{inner}".rstrip(".")

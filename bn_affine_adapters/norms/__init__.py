@@ -6,4 +6,5 @@
 - ``copies.py``: copies of a network's modules that share its tensors, to evaluate a network that others train.
 """
 
+SCALE_SUFFIX = "_scale"  # of a module that holds a layer scale which trains
 COPIES = "bn_only_layers"  # where a wrapped module keeps its per-adapter copies

@@ -50,6 +50,15 @@ class Affine(NamedTuple):
     beta: str | None
 
 
+class Scale(nn.Module):
+    """Holds the parameter NAME of the module that it lies in, under the name NAME_scale: see `scales`."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """Hold a parameter."""
+        super().__init__()
+        self.weight = weight
+
+
 def affine(module: nn.Module) -> Affine:
     """Return the attribute names of a norm layer's gamma and beta: ("weight", "bias") almost everywhere."""
     names = ("alpha", "beta") if "alpha" in module._parameters else ("weight", "bias")
@@ -67,6 +76,15 @@ def is_norm(module: nn.Module) -> bool:
 def without_wrappers(name: str) -> str:
     """Return a name without the parts that torch.compile, FSDP or recomputation put into it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def is_response_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a GlobalResponseNorm (ConvNeXt V2).
+
+    An adapter trains it like a norm layer, but it is redrawn as its constructor sets it, gamma and beta 0. Older
+    adapters, saved before it trained, have it among their frozen tensors.
+    """
+    return (type(module).__module__, type(module).__name__) == ("timm.layers.grn", "GlobalResponseNorm")
 
 
 def canonical(name: str) -> str:
@@ -107,7 +125,8 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]
         for attribute, tensor in [*module._parameters.items(), *buffers.items()]:
             if tensor is None:
                 continue
-            entry = (f"{name}.{attribute}" if name else attribute, module, attribute, tensor)
+            full = name.removesuffix(SCALE_SUFFIX) if isinstance(module, Scale) else f"{name}.{attribute}"
+            entry = (full.removeprefix("."), module, attribute, tensor)
             other = entries.get(id(tensor))
             if other is None or entry[0].encode() < other[0].encode():
                 entries[id(tensor)] = entry

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors import deserialize
 
 from ..errors import AdapterTensorError
-from ..norms import COPIES
+from ..norms import COPIES, SCALE_SUFFIX
 from ..seed.digest import tensors_digest
 from ..settings import SAFETENSORS_WEIGHTS_NAME, Settings, bare
 from .folder import DTYPES
@@ -72,8 +72,9 @@ def parts(config: Settings, names: Iterable[str]) -> dict[str, list[str]]:
     """Sort an adapter's tensors into "gamma", "beta", "running statistics", "head", "control" and "other modules"."""
     norms = set(config.norm_layers or ())
     others = dict.fromkeys(config.head_layers or (), "head") | dict.fromkeys(config.control_layers or (), "control")
-    by_part: dict[str, list[str]] = {part: [] for part in (*_KINDS, "running statistics", "head", "control")}
-    by_part["other modules"] = []
+    others |= {name + SCALE_SUFFIX: "layer scale" for name in config.trained_scales}
+    names_of_parts = (*_KINDS, "running statistics", "head", "layer scale", "control", "other modules")
+    by_part: dict[str, list[str]] = {part: [] for part in names_of_parts}
     for name in names:
         layer, _, key = name.partition(f".{COPIES}.")
         kind = next((part for part, keys in _KINDS.items() if key in keys), "running statistics")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterFileError, AdapterTensorError, ConfigError, NoSpaceError, TooLargeError, disk_is_full
-from ..norms import COPIES
+from ..norms import COPIES, SCALE_SUFFIX
 from ..settings import (
     BN_ONLY,
     CONFIG_NAME,
@@ -187,11 +187,16 @@ def check_header(folder: Path, model: "nn.Module", config: "BNOnlyConfig") -> No
     from ..adapter.control import controlled
     from ..adapter.layer import drawn
     from ..adapter.tensors import check_tensors
-    from ..norms.find import named_layers
+    from ..norms.find import named_layers, plain_tensors
 
     classes = config.model_args.get("num_classes")
     expected, optional = {}, set()
-    for name, module in named_layers(model, config.target_modules, "the adapter's").items():
+    tensors = {name: tensor for name, _, _, tensor in plain_tensors(model)}
+    scales = {name + SCALE_SUFFIX: tensors[name] for name in config.trained_scales}
+    for name, tensor in scales.items():
+        expected[f"{name}.{COPIES}.weight"] = torch.empty_like(tensor, device="meta")
+    modules = [name for name in config.target_modules if name not in scales]
+    for name, module in named_layers(model, modules, "the adapter's").items():
         copy = controlled(module, name, config) if name in (config.control_layers or ()) else module
         for key, tensor in copy.state_dict().items():
             shape = tuple(tensor.shape)

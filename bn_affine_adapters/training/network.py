@@ -32,6 +32,7 @@ def configuration(recipe: Recipe, feed: Feed) -> BNOnlyConfig:
         seed=recipe.seed,
         weight_init=recipe.weight_init,
         norm_init=recipe.norm_init,
+        layer_scale=recipe.layer_scale,
         architecture=recipe.model.partition(".")[0] if recipe.condition in FULL_CONDITIONS else None,
         model_args={"num_classes": len(feed.label_names), **recipe.model_args},
         label_names=list(feed.label_names),

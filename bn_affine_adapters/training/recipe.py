@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import BNAdapterError, ConfigError, check_choice, check_keys
+from ..seed.draws import LAYER_SCALES
 from ..settings import CROP_MODES, INTERPOLATIONS, as_channels
 from ..sharing.paths import ELSEWHERE
 from .options import DataOptions
@@ -49,6 +50,7 @@ class Recipe(DataOptions):
     condition: str = "bn"
     weight_init: str = "kaiming_normal"
     norm_init: str | None = None
+    layer_scale: str = "constructor"  # or "one", "train": the gains of residual branches in ConvNeXt and others
     running_statistics: str = "update"
     # The optimiser
     optimizer: str = "sgd"  # without Nesterov; or one of timm's: adamw, lamb, muon, ...
@@ -94,6 +96,7 @@ RANGES = {
 }  # fmt: skip
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "condition": (*CONDITIONS, *FULL_CONDITIONS),
+    "layer_scale": LAYER_SCALES,
     "interpolation": INTERPOLATIONS,
     "crop_mode": (None, *CROP_MODES),
     "schedule": ("multistep", "cosine"),

@@ -31,6 +31,8 @@ FULL = dict(
     running_statistics="frozen",
     architecture="resnet18",
     model_args={"num_classes": 7, "output_stride": 8, "layers": [2, 2, 2, 2], "drop_rate": 0.25, "global_pool": None},
+    layer_scale="train",
+    layer_scales=["layer1.0.gamma"],
     head_layers=["fc"],
     control_layers=["conv1"],
     data_config={"input_size": [3, 32, 32], "mean": [0.5, 0.4, 0.3], "interpolation": "bilinear", "crop_pct": 0.875},
@@ -198,6 +200,8 @@ BAD = {
     "train_head": [1, "head", None],
     "control": ["two", "", 2, True, ["two_weights"]],
     "extra_trainable_modules": ["fc", [1], [None], 5],
+    "layer_scale": ["two", "", 1, True, ["one"]],
+    "layer_scales": ["gamma", [1], 5],
     "norm_layers": ["bn1", [1], [["bn1"]], 5],
     "running_statistics": ["freeze", None, False],
     "architecture": [5, ["resnet18"], True],
@@ -224,7 +228,7 @@ BAD = {
 
 def test_bad_values_are_tried_for_every_field():
     assert set(BAD) == OURS
-    assert sum(map(len, BAD.values())) == 109
+    assert sum(map(len, BAD.values())) == 111
 
 
 @pytest.mark.parametrize(

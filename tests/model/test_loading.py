@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters.adapter.checks import infer
+from bn_affine_adapters.adapter.rebuild import check_rebuild
 from bn_affine_adapters.errors import (
     AdapterFileError,
     AdapterTensorError,
@@ -115,6 +117,36 @@ def test_creation_arguments_travel(name, arguments, given, tmp_path):
         **({"img_size": 64} if "img_size" in arguments else {}),
     }.items()
     assert reload_is_exact(model, tmp_path, size=64, channels=arguments.get("in_chans", 3))
+
+
+SMALL_HIERA = {"embed_dim": 24, "stages": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("hiera_tiny_224", SMALL_HIERA), ("sam2_hiera_tiny", {**SMALL_HIERA, "global_att_blocks": [2]})],
+)
+def test_a_network_whose_constructor_truncates_normals_loads(name, arguments, tmp_path):
+    model = get_bn_only_model(timm.create_model(name, **arguments), BNOnlyConfig(seed=0, model_args=arguments))
+    model.save_pretrained(tmp_path)
+    stale = [torch.full((size,), 9.0) for size in range(64, 64_000, 64)]
+    del stale  # the constructor gets this memory, whose values are out of bounds
+    assert same_state(load_bn_only_model(tmp_path).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded by timm", "not recorded"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("name", ["resnet18", "tresnet_m", "crossvit_9_240", "csatv2"])
+@pytest.mark.filterwarnings("ignore:CSATv2 is designed")
+def test_the_channels_of_an_image_are_inferred_whatever_the_stem_does_to_them(name, channels, recorded):
+    with torch.device("meta"):
+        model = timm.create_model(name, in_chans=channels)
+    if not recorded:
+        vars(model).pop("_model_args", None)  # as before timm 1.0.31
+    config = BNOnlyConfig(seed=0)
+    infer(model, config, None)
+    assert config.model_args.get("in_chans", 3) == channels
+    check_rebuild(model, config)
 
 
 @pytest.mark.parametrize(

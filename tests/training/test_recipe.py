@@ -193,7 +193,7 @@ def test_help_lists_every_key_its_default_and_range(capsys):
 
 def test_choices_are_keys_and_allow_the_default():
     assert all(getattr(Recipe(), key) in choices for key, choices in CHOICES.items())
-    assert len(CHOICES) == 7
+    assert len(CHOICES) == 8
 
 
 def test_accelerate_launches_the_module():
