@@ -397,9 +397,7 @@ def test_train_with_a_wrong_recipe_exits_with_2(run, here):
 
 LIGHT = """
 import json, sys, time
-from bn_affine_adapters.adapter.tensors import digest_of
 from bn_affine_adapters.cli import main
-from bn_affine_adapters.settings import CONFIG_NAME, bare
 for words in json.loads(sys.argv[1]):
     try:
         main(words, prog_name="bn-adapters", standalone_mode=False)

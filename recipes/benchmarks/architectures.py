@@ -28,6 +28,7 @@ import torch
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.adapter.checks import choose_layers, infer
 from bn_affine_adapters.adapter.rebuild import check_rebuild, create
+from bn_affine_adapters.adapter.traits import traits
 from bn_affine_adapters.seed.rules import parameter_rules
 
 OTHER = {"in_chans": 1, "num_classes": 7}
@@ -47,7 +48,7 @@ def check_inferred(network: torch.nn.Module) -> None:
     """Infer a network's arguments, build it again from them, and compare; choose the layers of its adapter."""
     config = BNOnlyConfig(seed=0)
     infer(network, config, None)
-    check_rebuild(network, config)
+    check_rebuild(traits(network), config)
     choose_layers(network, config)
 
 
