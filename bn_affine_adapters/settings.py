@@ -126,6 +126,7 @@ class Settings:
         UnknownKeyError: a key does not exist.
         ConfigError: a value is not usable.
 
+    >>> from bn_affine_adapters import BNOnlyConfig
     >>> BNOnlyConfig(seed=0).norm_init, BNOnlyConfig().norm_init
     ('uniform', 'keep')
     """
