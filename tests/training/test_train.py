@@ -327,7 +327,7 @@ def test_layer_scales_start_alike_whatever_trains(train, feed, condition, choice
 
 
 def test_pretrained_layer_scales_are_kept(train, feed):
-    recipe = train.read_recipe([*TINY, "model=test_convnext2", "seed=null"])
+    recipe = train.read_recipe([*TINY, "model=test_convnext2", "seed=null", "pretrained=true"])
     assert configuration(recipe, feed).layer_scale is None
 
 
