@@ -132,7 +132,7 @@ def test_deleting_an_adapter_leaves_the_others_and_none_of_its_tensors(when, tra
     assert model.active_adapter == "two"
     assert not [key for key in model.state_dict() if ".default." in key]
     assert torch.equal(model(IMAGES), answer)
-    with pytest.raises(ValueError, match="no adapter"):
+    with pytest.raises(ValueError, match="does not exist"):
         model.delete_adapter("default")
 
 
