@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _check_adapters_not_merged
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..errors import AdapterError
@@ -245,8 +245,11 @@ class BNOnlyTuner(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active, the first of those left is activated on every layer."""
         if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name} does not exist")
-        _check_adapters_not_merged(self.model, adapter_name)
+            seen, do = f"adapters: {', '.join(self.peft_config)}", "give the name of one of them"
+            raise AdapterError(f"There is no adapter {adapter_name!r} to delete.", seen=seen, do=do)
+        if any(adapter_name in layer.merged_adapters for layer in adapter_layers(self.model)):
+            what, do = "An adapter cannot be deleted while it is merged.", "model.unmerge_adapter() first"
+            raise AdapterError(what, seen=f"merged: {adapter_name}", do=do)
         was_active = adapter_name in self.active_adapters
         del self.peft_config[adapter_name]
         for layer in adapter_layers(self.model):

@@ -15,6 +15,8 @@ from ..errors import MissingModuleError, NoNormLayerError, nearest_name
 from . import COPIES, SCALE_SUFFIX
 
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_HOLDERS = {*WRAPPERS, "module"}  # names of the only child of a wrapper
+_PREFIXES = ("module.", "base_model.model.")
 FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # timm's methods, which put convolutions for norm layers
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -93,25 +95,29 @@ def canonical(name: str) -> str:
     >>> canonical("module.base_model.model.layer1._orig_mod.0.conv1.weight")
     'layer1.0.conv1.weight'
     """
+    if not name.startswith(_PREFIXES) and not any(part in name for part in WRAPPERS):
+        return name  # as almost always: this function is called for every module many times
     name = without_wrappers(name)
     while (rest := name.removeprefix("module.").removeprefix("base_model.model.")) != name:
         name = rest
     return name
 
 
-def plain_modules(model: nn.Module, active: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (canonical name, module) of the plain network: base layers instead of their wrappers, no copies.
+def plain_modules(model: nn.Module, active: bool = False) -> list[tuple[str, nn.Module]]:
+    """Return (canonical name, module) of the plain network: base layers instead of their wrappers, no copies.
 
-    With ``active``, yield the network that runs now: the active adapter's copies instead of the base layers.
+    With ``active``, return the network that runs now: the active adapter's copies instead of the base layers.
     """
+    found: list[tuple[str, nn.Module]] = []
 
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    def walk(module: nn.Module, name: str) -> None:
         module = unwrapped(module, active)
-        yield canonical(name), module
+        found.append((canonical(name), module))
         for child_name, child in module.named_children():
-            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+            walk(child, f"{name}.{child_name}" if name else child_name)
 
-    yield from walk(model, "")
+    walk(model, "")
+    return found
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
@@ -141,7 +147,7 @@ def norm_layers(model: nn.Module, active: bool = False) -> dict[str, nn.Module]:
     Raises:
         NoNormLayerError: no layer has gamma or beta.
     """
-    modules = list(plain_modules(model, active))
+    modules = plain_modules(model, active)
     layers = {name: module for name, module in modules if is_norm(module)}
     if not any(any(affine(module)) for module in layers.values()):
         kinds = sorted({type(module).__name__ for _, module in modules if [*module.parameters(recurse=False)]})
@@ -185,7 +191,7 @@ def unwrapped(module: nn.Module, active: bool = False) -> nn.Module:
         inner = module._modules
         if has_copies(module):
             module = running(module) if active else module.get_submodule("base_layer")
-        elif len(inner) == 1 and (name := next(iter(inner))) in {*WRAPPERS, "module"} and not module._parameters:
+        elif len(inner) == 1 and (name := next(iter(inner))) in _HOLDERS and not module._parameters:
             module = module.get_submodule(name)
         elif "base_model" in inner and hasattr(module, "peft_config"):
             module = module.get_submodule("base_model.model")

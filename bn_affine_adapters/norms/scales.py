@@ -37,7 +37,7 @@ def scales_as_modules_(model: nn.Module, names: Collection[str]) -> None:
     A block's parameter ``gamma`` becomes its module ``gamma_scale``; the block still reads it as ``gamma``.
     """
     owners: dict[int, tuple[nn.Module, dict[str, nn.Parameter]]] = {}
-    for name, owner, attribute, parameter in list(plain_tensors(model)):
+    for name, owner, attribute, parameter in list(plain_tensors(model)) if names else ():
         if name in names and not isinstance(owner, Scale):
             owners.setdefault(id(owner), (owner, {}))[1][attribute] = parameter
     for owner, attributes in owners.values():

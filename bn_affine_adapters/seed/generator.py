@@ -42,7 +42,10 @@ class OwnGenerator(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, a random one with the generator of its device."""
-        kwargs = kwargs or {}
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Do what `__torch_dispatch__` does, which torch wraps, so that a subclass would pay for it twice."""
         if not _is_random(func) or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         first = args[0] if args else None

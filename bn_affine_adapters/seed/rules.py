@@ -288,7 +288,7 @@ class _RandomIsNaN(OwnGenerator):
             return args[0]
         if name in _ARITHMETIC and _marked(args[0]):
             return args[0]  # as all of it is redrawn: this saves most of the time of building a vision transformer
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        out = self.run(func, args, kwargs or {})
         if name == "linalg_qr" and args[0].isnan().any():  # called by orthogonal_; LAPACK may drop a NaN
             return tuple(part.fill_(torch.nan) for part in out)
         if name in _COMPARISONS and any(_marked(arg) for arg in args):

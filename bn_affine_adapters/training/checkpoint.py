@@ -41,7 +41,7 @@ def load_checkpoint(path: Path, recipe: Recipe, network: nn.Module, optimizer: A
     usual, now = (json.loads(json.dumps(recorded(r))) for r in (Recipe(), recipe))
     before = {**usual, **json.loads(state["recipe"])}  # a key that is newer than the checkpoint had its default
     before["replicates"], now["replicates"] = len(state["run"]["replicates"]), recipe.replicates
-    if run_key(before) != run_key(now):
+    if run_key(before) != run_key(now) or before["replicates"] != now["replicates"]:
         raise ConfigError(
             f"{path} belongs to another recipe.",
             seen=", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k]),

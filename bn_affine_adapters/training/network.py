@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..model.loading import get_bn_only_model
 from ..model.peft_model import BNOnlyPeftModel
 from ..norms.find import affine, norm_layers, shortcut_convs
+from ..norms.scales import layer_scales
 from ..seed.rules import reinit_
 from .data import check_classes
 from .feed import Feed
@@ -32,7 +33,7 @@ def configuration(recipe: Recipe, feed: Feed) -> BNOnlyConfig:
         seed=recipe.seed,
         weight_init=recipe.weight_init,
         norm_init=recipe.norm_init,
-        layer_scale=recipe.layer_scale,
+        layer_scale=None if recipe.seed is None else recipe.layer_scale,
         architecture=recipe.model.partition(".")[0] if recipe.condition in FULL_CONDITIONS else None,
         model_args={"num_classes": len(feed.label_names), **recipe.model_args},
         label_names=list(feed.label_names),
@@ -60,6 +61,7 @@ def build_network(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module
         return get_bn_only_model(network, config)
     if config.seed is not None:
         drawn: dict[str, Any] = {"weight_init": config.weight_init, "norm_init": config.norm_init}
+        drawn["ones"] = layer_scales(network) if recipe.layer_scale == "one" else ()
         reinit_(network, config.seed, **drawn, reference=partial(create, str(config.architecture), config.model_args))
     if recipe.condition == "no-affine":
         for layer in norm_layers(network).values():

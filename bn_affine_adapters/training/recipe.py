@@ -50,7 +50,7 @@ class Recipe(DataOptions):
     condition: str = "bn"
     weight_init: str = "kaiming_normal"
     norm_init: str | None = None
-    layer_scale: str = "constructor"  # or "one", "train": the gains of residual branches in ConvNeXt and others
+    layer_scale: str = "one"  # or "constructor", "train": the gains of residual branches in a network from a seed
     running_statistics: str = "update"
     # The optimiser
     optimizer: str = "sgd"  # without Nesterov; or one of timm's: adamw, lamb, muon, ...

@@ -289,7 +289,8 @@ def test_stock_peft_loads_the_export_on_the_rebuilt_base_with_equal_logits(case,
     bases = [load_bn_only_model(tmp_path / "ours").unload()]
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
         about = json.loads(file.metadata()["bn_only_config"])
-    bases += [reinit_(timm.create_model(about["architecture"], **about["model_args"]), about["seed"])]
+    ones = about["layer_scales"] if about["layer_scale"] == "one" else ()
+    bases += [reinit_(timm.create_model(about["architecture"], **about["model_args"]), about["seed"], ones=ones)]
     for base in bases:
         with torch.no_grad():
             assert not torch.equal(base.eval()(batch), model(batch)), "the adapter would not be noticed"

@@ -137,7 +137,9 @@ def test_a_trained_adapter_is_saved_and_trains_on_lean_or_not(tmp_path):
     assert torch.equal(loaded.eval()(images), model.eval()(images))
     assert len(gradients(loaded.train(), images, labels)) == 18
     loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / ADAPTER[0]).read_bytes() == (tmp_path / ADAPTER[0]).read_bytes()
+    before, after = (json.loads((folder / ADAPTER[0]).read_text()) for folder in (tmp_path, tmp_path / "again"))
+    assert before.pop("tensors_digest") != after.pop("tensors_digest")  # the running statistics moved
+    assert after == before
 
 
 def test_turned_off_it_is_the_plain_network():

@@ -359,12 +359,12 @@ def test_a_checkpoint_of_other_classes_is_not_resumed(photos, tmp_path, refused)
         "lr=0.01",
     ]
     words += [f"output_dir={tmp_path / 'run'}", "checkpoint_every=1", "resume=true"]
-    train.run(train.read_recipe(words))
+    train.train(train.read_recipe(words))
     AcceleratorState._reset_state(reset_partial_state=True)
     for split in ("train", "test"):
         (tmp_path / "data" / split / "cat").rename(tmp_path / "data" / split / "fish")
     with refused(ConfigError, "['cat', 'dog'] -> ['dog', 'fish']"):
-        train.run(train.read_recipe(words))
+        train.train(train.read_recipe(words))
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
@@ -375,7 +375,7 @@ def test_a_grey_network_trains_evaluates_and_predicts(bnaa_data, tmp_path, strea
     words += ["crop_scale=[1.0,1.0]", "crop_ratio=[1.0,1.0]", "test_crop=1.0"]  # streamed, a fifth of an image is hard
     recipe = train.read_recipe([*words, f"output_dir={tmp_path / 'run'}"])
     assert recipe.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
-    result = train.run(recipe)
+    result = train.train(recipe)[0].result
     AcceleratorState._reset_state(reset_partial_state=True)
     model = load_bn_only_model(result["adapter"])
     assert model.peft_config["default"].data_config["input_size"] == [1, 16, 16]

@@ -315,6 +315,22 @@ def test_a_condition_trains_the_papers_number_of_parameters(train, feed, conditi
     assert total == 175_258 + (trained if condition == "input-affine" else 0)  # in front of the network's own
 
 
+@pytest.mark.parametrize(("choice", "gain"), [({}, 1.0), ({"layer_scale": "constructor"}, 1e-6)])
+@pytest.mark.parametrize("condition", ["bn", "all"])
+def test_layer_scales_start_alike_whatever_trains(train, feed, condition, choice, gain):
+    words = [f"{key}={value}" for key, value in choice.items()]
+    recipe = train.read_recipe([*TINY, "model=test_convnext2", f"condition={condition}", *words])
+    network = build_network(recipe, configuration(recipe, feed), feed)
+    gains = [tensor for name, tensor in network.named_parameters() if name.endswith(".gamma")]
+    assert len(gains) == 4
+    assert all(torch.allclose(tensor, torch.tensor(gain)) for tensor in gains)
+
+
+def test_pretrained_layer_scales_are_kept(train, feed):
+    recipe = train.read_recipe([*TINY, "model=test_convnext2", "seed=null", "pretrained=true"])
+    assert configuration(recipe, feed).layer_scale is None
+
+
 def test_every_condition_was_counted():
     assert set(COUNTS) == {*CONDITIONS, *FULL_CONDITIONS}
 
