@@ -168,28 +168,42 @@ def open_results(path: Path) -> tuple[IO[bytes], dict[str, bool]]:
     """Return the results file, to append to, and what is `finished` in it; mend a torn last line.
 
     Raises:
-        ConfigError: another sweep writes to it, or a line of it is not a result.
+        ConfigError: another process writes to it, or a line of it is not a result.
+    """
+    return open_lines(path), finished(path)
+
+
+def open_lines(path: Path) -> IO[bytes]:
+    """Return a file of JSON lines, to append to, that no other process writes to; mend a torn last line.
+
+    Raises:
+        ConfigError: another process writes to it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        do = "wait for it, or give this sweep another results file"
-        raise ConfigError(f"Another sweep writes to {path}.", seen=str(error), do=do) from error
-    file.seek(0)
-    whole, newline, rest = file.read().rpartition(b"\n")
-    if rest:
-        try:  # no beginning of a JSON object is a JSON object: this line is whole, perhaps edited by hand
-            json.loads(rest)
+        do = "wait for it, or choose another file of results"
+        raise ConfigError(f"Another process writes to {path}.", seen=str(error), do=do) from error
+    mend(path)
+    return file
+
+
+def mend(path: Path) -> None:
+    """Remove a torn last line from a file of JSON lines, and say so."""
+    whole, newline, rest = path.read_bytes().rpartition(b"\n")
+    if not rest:
+        return
+    try:  # no beginning of a JSON object is a JSON object: this line is whole, perhaps edited by hand
+        json.loads(rest)
+        with path.open("ab") as file:
             file.write(b"\n")
-            done = "it is whole, and its newline was added"
-        except ValueError:
-            file.truncate(len(whole + newline))
-            done = "it is torn, and was removed"
-        file.flush()
-        click.echo(f"{path}: the last line, {len(rest)} bytes, has no newline: {done}", err=True)
-    return file, finished(path)
+        done = "it is whole, and its newline was added"
+    except ValueError:
+        os.truncate(path, len(whole + newline))
+        done = "it is torn, and was removed"
+    click.echo(f"{path}: the last line, {len(rest)} bytes, has no newline: {done}", err=True)
 
 
 def finished(path: Path) -> dict[str, bool]:

@@ -273,7 +273,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on_where_it_was(number,
     pid = int(wait_for(path.with_suffix(""), "*r1*/pid", process).read_text().split()[0])
     wait_for(path.with_suffix(""), "*r0*/result.json", process)
     if number == signal.SIGTERM:
-        assert "Another sweep writes to" in inside(path, 1, slow=True)
+        assert "Another process writes to" in inside(path, 1, slow=True)
     assert alive(pid)
     os.kill(process.pid, number)
     process.communicate(timeout=60)

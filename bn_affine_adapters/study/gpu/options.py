@@ -1,0 +1,79 @@
+"""What every part shares: its options, its lines, and the capture of a step in a CUDA graph."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class NotEnoughTime(Exception):
+    """An item was not done for lack of time; ``found`` is what is known by then."""
+
+    def __init__(self, state: str, **found: Any) -> None:
+        """Take the state, "skipped" or "cut", and what was found."""
+        super().__init__(state)
+        self.state, self.found = state, found
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a part's process is told."""
+
+    out: str
+    device: str
+    data: str  # CIFAR-10: a Hub id or a folder
+    toy: bool = False  # small networks and few steps: a rehearsal
+    only: str = ""  # words, with commas between: items whose name has one
+    deadline: float = float("inf")  # when the part ends, as `time.time` counts
+
+    @property
+    def lines(self) -> Path:
+        """The file of lines."""
+        return Path(self.out, "lines.jsonl")
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left."""
+        return self.deadline - time.time()
+
+    def note(self, part: str, item: str, state: str, **found: Any) -> None:
+        """Append a line about an item."""
+        name = torch.cuda.get_device_name() if self.device == "cuda" and torch.cuda.is_initialized() else self.device
+        line = {
+            "part": part,
+            "item": item,
+            "state": state,
+            "toy": self.toy,
+            "device": name,
+            "at": round(time.time(), 1),
+        }
+        with self.lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line | found) + "\n")
+
+    def read(self, start: int = 0) -> dict[tuple[str, str], dict[str, Any]]:
+        """Return the last line of each item, by part and item, of those from byte ``start`` on."""
+        text = self.lines.read_bytes()[start:].decode() if self.lines.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines()]
+        return {(line["part"], line["item"]): line for line in lines if line["toy"] == self.toy}
+
+
+def captured(step: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """Run a step three times, and return its replay from a CUDA graph; on a CPU, which has none, the step itself."""
+    if device == "cpu":
+        for _ in range(3):
+            step()
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        step()
+    return recorded.replay
