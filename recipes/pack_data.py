@@ -25,12 +25,13 @@ from bn_affine_adapters.training.data import decode, load_splits
 
 
 def webp(row: dict[str, Any]) -> dict[str, Any]:
-    """Return an encoded image as lossless WebP."""
-    if row["bytes"][8:12] != b"WEBP":
-        encoded, image = io.BytesIO(), Image.open(io.BytesIO(row["bytes"]))
-        image.convert("RGB").save(encoded, "WEBP", lossless=True, quality=100, method=6)
-        row = {"bytes": encoded.getvalue(), "path": None}
-    return row
+    """Return an encoded image, or the file of one, as lossless WebP."""
+    data = row["bytes"] or Path(row["path"]).read_bytes()
+    if data[8:12] != b"WEBP":
+        encoded = io.BytesIO()
+        Image.open(io.BytesIO(data)).convert("RGB").save(encoded, "WEBP", lossless=True, quality=100, method=6)
+        data = encoded.getvalue()
+    return {"bytes": data, "path": None}
 
 
 def digests(folder: str, size: int) -> dict[str, str]:

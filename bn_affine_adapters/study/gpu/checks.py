@@ -22,6 +22,7 @@ from ...lean.backends import gpu
 from ...model.loading import get_bn_only_model
 from ...training.scripts import commit
 from ...training.stacked import Stacked
+from ...training.sweep import STARTER
 from .options import Options, captured
 
 PACKAGES = (
@@ -211,7 +212,7 @@ def replicates(device: str) -> dict[str, Any]:
 
 def run_tests(file: str, chosen: str) -> dict[str, Any]:
     """Run a file of tests; return how many passed, failed and were skipped."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", file, "-k", chosen]
+    command = [sys.executable, "-c", STARTER, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", file, "-k", chosen]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print(done.stdout)
     counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}

@@ -43,7 +43,7 @@ def do(options: Options, part: str, name: str, item: Callable[[], dict[str, Any]
         state, found = stopped.state, stopped.found
     except Exception as error:  # whatever it is, the other items are done
         traceback.print_exc()
-        memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+        memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "t allocate memory" in str(error)
         state, found = "failed", {"error": f"{type(error).__name__}: {error}"[:1000], "out_of_memory": memory}
     options.note(part, name, state, seconds=round(time.perf_counter() - start, 2), **found)
 

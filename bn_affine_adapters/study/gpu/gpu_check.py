@@ -70,12 +70,16 @@ def run_part(part: str, options: Options) -> None:
         status = run_child(part, options, names)
         mend(options.lines)
         lines = {name: line for (of, name), line in options.read(start).items() if of == part}
-        names = [name for name in names if lines.get(name, {}).get("state") not in FINAL]
-        if names and status is not None:  # it died in the first of them, or before
-            tail = log(part, options).read_text(encoding="utf-8", errors="replace")[-500:]
-            options.note(part, names.pop(0), "failed", error=f"The process ended with status {status}: {tail}")
-        elif names and lines.get(names[0]):
-            options.note(part, names.pop(0), "cut")
+        left = [name for name in names if lines.get(name, {}).get("state") not in FINAL]
+        tail = log(part, options).read_text(encoding="utf-8", errors="replace")[-500:]
+        ended = {"error": f"The process ended with status {status}: {tail}"}
+        if left and left[0] in lines:  # begun, and not ended
+            state, found = ("cut", {}) if status is None else ("failed", ended)
+            options.note(part, left.pop(0), state, **found)
+        elif left == names and status is not None:  # no item could begin
+            while left:
+                options.note(part, left.pop(0), "failed", **ended)
+        names = left
     for name in names:
         options.note(part, name, "skipped", why="no time was left")
 
@@ -116,14 +120,14 @@ def summary(parts: Sequence[str], options: Options) -> tuple[str, int]:
         for name in names_of(part, options):
             line = lines.get((part, name), {"state": "not begun"})
             eager = lines.get((part, f"{line.get('network')} eager"), {})
-            rows.append([part, name, line["state"], str(line.get("seconds", "")), found(line, eager)])
+            rows.append([part, name, line["state"], str(line.get("seconds", "")), shown(line, eager)])
             failed += [part] * (line["state"] == "failed")
     status = FIRST_STATUS + list(PARTS).index(failed[0]) if failed else 0
     counts = ", ".join(f"{sum(row[2] == state for row in rows)} {state}" for state in FINAL)
     return f"{text_table(rows)}\n{counts}" + (f"; failed: {', '.join(dict.fromkeys(failed))}" if failed else ""), status
 
 
-def found(line: Mapping[str, Any], eager: Mapping[str, Any]) -> str:
+def shown(line: Mapping[str, Any], eager: Mapping[str, Any]) -> str:
     """Return what a line says, for people; a step also beside the eager one of its network."""
     if "peak_bytes" in line:
         ratios = [line[key] / eager.get(key, math.nan) for key in ("images_per_second", "peak_bytes")]
