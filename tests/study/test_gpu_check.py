@@ -111,22 +111,27 @@ def test_a_run_that_is_cut_goes_on_from_its_checkpoint(tmp_path):
 
 def test_a_run_that_needs_more_time_than_is_left_is_not_begun(tmp_path):
     options = Options(str(tmp_path), "cpu", "digits", toy=True, deadline=time.time() + 60)
-    cost = {"epoch": 3, "epochs": 160, "epoch_seconds": 2.0, "left_seconds": 314.0}
-    options.note("cifar10", "cifar_resnet14 bn x2", "skipped", **cost)
-    with pytest.raises(NotEnoughTime) as stopped:
-        runs.train("cifar10", options, "cifar_resnet14 bn x2")
-    assert (stopped.value.state, stopped.value.found) == ("skipped", cost)
+    names = list(runs.planned("cifar10", options))
+    measured = {"epoch": 1, "epoch_seconds": 300.0}
+    options.note("cifar10", names[0], "skipped", **measured)
+    for name, needs in zip(names, (300, 300), strict=True):  # the second: half the replicates, and both epochs
+        with pytest.raises(NotEnoughTime) as stopped:
+            runs.train("cifar10", options, name)
+        assert stopped.value.state == "skipped"
+        assert stopped.value.found["left_seconds"] == pytest.approx(needs, rel=0.02)
 
 
 @pytest.mark.slow
-def test_a_run_that_will_not_fit_is_stopped_after_the_epochs_that_show_it(tmp_path):
+@pytest.mark.parametrize(("smallest", "state"), [(1e-6, "skipped"), (2.0, "cut")])
+def test_a_run_that_does_not_fit_makes_room_for_one_that_does(smallest, state, tmp_path):
     options = Options(str(tmp_path), "cpu", "digits", toy=True, deadline=time.time() + 60)
-    words = [*runs.planned("cifar10", options)["cifar_resnet14 bn x2"], "epochs=5000"]
-    (tmp_path / "runs").mkdir()
+    plan = runs.planned("cifar10", options)["cifar_resnet14 bn x2"]
+    long = replace(plan, words=[*plan.words, "epochs=5000"], recipe=replace(plan.recipe, epochs=5000))
     with pytest.raises(NotEnoughTime) as stopped:
-        runs.watch(words, tmp_path / "runs" / "long.log", 5000, options, to_the_end=True)
-    assert stopped.value.state == "skipped"
-    assert stopped.value.found["left_seconds"] > options.left
+        runs.watch(long, options, smallest)
+    assert stopped.value.state == state
+    assert stopped.value.found["left_seconds"] > 60
+    assert (options.left < 1) == (state == "cut")
 
 
 @pytest.mark.parametrize(

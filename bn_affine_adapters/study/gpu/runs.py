@@ -1,23 +1,26 @@
 """Items that train in full: `bn-adapters train` in a process of its own, which goes on from its checkpoint.
 
-The first epochs of a run are its measured cost. A run that does not fit into the time left is stopped after them, and
-the next one begins; what is left at the end goes on with the first that was stopped.
+The first epochs of a run are its measured cost. If it does not fit into the time left and another run would, by its
+operations, it is stopped then, and the other begins. What is left at the end goes on with the first that was stopped.
 """
 
 import json
+import math
 import os
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ...errors import NetworkError
+from ...training.network import forward_cost
 from ...training.recipe import Recipe, find_config, read_recipe
 from ...training.sweep import STARTER, measured_cost, mend
 from .options import NotEnoughTime, Options
@@ -49,111 +52,141 @@ POLL = 0.2  # seconds
 REST = "rest"
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A run: the arguments of `bn-adapters train`, the recipe that they give, the operations of its forward passes."""
+
+    words: list[str]
+    recipe: Recipe
+    work: float
+
+
 def items(part: str, options: Options) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return the runs of a part, and what uses the time that they leave."""
-    runs = planned(part, options)
-    return {**{name: partial(train, part, options, name) for name in runs}, REST: partial(go_on, part, options)}
+    names = [named(run) for run in (TOY if options.toy else RUNS)[part]]
+    return {**{name: partial(train, part, options, name) for name in names}, REST: partial(go_on, part, options)}
 
 
-def planned(part: str, options: Options) -> dict[str, list[str]]:
-    """Return the arguments of each run of a part, by name."""
-    runs = (TOY if options.toy else RUNS)[part]
-    return {
-        f"{model} {condition} x{count}": arguments(options, model, condition, count) for model, condition, count in runs
-    }
+def named(run: Run) -> str:
+    """Return the name of a run."""
+    return "{} {} x{}".format(*run)
+
+
+def planned(part: str, options: Options) -> dict[str, Plan]:
+    """Return the runs of a part by name."""
+    plans = {}
+    for run in (TOY if options.toy else RUNS)[part]:
+        words = arguments(options, *run)
+        recipe = read_recipe(words, find_config("digits"))
+        plans[named(run)] = Plan(words, recipe, forward_cost(recipe) * recipe.replicates * recipe.epochs)
+    return plans
 
 
 def arguments(options: Options, model: str, condition: str, replicates: int) -> list[str]:
     """Return the arguments of `bn-adapters train`: the paper's recipe; at toy size, two epochs of small digits."""
-    if options.toy:
-        recipe = ["digits", "image_size=8", "epochs=2", "milestones=[1]", "threads=1"]
-    else:
-        recipe = ["cifar10", f"dataset={options.data}", "eval_every=20"]
+    toy = ["digits", "image_size=8", "epochs=2", "milestones=[1]", "threads=1"]
+    recipe = toy if options.toy else ["cifar10", f"dataset={options.data}", "eval_every=20"]
     if options.device == "cuda":
         recipe.append("compile=reduce-overhead")
-    folder = Path(options.out, "runs", f"{model}-{condition}")
-    where = [
-        f"output_dir={folder}",
-        f"results={Path(options.out, 'results.jsonl')}",
-        "checkpoint_every=1",
-        "resume=true",
-    ]
-    return [*recipe, f"model={model}", f"condition={condition}", f"replicates={replicates}", *where]
+    what = [f"model={model}", f"condition={condition}", f"replicates={replicates}"]
+    folder, results = Path(options.out, "runs", f"{model}-{condition}"), Path(options.out, "results.jsonl")
+    return [*recipe, *what, f"output_dir={folder}", f"results={results}", "checkpoint_every=1", "resume=true"]
 
 
 def train(part: str, options: Options, name: str, to_the_end: bool = True) -> dict[str, Any]:
-    """Train a run or go on with it; return its accuracies.
+    """Train a run or go on with it; return its accuracies and its cost.
 
     Args:
         part: whose run it is.
         options: with the time at which the part ends.
         name: of the run.
-        to_the_end: stop it if it would not end in time; otherwise only when the time is over.
+        to_the_end: leave it to others that fit if it would not end in time; otherwise go on until the time is over.
 
     Raises:
-        NotEnoughTime: it was stopped; its checkpoint stays.
+        NotEnoughTime: it was not begun, or stopped; its checkpoint stays.
         NetworkError: training failed.
     """
-    words = planned(part, options)[name]
-    recipe = read_recipe(words, find_config("digits"))
-    folder = Path(recipe.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    before = options.read().get((part, name), {})
-    if to_the_end and before.get("left_seconds", 0) > options.left:
-        raise NotEnoughTime(
-            "skipped", **{key: before[key] for key in ("epoch", "epochs", "epoch_seconds", "left_seconds")}
-        )
-    if (lines := Path(str(recipe.results))).exists():
-        mend(lines)
-    start = time.time()
-    status, log = watch(words, folder.with_suffix(".log"), recipe.epochs, options, to_the_end)
-    if status:
-        raise NetworkError(f"Training failed: {name}.", seen=f"exit status {status}: {log[-500:]}", do="read its log")
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("result.json"))]
-    return {"top1": [result["top1"] for result in results], "wall_seconds": round(time.time() - start, 1)}
+    plans, lines = planned(part, options), {name: line for (of, name), line in options.read().items() if of == part}
+    plan = plans[name]
+    known = {key: lines[name][key] for key in ("epoch", "epoch_seconds") if key in lines.get(name, {})}
+    if to_the_end and (needs := expected(name, plans, lines)) > options.left:
+        raise NotEnoughTime("skipped", **known, left_seconds=round(needs, 1))
+    left = [other for key, other in plans.items() if key != name and lines.get(key, {}).get("state") != "done"]
+    smallest = min((other.work / plan.work for other in left), default=math.inf) if to_the_end else math.inf
+    if (results := Path(str(plan.recipe.results))).exists():
+        mend(results)
+    found = watch(plan, options, smallest)
+    paths = sorted(Path(plan.recipe.output_dir).rglob("result.json"))
+    return {"top1": [json.loads(path.read_text(encoding="utf-8"))["top1"] for path in paths], **found}
 
 
-def watch(words: list[str], path: Path, epochs: int, options: Options, to_the_end: bool) -> tuple[int, str]:
-    """Run training until it ends or has to be stopped; return its exit status and what it printed.
+def expected(name: str, plans: Mapping[str, Plan], lines: Mapping[str, Any]) -> float:
+    """Return the seconds that a run still takes: by its own epochs, or at least, by those of other runs; 0 if unknown.
+
+    Args:
+        name: of the run.
+        plans: all runs of the part.
+        lines: the last line of each run, by name.
+    """
+    epochs, own = plans[name].recipe.epochs, lines.get(name, {})
+    if "epoch_seconds" in own:
+        return own["epoch_seconds"] * (epochs - own["epoch"])
+    measured = {key: lines[key]["epoch_seconds"] for key in plans if "epoch_seconds" in lines.get(key, {})}
+    work = {key: plan.work / plan.recipe.epochs for key, plan in plans.items()}
+    return min((seconds * work[name] / work[key] * epochs for key, seconds in measured.items()), default=0.0)
+
+
+def watch(plan: Plan, options: Options, smallest: float) -> dict[str, Any]:
+    """Run training until it ends or has to be stopped; return its cost.
+
+    Args:
+        plan: what to train.
+        options: with the time at which the part ends.
+        smallest: the work of the smallest run that is left, as a share of this one's.
 
     Raises:
         NotEnoughTime: it was stopped.
+        NetworkError: it failed.
     """
-    command = [sys.executable, "-c", STARTER, "-m", "bn_affine_adapters.training.train", *words]
-    environment = os.environ | {"TQDM_DISABLE": "1"}
+    path, epochs = Path(f"{plan.recipe.output_dir}.log"), plan.recipe.epochs
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", STARTER, "-m", "bn_affine_adapters.training.train", *plan.words]
     with path.open("ab") as file:
-        begin = file.tell()
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
+        begin, environment = file.tell(), os.environ | {"TQDM_DISABLE": "1"}
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     seen: list[tuple[float, int]] = []  # when each epoch ended
     try:
         while child.poll() is None:
             time.sleep(POLL)
-            epoch = max((int(found[1]) for found in EPOCH.finditer(path.read_bytes()[begin:].decode())), default=0)
-            if epoch and (not seen or epoch > seen[-1][1]):
+            said = path.read_bytes()[begin:].decode(errors="replace")
+            epoch = max((int(found[1]) for found in EPOCH.finditer(said)), default=0)
+            if epoch > (seen[-1][1] if seen else 0):
                 seen.append((time.time(), epoch))
             known = cost(seen, epochs)
             if options.left < 1:
-                raise NotEnoughTime("cut", epoch=epoch, epochs=epochs, **known)
-            if to_the_end and known.get("left_seconds", 0) > options.left:
-                raise NotEnoughTime("skipped", epoch=epoch, epochs=epochs, **known)
+                raise NotEnoughTime("cut", **known)
+            if known.get("left_seconds", 0) > options.left > smallest * known["epoch_seconds"] * epochs:
+                raise NotEnoughTime("skipped", **known)
     finally:
         child.kill()
         child.wait()
-    return child.returncode, path.read_bytes()[begin:].decode(errors="replace")
+    if child.returncode:
+        said = path.read_bytes()[begin:].decode(errors="replace")
+        status = f"exit status {child.returncode}: {said[-500:]}"
+        raise NetworkError("Training failed.", seen=status, do=f"read {path}")
+    return cost(seen, epochs)
 
 
 def cost(seen: list[tuple[float, int]], epochs: int) -> dict[str, float]:
-    """Return the seconds of an epoch, and those that the epochs left take, once three have ended: the first compiles.
+    """Return the last epoch, the seconds of one, and those that the others take, if three ended: the first compiles.
 
     >>> cost([(50.0, 1), (52.0, 2), (54.0, 3)], 10)
-    {'epoch_seconds': 2.0, 'left_seconds': 14.0}
+    {'epoch': 3, 'epoch_seconds': 2.0, 'left_seconds': 14.0}
     """
     if len(seen) < 3:
         return {}
-    each = statistics.median((b - a) / (y - x) for (a, x), (b, y) in pairwise(seen[1:]))
-    return {"epoch_seconds": round(each, 3), "left_seconds": round(each * (epochs - seen[-1][1]), 1)}
+    epoch, each = seen[-1][1], statistics.median((b - a) / (y - x) for (a, x), (b, y) in pairwise(seen[1:]))
+    return {"epoch": epoch, "epoch_seconds": round(each, 3), "left_seconds": round(each * (epochs - epoch), 1)}
 
 
 def go_on(part: str, options: Options) -> dict[str, Any]:
@@ -175,9 +208,8 @@ def estimates(part: str, options: Options) -> dict[str, str]:
     from accelerate import Accelerator
 
     accelerator, found = Accelerator(), {}
-    for name, words in planned(part, options).items():
-        recipe: Recipe = read_recipe(words, find_config("digits"))
-        recipe.compile = None
+    for name, plan in planned(part, options).items():
+        recipe = replace(plan.recipe, compile=None)
         _, steps, seconds = measured_cost(recipe, accelerator)
         total = steps * recipe.epochs * recipe.replicates * seconds
         about = f"{recipe.replicates} x {recipe.epochs} x {steps} steps of {1000 * seconds:.1f} ms"
