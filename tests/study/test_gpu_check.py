@@ -19,7 +19,7 @@ from bn_affine_adapters.cli import main
 from bn_affine_adapters.errors import NetworkError
 from bn_affine_adapters.study.gpu import checks, runs
 from bn_affine_adapters.study.gpu.child import PARTS
-from bn_affine_adapters.study.gpu.gpu_check import to_do
+from bn_affine_adapters.study.gpu.gpu_check import run_part, summary, to_do
 from bn_affine_adapters.study.gpu.options import NotEnoughTime, Options
 from bn_affine_adapters.training.data import decode, load_splits
 from bn_affine_adapters.training.lines import read_results
@@ -84,6 +84,14 @@ def test_what_is_done_is_not_repeated_and_a_rehearsal_counts_for_no_gpu(tmp_path
         toy.note("feed", item, state)
     assert to_do("feed", toy) == ["streaming"]
     assert to_do("feed", replace(toy, toy=False)) == ["memory", "streaming"]
+
+
+def test_without_time_a_failure_stays_one(tmp_path):
+    options = Options(str(tmp_path), "cpu", "digits", toy=True, deadline=time.time())
+    options.note("feed", "memory", "failed", error="wrong")
+    run_part("feed", options)
+    assert states(tmp_path) == {"memory": "failed", "streaming": "skipped"}
+    assert summary(["feed"], options)[1] == 16
 
 
 class UntilFirstCheckpoint(Options):
