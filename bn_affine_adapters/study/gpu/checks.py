@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ...training.stacked import Stacked
 from ...training.sweep import STARTER
 from .options import Options, captured
 
-PACKAGES = ("torch", "triton", "timm", "peft", "numpy", "accelerate", "datasets", "evaluate", "omegaconf")
+PACKAGES = ("bn-affine-adapters", "torch", "timm", "peft", "accelerate", "datasets", "evaluate", "omegaconf", "triton")
 CLASSES = 4
 # Networks with their arguments, and the fingerprint of seed 0, which every machine has to draw.
 FINGERPRINTS = {
@@ -34,6 +33,7 @@ FINGERPRINTS = {
     "test_vit4": ({"img_size": 32}, "86b33eeca73d3e1a2f28b5d4249135fdc8afd9546cb3ee9841046d74efd1f112"),
 }
 BOUNDS = {"exact": 1e-8, "rounded": 0.02, "smallest": 0.05}  # of the gradient's norm
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TESTS = ("tests/test_cuda.py", "tests/lean/test_lean_triton.py")
 ROOT = Path(__file__).parents[3]
 
@@ -53,9 +53,6 @@ def items(options: Options) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 def files(options: Options) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return the tests that need a GPU, by file; none without a checkout."""
     # The short form leaves out what compiles long or only measures; a rehearsal runs three tests.
@@ -65,10 +62,10 @@ def files(options: Options) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def installation(device: str) -> dict[str, Any]:
     """Return versions and the device; fail if a package is missing or the device does not compute."""
-    if missing := [name for name in PACKAGES if find_spec(name) is None and not (name == "triton" and device == "cpu")]:
-        do = "pip install 'bn-affine-adapters[train]'"
+    found: dict[str, Any] = {name: _version(name) for name in PACKAGES}
+    if missing := [name for name, number in found.items() if number is None and name != "triton"]:  # lean runs without
+        do = "pip install 'bn-affine-adapters[train]'; without a network, from wheels"
         raise NetworkError("Packages are not installed.", seen=", ".join(missing), do=do)
-    found: dict[str, Any] = {name: _version(name) for name in ("bn-affine-adapters", *PACKAGES)}
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
         found |= {"memory_bytes": card.total_memory, "capability": f"{card.major}.{card.minor}"}
