@@ -213,5 +213,5 @@ def estimates(part: str, options: Options) -> dict[str, str]:
         _, steps, seconds = measured_cost(recipe, accelerator)
         total = steps * recipe.epochs * recipe.replicates * seconds
         about = f"{recipe.replicates} x {recipe.epochs} x {steps} steps of {1000 * seconds:.1f} ms"
-        found[name] = f"{total / 60:.1f} minutes, eager: {about}"
+        found[name] = f"{total / 60:,.1f} minutes, eager: {about}"
     return found
