@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..adapter.config import BNOnlyConfig
+from ..adapter.method import BNOnlyConfig
 from ..errors import ConfigError
 from ..norms.statistics import sync_norms_
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -114,6 +114,10 @@ def resume(training: Training) -> None:
     """Restore the state that a checkpoint holds."""
     scaler = training.accelerator.scaler
     history = load_checkpoint(training.checkpoint, training.recipe, training.network, training.optimizer, scaler)
+    names = list(training.replicates[0].feed.label_names)
+    if names != (trained := history.get("label_names", names)):
+        do = "name the classes of the data as before, or overwrite=true to start again"
+        raise ConfigError("The checkpoint was trained on other classes.", seen=f"{trained} -> {names}", do=do)
     training.seconds += history["seconds"]
     for replicate, before in zip(training.replicates, history["replicates"], strict=True):
         replicate.epochs, replicate.first_losses = before["epochs"], before["first_losses"]
@@ -131,7 +135,9 @@ def fit(training: Training) -> None:
         finish_epoch(training, epoch, losses)
         due = recipe.checkpoint_every and (epoch + 1) % recipe.checkpoint_every == 0
         if due and training.accelerator.is_main_process:
-            history = {"seconds": training.seconds, "replicates": [r.history for r in training.replicates]}
+            names = list(training.replicates[0].feed.label_names)
+            history = {"seconds": training.seconds, "label_names": names}
+            history["replicates"] = [replicate.history for replicate in training.replicates]
             scaler = training.accelerator.scaler
             save_checkpoint(training.checkpoint, recipe, training.network, training.optimizer, scaler, history)
 

@@ -25,12 +25,10 @@ from subprocess import SubprocessError
 from typing import IO, Any, NamedTuple
 
 import click
-import torch
 
 from ..errors import ConfigError, NetworkError
-from .feed import DataOptions, Feed
 from .lines import read_results
-from .network import measured_step
+from .options import DataOptions
 from .recipe import Recipe, run_key, words
 from .scripts import cores, run_script
 from .sweeps import PlannedRun, Sweep, epochs_done, planned_runs, read_sweep, result_of
@@ -86,9 +84,11 @@ async def work(run: PlannedRun, analyse: bool) -> Outcome:
 
 def analysis_arguments(run: PlannedRun) -> list[str]:
     """Return the arguments that analyse what a run saved, on the data that it was tested on."""
+    from .feed import own_options
+
     saved = run.folder / ("adapter" if (run.folder / "adapter").is_dir() else "network")
     usual = {**asdict(DataOptions()), "pretrained": False, "pretrained_file": None}
-    saved_with_it = ("image_size", "mean", "std")
+    saved_with_it = own_options(DataOptions().data_config)
     data = {key: getattr(run.recipe, key) for key in usual if key not in saved_with_it}
     changed = {key: value for key, value in data.items() if value != usual[key]}
     return words({"adapter": str(saved), "output": str(run.folder / "analysis.json"), **changed})
@@ -168,42 +168,28 @@ def open_results(path: Path) -> tuple[IO[bytes], dict[str, bool]]:
     """Return the results file, to append to, and what is `finished` in it; mend a torn last line.
 
     Raises:
-        ConfigError: another process writes to it, or a line of it is not a result.
-    """
-    return open_lines(path), finished(path)
-
-
-def open_lines(path: Path) -> IO[bytes]:
-    """Return a file of JSON lines, to append to, that no other process writes to; mend a torn last line.
-
-    Raises:
-        ConfigError: another process writes to it.
+        ConfigError: another sweep writes to it, or a line of it is not a result.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        do = "wait for it, or choose another file of results"
-        raise ConfigError(f"Another process writes to {path}.", seen=str(error), do=do) from error
-    mend(path)
-    return file
-
-
-def mend(path: Path) -> None:
-    """Remove a torn last line from a file of JSON lines, and say so."""
-    whole, newline, rest = path.read_bytes().rpartition(b"\n")
-    if not rest:
-        return
-    try:  # no beginning of a JSON object is a JSON object: this line is whole, perhaps edited by hand
-        json.loads(rest)
-        with path.open("ab") as file:
+        do = "wait for it, or give this sweep another results file"
+        raise ConfigError(f"Another sweep writes to {path}.", seen=str(error), do=do) from error
+    file.seek(0)
+    whole, newline, rest = file.read().rpartition(b"\n")
+    if rest:
+        try:  # no beginning of a JSON object is a JSON object: this line is whole, perhaps edited by hand
+            json.loads(rest)
             file.write(b"\n")
-        done = "it is whole, and its newline was added"
-    except ValueError:
-        os.truncate(path, len(whole + newline))
-        done = "it is torn, and was removed"
-    click.echo(f"{path}: the last line, {len(rest)} bytes, has no newline: {done}", err=True)
+            done = "it is whole, and its newline was added"
+        except ValueError:
+            file.truncate(len(whole + newline))
+            done = "it is torn, and was removed"
+        file.flush()
+        click.echo(f"{path}: the last line, {len(rest)} bytes, has no newline: {done}", err=True)
+    return file, finished(path)
 
 
 def finished(path: Path) -> dict[str, bool]:
@@ -214,6 +200,7 @@ def finished(path: Path) -> dict[str, bool]:
 
 def dry_run(runs: list[PlannedRun], done: Mapping[str, bool]) -> dict[str, Any]:
     """Return all runs with their state, and the hours that are left of each by a step measured here."""
+    import torch
     from accelerate import Accelerator
 
     accelerator = Accelerator()
@@ -242,6 +229,9 @@ def dry_run(runs: list[PlannedRun], done: Mapping[str, bool]) -> dict[str, Any]:
 
 def measured_cost(recipe: Recipe, accelerator: Any) -> tuple[int, int, float]:
     """Return the parameters that train, the steps of an epoch, and the seconds of a step."""
+    from .feed import Feed
+    from .network import measured_step
+
     feed = Feed(recipe, accelerator)
     try:
         trained, seconds = measured_step(recipe, feed)

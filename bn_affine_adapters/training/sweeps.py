@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import ConfigError
-from .network import forward_cost
 from .recipe import Recipe, config_files, find_config, read, read_recipe, recorded, run_key, words
 
 # The sweep sets these keys itself.
@@ -82,6 +79,8 @@ def planned_runs(sweep: Sweep, arguments: list[str], output: Path, threads: int 
     Raises:
         ConfigError: a recipe is not usable, sets a key that the sweep sets itself, or two runs are the same.
     """
+    from .network import forward_cost
+
     runs: dict[str, PlannedRun] = {}
     first = next(iter(sweep.conditions))
     costs = {name: forward_cost(planned_run(sweep, arguments, output, first, name).recipe) for name in sweep.networks}
@@ -141,4 +140,6 @@ def epochs_done(run: PlannedRun) -> int:
     path = run.folder / "checkpoint.pt"
     if not path.exists():
         return 0
+    import torch
+
     return len(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["run"]["replicates"][0]["epochs"])

@@ -16,28 +16,26 @@ Keys with their defaults and the range of numbers:
 import atexit
 import json
 import os
+import shlex
 import shutil
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
-from torch import nn
-
-from ..adapter.config import BNOnlyConfig
-from ..deploy.exporting import export_network
 from ..errors import OutputFolderError, check_choice
-from ..model.peft_model import BNOnlyPeftModel
 from ..sharing.results import RESULTS_NAME
 from . import recipe as recipes
-from .loop import Replicate, Training, build, fit, prepare
-from .network import count
 from .recipe import CONFIGS, Recipe, help_text, recorded
-from .scripts import accuracy_text, cores, provenance, run_script, table
+from .scripts import accuracy_text, cores, provenance, run_script
+from .tables import text_table
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from ..adapter.method import BNOnlyConfig
+    from .loop import Replicate, Training
 
 DEFAULT = CONFIGS / "digits.yaml"
 
@@ -47,13 +45,10 @@ def read_recipe(arguments: list[str]) -> Recipe:
     return recipes.read_recipe(arguments, DEFAULT)
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
-    """Train, evaluate and save; return the result line, of several replicates the first one's."""
-    return train(recipe)[0].result
-
-
-def train(recipe: Recipe) -> list[Replicate]:
+def train(recipe: Recipe) -> "list[Replicate]":
     """Train, evaluate and save; return the replicates, each with its result line."""
+    from .loop import build, fit, prepare
+
     accelerator = start(recipe)
     replicates = build(recipe, accelerator)
     Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
@@ -72,8 +67,13 @@ def train(recipe: Recipe) -> list[Replicate]:
     return replicates
 
 
-def start(recipe: Recipe) -> Accelerator:
+def start(recipe: Recipe) -> "Accelerator":
     """Return the accelerator; set the threads and the seed of this process; refuse an output folder in use."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import set_seed
+
     trackers = [str(tracker) for tracker in get_available_trackers()]
     check_choice("tracker", recipe.tracker, (None, "all", *trackers))  # Accelerate itself trains without a missing one
     accelerator = Accelerator(mixed_precision=recipe.precision, log_with=recipe.tracker, project_dir=recipe.output_dir)
@@ -91,12 +91,22 @@ def check_output(recipe: Recipe) -> None:
         raise OutputFolderError(
             f"{output} exists and is not empty.",
             seen=", ".join(sorted(path.name for path in output.iterdir())[:5]),
-            do="choose another output_dir=, or overwrite=true, or resume=true",
+            do=_how_to_go_on(output),
         )
 
 
-def announce(recipe: Recipe, first: Replicate, accelerator: Accelerator) -> None:
+def _how_to_go_on(output: Path) -> str:
+    saved = output / "adapter"
+    if not saved.is_dir():
+        return "add resume=true to go on from a checkpoint, overwrite=true to begin again, or another output_dir="
+    use = shlex.join(["bn-adapters", "validate", str(saved)])
+    return f"{use} measures what was trained; to train again, add overwrite=true or another output_dir="
+
+
+def announce(recipe: Recipe, first: "Replicate", accelerator: "Accelerator") -> None:
     """Tell what trains, and start the trackers."""
+    from .network import count
+
     shown = "{}: {:,} of {:,} parameters train".format(recipe.condition, *count(first.network))
     accelerator.print(shown, file=sys.stderr)
     if recipe.lean:
@@ -113,16 +123,19 @@ def leave_stdout() -> None:
     sys.stdout = sys.stderr
 
 
-def result_line(replicate: Replicate, training: Training) -> dict[str, Any]:
+def result_line(replicate: "Replicate", training: "Training") -> dict[str, Any]:
     """Return the result line of a finished run; its seconds are its share of those that trained together."""
+    from .network import count
+
     recipe, epochs, together = replicate.recipe, replicate.epochs, len(training.replicates)
+    tested = replicate.feed.test.name
     trained, total = count(replicate.network)
     seconds = training.seconds / together
     ran_on = provenance(training.accelerator)
     ran_on["hardware"]["side_by_side"] = together
     return {
         **{key: round(value, 4) for key, value in epochs[-1].items()},
-        **({"split": f"{recipe.held_out} held out of {recipe.train_split}"} if recipe.held_out else {}),
+        **({"split": tested} if tested != recipe.test_split else {}),
         "trained": trained,
         "parameters": total,
         "seconds": round(seconds, 2),
@@ -135,8 +148,11 @@ def result_line(replicate: Replicate, training: Training) -> dict[str, Any]:
     }
 
 
-def save(network: nn.Module, config: BNOnlyConfig, output: Path) -> Path:
+def save(network: "nn.Module", config: "BNOnlyConfig", output: Path) -> Path:
     """Write the adapter, or a network that trained whole as a timm checkpoint; return the file of tensors."""
+    from ..deploy.exporting import export_network
+    from ..model.peft_model import BNOnlyPeftModel
+
     if isinstance(network, BNOnlyPeftModel):
         network.save_pretrained(output / "adapter")
         return output / "adapter" / "adapter_model.safetensors"
@@ -144,7 +160,7 @@ def save(network: nn.Module, config: BNOnlyConfig, output: Path) -> Path:
     return export_network(network, config, output / "network") / "model.safetensors"
 
 
-def write_result(replicate: Replicate, saved: Path, results: str | None) -> None:
+def write_result(replicate: "Replicate", saved: Path, results: str | None) -> None:
     """Keep the result line beside what was saved, in the output folder, and at the end of a file of results."""
     kind = saved.parent.name  # "adapter", or "network" where the whole of it trained
     result = replicate.result
@@ -157,20 +173,20 @@ def write_result(replicate: Replicate, saved: Path, results: str | None) -> None
     Path(replicate.recipe.output_dir, "result.json").write_text(json.dumps(result) + "\n")
 
 
-def summary(replicate: Replicate) -> str:
+def summary(replicate: "Replicate") -> str:
     """Return what a person wants to know of a finished run."""
     result, recipe, feed = replicate.result, replicate.recipe, replicate.feed
     kind = "adapter" if "adapter" in result else "network"
     share = 100 * result["trained"] / result["parameters"]
     rows = {
-        "accuracy": accuracy_text(recipe, result["top1"], len(feed.test.dataset)),
+        "accuracy": accuracy_text(recipe.dataset, feed.test.name, result["top1"], len(feed.test)),
         "trained": f"{result['trained']:,} of {result['parameters']:,} parameters ({share:.2f} %)",
         kind: f"{result[kind]}, {result[f'{kind}_bytes'] / 1000:,.1f} kB",
         "time": f"{result['seconds']:.1f} s",
     }
     if kind == "adapter":
         rows["next"] = recipes.validate_command(recipe, result["adapter"])
-    return table(rows)
+    return text_table([*rows.items()])
 
 
 def command(arguments: list[str]) -> None:
@@ -178,6 +194,8 @@ def command(arguments: list[str]) -> None:
     if {"-h", "--help"} & {*arguments}:
         print(__doc__, help_text(), sep="\n")
         return
+    from accelerate import PartialState
+
     replicates = train(read_recipe([word for word in arguments if word != "--json"]))
     if PartialState().is_main_process:
         for replicate in replicates:

@@ -18,8 +18,8 @@ from PIL import Image
 from bn_affine_adapters.cli import main
 from bn_affine_adapters.errors import NetworkError
 from bn_affine_adapters.study.gpu import checks, runs
-from bn_affine_adapters.study.gpu.child import PARTS
-from bn_affine_adapters.study.gpu.gpu_check import run_part, summary, to_do
+from bn_affine_adapters.study.gpu.child import ITEMS
+from bn_affine_adapters.study.gpu.gpu_check import PARTS, locked, run_part, summary, to_do
 from bn_affine_adapters.study.gpu.options import NotEnoughTime, Options
 from bn_affine_adapters.training.data import decode, load_splits
 from bn_affine_adapters.training.lines import read_results
@@ -84,6 +84,16 @@ def test_what_is_done_is_not_repeated_and_a_rehearsal_counts_for_no_gpu(tmp_path
         toy.note("feed", item, state)
     assert to_do("feed", toy) == ["streaming"]
     assert to_do("feed", replace(toy, toy=False)) == ["memory", "streaming"]
+
+
+def test_a_folder_is_for_one_process_and_a_torn_line_is_removed(tmp_path):
+    options = Options(str(tmp_path), "cpu", "digits", toy=True)
+    options.note("feed", "memory", "done")
+    with options.lines.open("a") as file:
+        file.write('{"part": "fe')  # killed while it wrote
+    with locked(options):
+        assert states(tmp_path) == {"memory": "done"}
+        assert "Another process writes to" in check(tmp_path).output
 
 
 def test_without_time_a_failure_stays_one(tmp_path):
@@ -185,7 +195,7 @@ def test_a_dry_run_writes_nothing_and_estimates_the_runs(tmp_path):
     result = check(tmp_path / "out", "--minutes", "2", "--parts", "checks,deep", "--dry-run")
     assert result.exit_code == 0, result.output
     part, seconds, count, *_ = result.output.splitlines()[1].split()
-    assert (part, int(count)) == ("checks", len(PARTS["checks"][1](Options("", "cpu", ""))))
+    assert (part, int(count)) == ("checks", len(ITEMS["checks"](Options("", "cpu", ""))))
     assert int(seconds) == 90
     assert "1 x 2 x 23 steps of" in result.output
     assert not (tmp_path / "out").exists()
@@ -218,7 +228,7 @@ def test_the_whole_rehearsal_does_every_part_and_skips_none(tmp_path):
     print(result.output)
     assert result.exit_code == 0, result.output
     assert ", 0 failed, 0 skipped, 0 cut" in result.output
-    assert {line["part"] for line in lines_of(tmp_path)} == set(PARTS)
+    assert {line["part"] for line in lines_of(tmp_path)} == set(PARTS) == set(ITEMS)
     assert len(read_results(tmp_path / "results.jsonl")) == 4
 
 
@@ -235,22 +245,22 @@ def png_folder(folder):
 def test_packed_parts_join_to_the_same_images_and_a_missing_part_is_noticed(tmp_path, capsys):
     pack = script("pack_data")
     source, out = png_folder(tmp_path / "source"), tmp_path / "out"
-    pack.pack(str(source), out, 2, 32)
+    pack.pack(str(source), out, 2)
     parts = [out / "part-1", out / "part-2"]
-    pack.join(out / "joined", parts, 32)
+    pack.join(out / "joined", parts)
     for before, after in zip(load_splits(str(source)), load_splits(str(out / "joined")), strict=True):
         ours, theirs = decode(before, size=32), decode(after, size=32)
         assert torch.equal(ours.images, theirs.images)
         assert torch.equal(ours.labels, theirs.labels)
         assert ours.label_names == theirs.label_names == ("a", "b")
     with pytest.raises(SystemExit, match="does not hold what was packed"):
-        pack.join(out / "torn", parts[:1], 32)
+        pack.join(out / "torn", parts[:1])
 
 
 @pytest.mark.slow
 def test_cifar10_packs_into_two_parts_of_53_mb(bnaa_data, tmp_path, capsys):
     pack = script("pack_data")
-    pack.pack(str(bnaa_data / "cifar10"), tmp_path, 2, 32)
+    pack.pack(str(bnaa_data / "cifar10"), tmp_path, 2)
     parts = sorted(tmp_path.glob("part-*"))
     assert [round(sum(path.stat().st_size for path in part.rglob("*.parquet")) / 1e6) for part in parts] == [53, 53]
-    pack.join(tmp_path / "cifar10", parts, 32)
+    pack.join(tmp_path / "cifar10", parts)

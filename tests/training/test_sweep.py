@@ -21,7 +21,6 @@ from test_lines import LINE
 
 from bn_affine_adapters.errors import BNAdapterError, ConfigError, NetworkError, UnknownKeyError
 from bn_affine_adapters.training import sweep as sweeping
-from bn_affine_adapters.training import sweeps
 from bn_affine_adapters.training.lines import TIMES, read_results
 from bn_affine_adapters.training.recipe import CONFIGS, read_recipe, recorded, run_key
 from bn_affine_adapters.training.sweeps import planned_runs, read_sweep
@@ -273,7 +272,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on_where_it_was(number,
     pid = int(wait_for(path.with_suffix(""), "*r1*/pid", process).read_text().split()[0])
     wait_for(path.with_suffix(""), "*r0*/result.json", process)
     if number == signal.SIGTERM:
-        assert "Another process writes to" in inside(path, 1, slow=True)
+        assert "Another sweep writes to" in inside(path, 1, slow=True)
     assert alive(pid)
     os.kill(process.pid, number)
     process.communicate(timeout=60)
@@ -400,7 +399,9 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_run_of_a_packaged_sweep_has_a_recipe(name, monkeypatch):
-    monkeypatch.setattr(sweeps, "forward_cost", lambda recipe: 0)  # the deep networks take long to build
+    monkeypatch.setattr(
+        "bn_affine_adapters.training.network.forward_cost", lambda recipe: 0
+    )  # the deep networks take long to build
     sweep = read_sweep(name)
     runs = planned_runs(replace(sweep, replicates=1), [], Path("runs"))  # the others differ in their seeds alone
     assert len(runs) == len(sweep.conditions) * len(sweep.networks)

@@ -2,5 +2,5 @@
 
 - ``gpu_check.py``: the command; gives each part its time, in a process of its own that is killed at its bound.
 - ``child.py``: that process; does the items of a part one after another and writes a line about each.
-- ``checks.py``, ``steps.py``, ``runs.py``, ``feeds.py``: the items.
+- ``checks.py``, ``steps.py``, ``runs.py``: the items.
 """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...adapter.config import BNOnlyConfig
+from ...adapter.method import BNOnlyConfig
 from ...errors import NetworkError
 from ...lean import LEVELS
 from ...lean.backends import gpu
@@ -22,7 +22,8 @@ from ...model.loading import get_bn_only_model
 from ...training.scripts import commit
 from ...training.stacked import Stacked
 from ...training.sweep import STARTER
-from .options import Options, captured
+from .options import Options
+from .steps import captured, compiled
 
 PACKAGES = ("bn-affine-adapters", "torch", "timm", "peft", "accelerate", "datasets", "evaluate", "omegaconf", "triton")
 CLASSES = 4
@@ -44,12 +45,12 @@ def items(options: Options) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         "installation": partial(installation, where),
         **{f"bits {name}": partial(bits, where, dtype) for name, dtype in DTYPES.items()},
-        **{f"lean {level}": partial(gradients_of, where, level, eager) for level in LEVELS},
+        **{f"lean {level}": partial(gradients_of, where, level) for level in LEVELS},
         "graph": partial(graph, where, None),
         "graph lean exact": partial(graph, where, "exact"),
         "replicates": partial(replicates, where),
-        "compile": partial(gradients_of, where, None, compiled),
-        "compile lean exact": partial(gradients_of, where, "exact", compiled),
+        "compile": partial(gradients_of, where, None, compile=True),
+        "compile lean exact": partial(gradients_of, where, "exact", compile=True),
     }
 
 
@@ -120,16 +121,6 @@ def compare_bits(name: str, found: dict[str, Tensor], wanted: dict[str, Tensor])
         raise NetworkError(f"{name} has other bits here than on the CPU.", seen=seen, do="report this line")
 
 
-def eager(model: nn.Module, device: str) -> Callable[..., Tensor]:
-    """Return a network as it is."""
-    return model
-
-
-def compiled(model: nn.Module, device: str) -> Callable[..., Tensor]:
-    """Return a compiled network; on a CPU its graph is traced and runs as it is."""
-    return torch.compile(model, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
-
-
 def gradients(model: nn.Module, run: Callable[..., Tensor], device: str) -> Tensor:
     """Return all gradients of one step as one vector."""
     images, labels = batch(device)
@@ -137,13 +128,14 @@ def gradients(model: nn.Module, run: Callable[..., Tensor], device: str) -> Tens
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
 
-def gradients_of(device: str, lean: str | None, way: Callable[..., Any]) -> dict[str, Any]:
+def gradients_of(device: str, lean: str | None, compile: bool = False) -> dict[str, Any]:
     """Compare gradients in float64, lean or compiled, with those of autograd."""
     found = {}
     for name in ("cifar_resnet14", "test_vit4"):
         plain, model = (network(name, device, torch.float64, level) for level in (None, lean))
-        wanted = gradients(plain, plain, device)
-        found[name] = agree(name, gradients(model, way(model, device), device), wanted, BOUNDS[lean or "exact"])
+        run = compiled(model, device, fullgraph=True) if compile else model
+        ours, wanted = gradients(model, run, device), gradients(plain, plain, device)
+        found[name] = agree(name, ours, wanted, BOUNDS[lean or "exact"])
     return {"distance": found, "bound": BOUNDS[lean or "exact"]}
 
 
@@ -174,11 +166,8 @@ def trained(model: nn.Module, device: str, replayed: bool) -> Tensor:
         optimizer.step()
         optimizer.zero_grad()
 
-    if replayed:
-        run, left = captured(step, device), 2  # three steps are done by now
-    else:
-        run, left = step, 5
-    for _ in range(left):
+    run = captured(step, device) if replayed else step
+    for _ in range(2 if replayed else 5):  # three are done when the step is captured
         run()
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 

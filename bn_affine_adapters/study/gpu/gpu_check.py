@@ -11,6 +11,7 @@ The exit status is 0 if nothing failed; 11 to 16 if checks, tests, steps, cifar1
 them); 2 if nothing could be started.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -21,18 +22,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
-import torch
 
 from ...errors import ConfigError, check_choice
-from ...training.sweep import STARTER, mend, open_lines
+from ...training.sweep import STARTER
 from ...training.tables import text_table
-from . import runs
-from .child import PARTS
 from .options import Options
 
+# In the order of their value, with the share of the time that is kept for each.
+PARTS = {"checks": 0.15, "tests": 0.15, "steps": 0.22, "cifar10": 0.38, "deep": 0.05, "feed": 0.05}
 FINAL = ("done", "failed", "skipped", "cut")
 FIRST_STATUS = 11
 WIDTH = 110  # of a table's last column
@@ -44,17 +44,19 @@ def bounds(parts: Sequence[str], seconds: float) -> dict[str, float]:
     >>> {part: round(end) for part, end in bounds(["checks", "steps", "feed"], 420).items()}
     {'checks': 150, 'steps': 370, 'feed': 420}
     """
-    whole, end, found = sum(PARTS[part][0] for part in parts), 0.0, {}
+    whole, end, found = sum(PARTS[part] for part in parts), 0.0, {}
     for part in parts:
-        end += PARTS[part][0] / whole * seconds
+        end += PARTS[part] / whole * seconds
         found[part] = end
     return found
 
 
 def names_of(part: str, options: Options) -> list[str]:
     """Return the items of a part that are asked for."""
+    from .child import ITEMS
+
     words = options.only.split(",")
-    return [name for name in PARTS[part][1](options) if any(word in name for word in words)]
+    return [name for name in ITEMS[part](options) if any(word in name for word in words)]
 
 
 def to_do(part: str, options: Options) -> list[str]:
@@ -68,7 +70,7 @@ def run_part(part: str, options: Options) -> None:
     names, start = to_do(part, options), options.lines.stat().st_size
     while names and options.left > 0:
         status = run_child(part, options, names)
-        mend(options.lines)
+        options.mend()
         lines = {name: line for (of, name), line in options.read(start).items() if of == part}
         left = [name for name in names if lines.get(name, {}).get("state") not in FINAL]
         tail = log(part, options).read_text(encoding="utf-8", errors="replace")[-500:]
@@ -142,6 +144,8 @@ def shown(line: Mapping[str, Any], eager: Mapping[str, Any]) -> str:
 
 def dry_run(parts: Sequence[str], options: Options, seconds: float) -> str:
     """Return what would be done: the bound of each part; of each run, what it takes by a step measured here."""
+    from . import runs
+
     rows, before = [["part", "seconds at most", "to do", "estimate"]], 0.0
     for part, end in bounds(parts, seconds).items():
         names, known = to_do(part, options), runs.estimates(part, options) if part in runs.RUNS else {}
@@ -159,6 +163,19 @@ def chosen(parts: str) -> list[str]:
     return [part for part in PARTS if part in names or not names]
 
 
+def locked(options: Options) -> IO[bytes]:
+    """Return the file of lines, mended, which no other process may take as long as it is open."""
+    options.lines.parent.mkdir(parents=True, exist_ok=True)
+    file = options.lines.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        do = "wait for it, or choose another --out"
+        raise ConfigError(f"Another process writes to {options.lines}.", seen=str(error), do=do) from error
+    options.mend()
+    return file
+
+
 @click.command(help=__doc__)
 @click.option("--minutes", default=9.0, type=click.FloatRange(min=0, min_open=True), show_default=True, help="In all.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="The folder of lines, results and logs.")
@@ -172,6 +189,8 @@ def chosen(parts: str) -> list[str]:
 @click.option("--dry-run", "dry", is_flag=True, help="Print what would be done, and estimates.")
 def command(minutes: float, out: str, parts: str, data: str, device: str, toy: bool, only: str, dry: bool) -> None:
     """Do all parts within the time; exit with what failed."""
+    import torch
+
     start, names = time.time(), chosen(parts)
     if device == "cuda" and not torch.cuda.is_available():
         do = "install a PyTorch for this GPU and its driver; --device cpu --toy rehearses without one"
@@ -182,7 +201,7 @@ def command(minutes: float, out: str, parts: str, data: str, device: str, toy: b
         click.echo(dry_run(names, options, 60 * minutes))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through every `finally`
-    with open_lines(options.lines):
+    with locked(options):
         for part, end in bounds(names, 60 * minutes).items():
             run_part(part, replace(options, deadline=start + end))
             click.echo(f"{part}: {time.time() - start:.0f} s of {60 * minutes:.0f} s", err=True)

@@ -1,13 +1,11 @@
-"""What every part shares: its options, its lines, and the capture of a step in a CUDA graph."""
+"""What every part is told, and its lines."""
 
 import json
+import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 
 class NotEnoughTime(Exception):
@@ -42,38 +40,20 @@ class Options:
 
     def note(self, part: str, item: str, state: str, **found: Any) -> None:
         """Append a line about an item."""
+        import torch
+
         name = torch.cuda.get_device_name() if self.device == "cuda" and torch.cuda.is_initialized() else self.device
-        line = {
-            "part": part,
-            "item": item,
-            "state": state,
-            "toy": self.toy,
-            "device": name,
-            "at": round(time.time(), 1),
-        }
+        line = {"part": part, "item": item, "state": state, "toy": self.toy, "device": name, "at": time.time()}
         with self.lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | found) + "\n")
+
+    def mend(self) -> None:
+        """Remove the last line if it is torn: what wrote it was killed."""
+        whole, newline, _ = self.lines.read_bytes().rpartition(b"\n")
+        os.truncate(self.lines, len(whole + newline))
 
     def read(self, start: int = 0) -> dict[tuple[str, str], dict[str, Any]]:
         """Return the last line of each item, by part and item, of those from byte ``start`` on."""
         text = self.lines.read_bytes()[start:].decode() if self.lines.exists() else ""
         lines = [json.loads(line) for line in text.splitlines()]
         return {(line["part"], line["item"]): line for line in lines if line["toy"] == self.toy}
-
-
-def captured(step: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """Run a step three times, and return its replay from a CUDA graph; on a CPU, which has none, the step itself."""
-    if device == "cpu":
-        for _ in range(3):
-            step()
-        return step
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded):
-        step()
-    return recorded.replay

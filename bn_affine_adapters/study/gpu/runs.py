@@ -22,7 +22,7 @@ from typing import Any
 from ...errors import NetworkError
 from ...training.network import forward_cost
 from ...training.recipe import Recipe, find_config, read_recipe
-from ...training.sweep import STARTER, measured_cost, mend
+from ...training.sweep import STARTER, measured_cost
 from .options import NotEnoughTime, Options
 
 Run = tuple[str, str, int]  # network, condition, replicates side by side
@@ -96,11 +96,7 @@ def arguments(options: Options, model: str, condition: str, replicates: int) -> 
 def train(part: str, options: Options, name: str, to_the_end: bool = True) -> dict[str, Any]:
     """Train a run or go on with it; return its accuracies and its cost.
 
-    Args:
-        part: whose run it is.
-        options: with the time at which the part ends.
-        name: of the run.
-        to_the_end: leave it to others that fit if it would not end in time; otherwise go on until the time is over.
+    ``to_the_end``: one that would not end in time makes room for others that fit; else it goes on as long as it can.
 
     Raises:
         NotEnoughTime: it was not begun, or stopped; its checkpoint stays.
@@ -113,8 +109,6 @@ def train(part: str, options: Options, name: str, to_the_end: bool = True) -> di
         raise NotEnoughTime("skipped", **known, left_seconds=round(needs, 1))
     left = [other for key, other in plans.items() if key != name and lines.get(key, {}).get("state") != "done"]
     smallest = min((other.work / plan.work for other in left), default=math.inf) if to_the_end else math.inf
-    if (results := Path(str(plan.recipe.results))).exists():
-        mend(results)
     found = watch(plan, options, smallest)
     paths = sorted(Path(plan.recipe.output_dir).rglob("result.json"))
     return {"top1": [json.loads(path.read_text(encoding="utf-8"))["top1"] for path in paths], **found}
@@ -123,10 +117,7 @@ def train(part: str, options: Options, name: str, to_the_end: bool = True) -> di
 def expected(name: str, plans: Mapping[str, Plan], lines: Mapping[str, Any]) -> float:
     """Return the seconds that a run still takes: by its own epochs, or at least, by those of other runs; 0 if unknown.
 
-    Args:
-        name: of the run.
-        plans: all runs of the part.
-        lines: the last line of each run, by name.
+    ``lines``: the last line of each run, by name.
     """
     epochs, own = plans[name].recipe.epochs, lines.get(name, {})
     if "epoch_seconds" in own:
@@ -139,10 +130,7 @@ def expected(name: str, plans: Mapping[str, Plan], lines: Mapping[str, Any]) -> 
 def watch(plan: Plan, options: Options, smallest: float) -> dict[str, Any]:
     """Run training until it ends or has to be stopped; return its cost.
 
-    Args:
-        plan: what to train.
-        options: with the time at which the part ends.
-        smallest: the work of the smallest run that is left, as a share of this one's.
+    ``smallest``: the work of the smallest run that is left, as a share of this one's.
 
     Raises:
         NotEnoughTime: it was stopped.
@@ -195,11 +183,10 @@ def go_on(part: str, options: Options) -> dict[str, Any]:
     for name in planned(part, options):
         if lines.get((part, name), {}).get("state") == "skipped":
             try:
-                found = train(part, options, name, to_the_end=False)
+                options.note(part, name, "done", **train(part, options, name, to_the_end=False))
             except NotEnoughTime as stopped:
                 options.note(part, name, stopped.state, **stopped.found)
                 raise NotEnoughTime("cut", run=name) from stopped
-            options.note(part, name, "done", **found)
     return {}
 
 

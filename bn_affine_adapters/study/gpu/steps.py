@@ -8,15 +8,17 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from ...adapter.config import BNOnlyConfig
+from ...adapter.method import BNOnlyConfig
 from ...lean import LEVELS
 from ...model.loading import get_bn_only_model
-from ...training.feed import DataOptions, Feed
+from ...training.feed import Feed
+from ...training.options import DataOptions
 from ...training.scripts import cores
 from ..costs import peak_memory
-from .options import Options, captured
+from .options import Options
 
 # network: batch, image size, bfloat16
 NETWORKS = {
@@ -68,9 +70,7 @@ def training_step(way: str, name: str, batch: int, size: int, half: bool, device
     level: Any = next((word for word in way.split() if word in LEVELS), None)
     base = timm.create_model(name).to(device, memory_format=torch.channels_last)
     model = get_bn_only_model(base, BNOnlyConfig(lean=level)).train()
-    run = model
-    if "compiled" in way:
-        run = torch.compile(model, backend="inductor" if device == "cuda" else "aot_eager")
+    run = compiled(model, device) if "compiled" in way else model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, 0.01, momentum=0.9)
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
@@ -84,6 +84,29 @@ def training_step(way: str, name: str, batch: int, size: int, half: bool, device
         optimizer.zero_grad()
 
     return step
+
+
+def compiled(model: nn.Module, device: str, fullgraph: bool = False) -> Any:
+    """Return a compiled network; on a CPU its graph is traced and runs as it is."""
+    return torch.compile(model, fullgraph=fullgraph, backend="inductor" if device == "cuda" else "aot_eager")
+
+
+def captured(step: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """Run a step three times, and return its replay from a CUDA graph; on a CPU, which has none, the step itself."""
+    if device == "cpu":
+        for _ in range(3):
+            step()
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        step()
+    return recorded.replay
 
 
 def timed(step: Callable[[], Any], options: Options, least: float = 1.0) -> tuple[int, float]:
