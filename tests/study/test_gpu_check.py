@@ -172,7 +172,8 @@ def test_other_bits_or_tensors_are_refused(change, words):
         checks.compare_bits("net", wanted | change, wanted)
 
 
-def test_a_seed_that_draws_another_network_is_refused(monkeypatch):
+def test_the_cpu_draws_the_known_networks_and_another_one_is_refused(monkeypatch):
+    assert checks.bits("cpu", torch.float32)["networks"] == 3
     fill = draws.fill
 
     def wrong(out, *arguments):
