@@ -113,7 +113,7 @@ def _script(name: str, about: str, part: str = "training", extra: str = "train",
         from .training.scripts import installed
 
         with installed(extra):
-            import_module(f".{part}.{name}", __package__).command(list(arguments), **how)
+            import_module(f".{part}.{name.replace('-', '_')}", __package__).command(list(arguments), **how)
 
 
 _script("train", "Train norm parameters by a recipe, and save them as an adapter.")
@@ -121,6 +121,9 @@ _script("validate", "Measure an adapter's accuracy on a test split.")
 _script("sweep", "Train many recipes, as a YAML file lists them.", prog_name="bn-adapters sweep")
 _script("tune", "Choose hyper-parameters with Optuna.", extra="tune", prog_name="bn-adapters tune")
 _script("analyse", "Analyse gamma, beta and dead activations of a trained network.", "study")
+_script(
+    "gpu-check", "Check this package on a GPU, and measure it there.", "study.gpu", prog_name="bn-adapters gpu-check"
+)
 
 
 @main.group(invoke_without_command=True)

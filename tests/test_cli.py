@@ -245,7 +245,7 @@ def test_export_and_card_write_their_files(run, folder, tmp_path):
 
 
 def test_every_command_has_help_with_an_example_that_is_understood(run):
-    assert set(main.commands) == COMMANDS | {"sweep", "tune"}
+    assert set(main.commands) == COMMANDS | {"sweep", "tune", "gpu-check"}
     for name in COMMANDS:
         command = main.commands[name]
         code, text, _ = run(name, "--help")
@@ -260,11 +260,13 @@ def test_every_command_has_help_with_an_example_that_is_understood(run):
             assert context.params or context.args or context.protected_args
 
 
-@pytest.mark.parametrize("name", ["sweep", "tune"])
-def test_a_script_that_is_a_command_has_its_own_help(run, name):
-    code, text, _ = run(name, "--help")
+@pytest.mark.parametrize(
+    "words", ["sweep [OPTIONS] NAME|FILE.yaml", "tune [OPTIONS] NAME|FILE.yaml", "gpu-check [OPTIONS]"]
+)
+def test_a_script_that_is_a_command_has_its_own_help(run, words):
+    code, text, _ = run(words.partition(" ")[0], "--help")
     assert code == 0
-    assert f"Usage: bn-adapters {name} [OPTIONS] NAME|FILE.yaml" in text
+    assert f"Usage: bn-adapters {words}" in text
 
 
 def test_configs_lists_every_file_with_its_first_line(run):
@@ -423,10 +425,10 @@ def test_help_is_printed_at_once():
 
 
 def test_what_needs_no_network_imports_nothing_slow(folder):
-    helps = [[name, "--help"] for name in [*COMMANDS, "sweep", "tune"]]
+    helps = [[name, "--help"] for name in main.commands]
     shown = [["inspect", folder], ["inspect", folder, "--json"], ["configs"], ["configs", "show", "digits"]]
     slow, seconds = light(*helps, *shown)
-    assert len(helps) >= 13
+    assert len(helps) >= 14
     assert slow == []
     assert seconds < 4, "0.6 s are usual"
 

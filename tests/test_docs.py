@@ -109,7 +109,7 @@ def test_the_commands_of_the_sharing_page_run_after_its_python(me, capsys):
     Image.new("RGB", (40, 30)).save("cat.png")
     shutil.rmtree("plain")
     ran = run_commands(code(page, "bash"))
-    assert set(ran) == set(main.commands) - {"train", "validate", "configs", "sweep", "tune", "analyse"}
+    assert set(ran) == set(main.commands) - {"train", "validate", "configs", "sweep", "tune", "analyse", "gpu-check"}
 
 
 def test_the_commands_of_the_command_line_page_run(me):

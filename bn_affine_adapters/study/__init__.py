@@ -6,4 +6,5 @@
 - ``report.py``: writes docs/reproduction.md; ``report_figures.py``: the runs of each figure, ``figures.py``: draws it;
   ``report_tables.py``: the tables.
 - ``costs.py``: operations and memory of a training step; ``pages.py``: sections that benchmarks write.
+- ``gpu/``: checks, measurements and runs on a GPU within a bound of time.
 """
