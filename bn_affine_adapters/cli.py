@@ -1,9 +1,11 @@
 """The command line: bn-adapters inspect | verify | predict | push | card | export | diff, and what trains.
 
-Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2 where something could not be done.
+Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2 where something could not be done;
+3 where training diverged; 130 and 143 where Ctrl-C or SIGTERM stopped it.
 """
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -19,7 +21,7 @@ from .adapter.config import BNOnlyConfig
 from .adapter.limits import MAX_PARAMETERS, bounded
 from .adapter.rebuild import create_pretrained, frozen_tensors
 from .deploy.exporting import export
-from .errors import BNAdapterError, ConfigError, FingerprintError, OutputFolderError, printable
+from .errors import BNAdapterError, ConfigError, DivergedError, FingerprintError, OutputFolderError, printable
 from .model.loading import load_bn_only_model
 from .model.peft_model import BNOnlyPeftModel
 from .model.prediction import predict
@@ -28,7 +30,7 @@ from .sharing.contents import compare, describe, read_tensors
 from .sharing.folder import check_files, read_config
 from .sharing.hub import fetch, push_folder
 from .training.recipe import config_files
-from .training.scripts import installed
+from .training.scripts import DIVERGED, installed
 from .training.tables import text_table
 
 
@@ -38,7 +40,7 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except BNAdapterError as error:
             click.echo(f"{type(error).__name__}: {error}", err=True)
-            ctx.exit(1 if isinstance(error, FingerprintError) else 2)
+            ctx.exit(1 if isinstance(error, FingerprintError) else DIVERGED if isinstance(error, DivergedError) else 2)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -101,8 +103,11 @@ def _script(name: str, about: str, part: str = "training", extra: str = "train",
     @main.command(name, help=about, context_settings={"ignore_unknown_options": True, "help_option_names": []})
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def run(arguments: tuple[str, ...]) -> None:
-        with installed(extra):
-            import_module(f".{part}.{name}", __package__).command(list(arguments), **how)
+        try:
+            with installed(extra):
+                import_module(f".{part}.{name}", __package__).command(list(arguments), **how)
+        except KeyboardInterrupt:  # click would end with 1
+            raise SystemExit(128 + signal.SIGINT) from None
 
 
 _script("train", "Train norm parameters by a recipe, and save them as an adapter.")

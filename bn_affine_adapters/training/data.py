@@ -7,6 +7,7 @@ little-endian, seed one generator on the CPU, so neighbouring data seeds and epo
 
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import Compose, PILToTensor, Resize
 
 from ..errors import ConfigError, DataError
+from .generators import drawn_from
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,9 @@ def steps_per_epoch(
 def batches(
     data: TensorData, *, batch_size: int, data_seed: int, epoch: int, flip: bool, crop_padding: int,
     mean: Sequence[float], std: Sequence[float], rank: int = 0, world: int = 1, accumulation: int = 1,
-    drop_remainder: bool = False, memory_format: torch.memory_format = torch.contiguous_format,
+    drop_remainder: bool = False, memory_format: torch.memory_format = torch.contiguous_format, first_step: int = 0,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Iterate over process ``rank``'s micro-batches of one epoch, made on the data's device.
+    """Iterate over process ``rank``'s micro-batches of one epoch, from ``first_step`` on, made on the data's device.
 
     A global batch is the ``batch_size`` images of one optimiser step over all processes and accumulation steps. It is
     cut into world * accumulation contiguous parts, equal but for one image; process r gets part a * world + r in
@@ -169,7 +171,7 @@ def batches(
     steps = steps_per_epoch(len(data), batch_size, world, accumulation, drop_remainder)
     parts, scale = world * accumulation, _scaler(data, mean, std, rank, world)
     order, flips, offsets = (t.to(data.images.device) for t in epoch_order(len(data), data_seed, epoch, crop_padding))
-    for first in range(0, steps * batch_size, batch_size):
+    for first in range(first_step * batch_size, steps * batch_size, batch_size):
         count = min(batch_size, len(data) - first)
         for part in range(rank, parts, world):
             here = slice(first + part * count // parts, first + (part + 1) * count // parts)
@@ -205,13 +207,15 @@ def stream(
 
     ``transform`` takes an RGB PIL image, as ``timm.data.create_transform``'s do. ``batch_size`` is the loader's: one
     process's once prepared. The order follows from data_seed and ``loader.sampler.set_epoch(epoch)``, which a prepared
-    loader calls; augmentation from data_seed with workers, else from the global generators. ValueError: a broken image.
+    loader calls; what ``transform`` draws for an image follows from data_seed, the epoch and the image's row alone, so
+    that an epoch may be entered at any batch. ValueError: a broken image.
     """
     _labels(split.dataset, split.label_column, len(split.label_names))
-    items, seed = _Items(split, transform, "RGB"), _seed(data_seed, "stream") % 2**32
+    items, seed = _SeededItems(split, transform, "RGB", data_seed), _seed(data_seed, "stream") % 2**32
     return DataLoader(
         items, batch_size, num_workers=workers, drop_last=drop_remainder, pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed), sampler=DistributedSampler(items, 1, 0, shuffle, seed),
+        generator=torch.Generator().manual_seed(seed), sampler=_RowsOfEpoch(items, 1, 0, shuffle, seed),
+        worker_init_fn=_leave_signals,
     )  # fmt: skip
 
 
@@ -235,6 +239,32 @@ class _Items(Dataset[tuple[Tensor, int]]):
         except Exception as error:  # PIL raises OSError, ValueError, SyntaxError and more, by format
             raise ValueError(f"image {index}: {error}") from error
         return self.transform(image.convert(self.mode)), label
+
+
+class _SeededItems(_Items):
+    """The same by (epoch, row): what the transform draws follows from these and the data seed."""
+
+    def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor], mode: str, data_seed: int) -> None:
+        super().__init__(split, transform, mode)
+        self.data_seed = data_seed
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:  # type: ignore[override]
+        epoch, index = place
+        with drawn_from(_seed(self.data_seed, epoch, "row", index)):
+            return super().__getitem__(index)
+
+
+class _RowsOfEpoch(DistributedSampler[Any]):
+    """Pairs (epoch, row), in the order of the epoch: workers learn of the epoch in this way alone."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, row) for row in super().__iter__())
+
+
+def _leave_signals(_: int) -> None:
+    """Ignore in a worker what asks the run to stop: the main process ends its workers when it is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _digits() -> dict[str, Any]:

@@ -133,12 +133,15 @@ class Feed:
     def _test_loader(self) -> Any:
         return self._loader(self.test, training=False)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield this process's micro-batches of one training epoch."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yield this process's micro-batches of one training epoch, from its step ``first`` on."""
         o = self.options
         if o.streaming:
             self._train_loader.set_epoch(epoch)
-            for images, labels in islice(self._train_loader, self.steps * o.accumulation):
+            loader = self._train_loader
+            if first:  # skipped images are not decoded
+                loader = self.accelerator.skip_first_batches(loader, first * o.accumulation)
+            for images, labels in islice(loader, (self.steps - first) * o.accumulation):
                 yield Batch(images.to(memory_format=self.format), labels, o.batch_size)
         else:
             yield from batches(
@@ -149,6 +152,7 @@ class Feed:
                 flip=o.flip,
                 crop_padding=o.crop_padding,
                 accumulation=o.accumulation,
+                first_step=first,
                 **self.common,
             )
 
@@ -227,21 +231,28 @@ def _load(options: DataOptions) -> tuple[Split, Split]:
         ) from error
 
 
-def side_by_side(feeds: Sequence[Feed], epoch: int) -> Iterator[Batch]:
+def side_by_side(feeds: Sequence[Feed], epoch: int, first: int = 0) -> Iterator[Batch]:
     """Yield batches of R feeds of equal length together: images (R, n, C, H, W), labels (R, n)."""
-    for batches_ in zip(*(feed.epoch(epoch) for feed in feeds), strict=True):
+    for batches_ in zip(*(feed.epoch(epoch, first) for feed in feeds), strict=True):
         images, labels, counts = zip(*batches_, strict=True)
         yield Batch(torch.stack(images), torch.stack(labels), counts[0])
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, feed: Feed) -> dict[str, float]:
-    """Return {"top1": %, "top5": %} of a network over the whole test split, over all processes."""
+def accuracy(model: nn.Module, feed: Feed, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Return {"top1": %, "top5": %} of a network over the whole test split, over all processes.
+
+    Args:
+        model: the network.
+        feed: of the test split.
+        between: called before each batch.
+    """
     from .metrics import TopKAccuracy, ranked
 
     model.eval()
     metric = TopKAccuracy()
     for batch in feed.evaluation():
+        between()
         share = torch.cat([ranked(model(batch.images)), batch.labels[:, None]], dim=1)
         rows = feed.accelerator.gather(share)[: batch.global_count].cpu()
         metric.add_batch(predictions=rows[:, :-1], references=rows[:, -1])

@@ -73,6 +73,9 @@ class Recipe(DataOptions):
     overwrite: bool = False
     resume: bool = False  # go on from OUTPUT/checkpoint.pt, if it is there
     checkpoint_every: int = 0  # epochs; 0: none
+    checkpoint_every_steps: int = 0  # optimiser steps, from the first of the run; 0: none
+    skip_nonfinite_steps: int = 0  # leave out at most so many steps whose loss is not finite
+    timeout: float = 600.0  # s: how long a process waits for another one
     eval_every: int = 1  # epochs; the last is always evaluated
     results: str | None = None  # a .jsonl file to append the result line to
 
@@ -85,6 +88,7 @@ RANGES = {
     "epochs": "[1, inf)", "lr": "[0, inf)", "milestones": "[0, inf)", "lr_decay": "[0, inf)",
     "warmup_epochs": "[0, inf)", "sgd_momentum": "[0, 1)", "weight_decay": "[0, inf)",
     "replicates": "[1, inf)", "threads": "[0, inf)", "checkpoint_every": "[0, inf)", "eval_every": "[1, inf)",
+    "checkpoint_every_steps": "[0, inf)", "skip_nonfinite_steps": "[0, inf)", "timeout": "[1, 1e9]",
 }  # fmt: skip
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "condition": (*CONDITIONS, *FULL_CONDITIONS),
@@ -105,7 +109,10 @@ TEST_KEYS = (
 # Where and how a run is done, not what comes out of it.
 WHERE_ONLY = {
     "output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every", "replicates",
+    "checkpoint_every_steps", "timeout",
 }  # fmt: skip
+
+SAME_RUN = ("eval_every", "compile", "skip_nonfinite_steps")  # keys of a result line that make no other run
 
 
 def find_config(name: str, folder: str = "") -> Path:
@@ -213,6 +220,9 @@ def check_values(recipe: Recipe) -> None:
         seen = f"lean={recipe.lean}, condition={recipe.condition}, replicates={recipe.replicates}"
         do = "leave lean out, or train one replicate of a condition that freezes the convolutions"
         raise ConfigError("Lean training is for one network with frozen weights.", seen=seen, do=do)
+    if recipe.skip_nonfinite_steps and recipe.replicates > 1:
+        seen = f"skip_nonfinite_steps={recipe.skip_nonfinite_steps}, replicates={recipe.replicates}"
+        raise ConfigError("A step of one replicate cannot be skipped alone.", seen=seen, do="leave one of them out")
     if recipe.pretrained == (recipe.seed is not None):
         raise ConfigError(
             "A network is either redrawn from a seed or keeps pretrained weights.",
@@ -288,8 +298,8 @@ def validate_command(recipe: Recipe, adapter: str) -> str:
 def run_key(recorded: Mapping[str, Any]) -> str:
     """Return what tells one run from another: the settings of a result line that are not the defaults, as JSON.
 
-    How often it was evaluated, whether it was compiled and where the data set was found make no other run; a key that
-    a later version adds, at its default, makes none either.
+    How often it was evaluated, whether it was compiled, how many steps might have been skipped and where the data set
+    was found make no other run; a key that a later version adds, at its default, makes none either.
 
     >>> run_key({"model": "cifar_resnet14", "seed": 1, "eval_every": 5, "dataset": "uoft-cs/cifar10"})
     '{"dataset": "cifar10", "seed": 1}'
@@ -298,5 +308,5 @@ def run_key(recorded: Mapping[str, Any]) -> str:
     own = {**recorded, "dataset": Path(recorded.get("dataset", usual["dataset"])).name}
     if own.get("norm_init") == "uniform" and own.get("seed", 0) is not None:
         own["norm_init"] = None  # which means it
-    own = {key: value for key, value in own.items() if key not in ("eval_every", "compile") and value != usual.get(key)}
+    own = {key: value for key, value in own.items() if key not in SAME_RUN and value != usual.get(key)}
     return json.dumps(dict(sorted(own.items())))

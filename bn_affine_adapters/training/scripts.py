@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from ..adapter.rebuild import versions
-from ..errors import BNAdapterError, ConfigError, NetworkError
+from ..errors import BNAdapterError, ConfigError, DivergedError, NetworkError
 from ..model.loading import load_bn_only_model
 from ..model.peft_model import BNOnlyPeftModel
 from ..sharing.folder import check_files, read_config
@@ -25,6 +26,7 @@ from .data import check_classes
 from .feed import DataOptions, Feed, own_options
 from .recipe import Options, read
 
+DIVERGED = 3  # the exit status of a run that diverged
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -52,12 +54,20 @@ def installed(extra: str) -> Generator[None, None, None]:
 
 
 def run_script(command: Callable[[list[str]], None], extra: str = "train") -> None:
-    """Run a command with the arguments of this process; an error ends it with its three parts and status 1."""
+    """Run a command with the arguments of this process; an error ends it with its three parts.
+
+    The status is 3 if training diverged, 130 after Ctrl-C, else 1.
+    """
     try:
         with installed(extra):
             command(sys.argv[1:])
+    except DivergedError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(DIVERGED)
     except BNAdapterError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def table(rows: dict[str, str]) -> str:

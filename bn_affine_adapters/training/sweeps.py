@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import ConfigError
+from .checkpoint import read_checkpoint
 from .network import forward_cost
 from .recipe import Recipe, config_files, find_config, read, read_recipe, recorded, run_key, words
 
@@ -137,8 +136,6 @@ def result_of(run: PlannedRun) -> dict[str, Any] | None:
 
 
 def epochs_done(run: PlannedRun) -> int:
-    """Return the number of epochs in a run's checkpoint."""
+    """Return the number of whole epochs in a run's checkpoint; raise CheckpointError if it is none."""
     path = run.folder / "checkpoint.pt"
-    if not path.exists():
-        return 0
-    return len(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["run"]["replicates"][0]["epochs"])
+    return len(read_checkpoint(path)["run"]["replicates"][0]["epochs"]) if path.exists() else 0

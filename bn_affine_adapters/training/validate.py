@@ -13,7 +13,6 @@ Example:
 Keys and their defaults:
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from .feed import Feed, accuracy
+from .lines import strict_json
 from .scripts import AdapterOptions, accuracy_text, data_options, load_adapter, run_script, table
 from .scripts import read_options as read
 
@@ -53,7 +53,7 @@ def command(arguments: list[str]) -> None:
     options = read_options([word for word in arguments if word != "--json"])
     result = run(options)
     if PartialState().is_main_process:
-        print(json.dumps(result) if "--json" in arguments else summary(options, result))
+        print(strict_json(result) if "--json" in arguments else summary(options, result))
 
 
 def summary(options: Options, result: dict[str, Any]) -> str:
