@@ -5,8 +5,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +22,26 @@ NAME = ".lock"
 
 
 @contextmanager
-def locked(folders: Iterable[Path]) -> Generator[None, None, None]:
-    """Create folders and keep other runs out of them; remove what killed runs left half written there.
+def locked(folder: Path) -> Generator[None, None, None]:
+    """Create a folder and keep other runs out of it; remove what a killed run left half written there.
 
     The kernel gives the lock back when this process ends, however it ends: a lock of a process that is gone is stale
     at once. Where the file system has no locks, the process that the file names is looked for.
 
     Raises:
-        OutputFolderError: another run writes to one of the folders.
+        OutputFolderError: another run writes to the folder.
     """
-    with ExitStack() as stack:
-        for folder in folders:
-            with naming_full_disk(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(folder / NAME))
-            for place in (folder, folder / "adapter", folder / "network"):
-                remove_litter(place)
-        yield
-
-
-@contextmanager
-def _locked(path: Path) -> Generator[None, None, None]:
-    descriptor = _open(path)
-    about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps(about).encode())
+    path = folder / NAME
+    with naming_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _open(path)
     try:
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        os.ftruncate(descriptor, 0)
+        with naming_full_disk(folder):
+            os.pwrite(descriptor, json.dumps(about, allow_nan=False).encode(), 0)
+        for place in (folder, folder / "adapter", folder / "network"):
+            remove_litter(place)
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -112,10 +112,11 @@ def alone(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
         refusal = None
         if accelerator.is_main_process:
             try:
-                folders = {Path(each.output_dir) for each in (recipe, *members(recipe))}
-                stack.enter_context(locked(sorted(folders)))
+                stack.enter_context(locked(Path(recipe.output_dir)))
                 check_output(recipe)
                 check_finished(recipe)
+                for member in members(recipe) if recipe.replicates > 1 else []:
+                    stack.enter_context(locked(Path(member.output_dir)))
             except BNAdapterError as error:
                 refusal = error
         (refusal,) = broadcast_object_list([refusal])
