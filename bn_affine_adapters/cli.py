@@ -5,6 +5,7 @@ Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2
 """
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -96,6 +97,19 @@ def _table(rows: list[list[Any]]) -> None:
     click.echo(text_table([["" if cell is None else printable(str(cell), 100) for cell in row] for row in rows]))
 
 
+def _print_json(value: Any) -> None:
+    """Print JSON that every parser reads: a number that is not finite is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    click.echo(json.dumps(finite(value), allow_nan=False))
+
+
 def _script(name: str, about: str, part: str = "training", extra: str = "train", **how: Any) -> None:
     """Make a script, which `python -m bn_affine_adapters.PART.NAME` runs too, a command."""
 
@@ -178,7 +192,7 @@ def inspect(adapter: str, as_json: bool, **where: Any) -> None:
     """
     found = describe(*_read(adapter, **where))
     if as_json:
-        click.echo(json.dumps(found))
+        _print_json(found)
         return
     sizes, gamma, files, made_with = (found.pop(key) for key in ("contents", "gamma", "files", "versions"))
     _table([[key, value] for key, value in found.items()])
@@ -220,7 +234,7 @@ def verify(adapter: str, sampled: bool, as_json: bool, **where: Any) -> None:
         "seconds": round(seconds, 3),
     }
     if as_json:
-        click.echo(json.dumps(found))
+        _print_json(found)
     else:
         _table([[key, value] for key, value in found.items()])
 
@@ -241,7 +255,7 @@ def predict_(adapter: str, images: tuple[str, ...], top_k: int, as_json: bool, *
     model = _load(adapter, **where)
     found = {image: predict(model, image, top_k) for image in images}
     if as_json:
-        click.echo(json.dumps({image: [best._asdict() for best in classes] for image, classes in found.items()}))
+        _print_json({image: [best._asdict() for best in classes] for image, classes in found.items()})
         return
     for image, classes in found.items():
         click.echo(image)
@@ -327,7 +341,7 @@ def diff(one: str, other: str, revision: str | None, other_revision: str | None,
     _, theirs, others = _read(other, revision=other_revision)
     settings, layers = compare(ours, tensors, theirs, others)
     if as_json:
-        click.echo(json.dumps({"settings": settings, "layers": layers}))
+        _print_json({"settings": settings, "layers": layers})
     else:
         columns = sorted({tensor for found in layers.values() for tensor in found})
         if settings:

@@ -1,6 +1,5 @@
 """Write the model card from an adapter's folder: README.md, its figure and its results. Needs no network access."""
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from ..errors import TooLargeError, printable
 from .contents import parts, read_tensors
 from .figure import write_figure
 from .folder import COMMIT, HUB_ID, read_config
-from .results import RESULTS_NAME, Score, merged, scores
+from .results import RESULTS_NAME, Score, merged, scores, strict_json
 
 CARD_NAME = "README.md"
 TAGS = ("timm", "peft", "bn-only", "image-classification")
@@ -69,7 +68,7 @@ def write_card(
 
 def _write_results(folder: Path, lines: list[dict[str, Any]]) -> None:
     if lines:
-        text = json.dumps(lines, indent=1, default=float)  # numbers of NumPy and torch too
+        text = strict_json(lines, indent=1, default=float)  # numbers of NumPy and torch too
         (folder / RESULTS_NAME).write_text(_TOKEN.sub("hf_***", text) + "\n", encoding="utf-8")
 
 

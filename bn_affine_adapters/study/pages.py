@@ -1,7 +1,6 @@
 """Pages that a script writes: sections of Markdown, and the command line of the benchmarks that write theirs."""
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -51,7 +50,7 @@ def benchmark(
     options = vars(parser.parse_args())
     write, path = options.pop("write"), Path(script).resolve()
     measured = measure(**options)
-    print(json.dumps(measured))
+    print(strict_json(measured))
     print(section(measured))
     if write:
         write_section(path.parents[2] / "docs" / "performance.md", path.stem, section(measured))

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from ..errors import ConfigError
 from ..sharing.folder import naming_full_disk
+from ..sharing.results import strict_json
 from .lock import fcntl
 from .recipe import run_key
 
@@ -16,11 +17,6 @@ from .recipe import run_key
 TIMES = ("seconds", "images_per_second", "hardware", "versions", "commit", "command")
 
 RESULT = "result.json"  # a run's line, in its output folder
-
-
-def strict_json(value: Any) -> str:
-    """Return a value as JSON that every parser reads: NaN and infinity are none."""
-    return json.dumps(value, allow_nan=False)
 
 
 def recorded_in(path: Path) -> dict[str, Any] | None:

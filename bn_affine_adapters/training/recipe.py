@@ -1,6 +1,7 @@
 """A training recipe: every key with its default and its range, the conditions, and the YAML files that set keys."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -215,6 +216,17 @@ def check_values(recipe: Recipe) -> None:
             raise ConfigError(f"{key} is out of range.", seen=f"{key}={value}", do=f"choose {key} from {interval}")
     for key, choices in CHOICES.items():
         check_choice(key, getattr(recipe, key), choices)
+    try:
+        json.dumps(asdict(recipe), allow_nan=False)
+    except ValueError as error:
+        found = [
+            f"{key}={value}"
+            for key, value in asdict(recipe).items()
+            if {"nan", "inf"} & {*re.split(r"\W+", str(value))}
+        ]
+        raise ConfigError(
+            "A value is not a finite number.", seen=", ".join(found), do="give a finite number"
+        ) from error
     check_optimizer(recipe)
     if recipe.lean and (recipe.condition in FULL_CONDITIONS or recipe.replicates > 1):
         seen = f"lean={recipe.lean}, condition={recipe.condition}, replicates={recipe.replicates}"

@@ -29,8 +29,9 @@ import torch
 
 from ..errors import ConfigError, NetworkError
 from ..sharing.folder import naming_full_disk
+from ..sharing.results import strict_json
 from .feed import DataOptions, Feed
-from .lines import mend, read_results, strict_json, write_line
+from .lines import mend, read_results, write_line
 from .network import measured_step
 from .recipe import Recipe, run_key, words
 from .scripts import cores, run_script

@@ -33,9 +33,9 @@ from ..deploy.exporting import export_network
 from ..errors import BNAdapterError, ConfigError, LostProcessError, OutputFolderError, check_choice
 from ..model.peft_model import BNOnlyPeftModel
 from ..sharing.folder import SCRATCH, naming_full_disk, write_file, written_whole
-from ..sharing.results import RESULTS_NAME
+from ..sharing.results import RESULTS_NAME, strict_json
 from . import recipe as recipes
-from .lines import RESULT, append, append_once, recorded_in, strict_json
+from .lines import RESULT, append, append_once, recorded_in
 from .lock import NAME as LOCK
 from .lock import locked
 from .loop import CHECKPOINT, Replicate, Training, build, fit, prepare

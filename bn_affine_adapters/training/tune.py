@@ -20,7 +20,8 @@ import optuna
 from optuna.trial import TrialState
 
 from ..errors import ConfigError, check_keys
-from .lines import append, strict_json
+from ..sharing.results import strict_json
+from .lines import append
 from .recipe import Recipe, find_config, read, read_recipe, recorded, words
 from .scripts import run_script
 from .sweeps import packaged

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
+from ..sharing.results import strict_json
 from .feed import Feed, accuracy
-from .lines import strict_json
 from .scripts import AdapterOptions, accuracy_text, data_options, load_adapter, run_script, table
 from .scripts import read_options as read
 
