@@ -65,7 +65,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a whole checkpoint.",
             seen=reason,
-            do="put back a copy of it; to start again, overwrite=true and resume=false",
+            do="put back a copy of it; to start again, overwrite=true resume=false",
         ) from error
     return state
 
@@ -79,7 +79,7 @@ def check_recipe(path: Path, state: Mapping[str, Any], recipe: Recipe) -> None:
         raise ConfigError(
             f"{path} belongs to another recipe.",
             seen=", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k]),
-            do="resume with the same keys; to start again, overwrite=true and resume=false",
+            do="resume with the same keys; to start again, overwrite=true resume=false",
         )
 
 
@@ -102,7 +102,7 @@ def load_checkpoint(path: Path, recipe: Recipe, network: nn.Module, optimizer: A
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         if isinstance(error, BNAdapterError):
             raise
-        do = "resume with the versions of the packages that it was started with, or overwrite=true and resume=false to start again"
+        do = "resume with the versions of the packages that it was started with, or overwrite=true resume=false"
         seen = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} does not fit the network.", seen=seen, do=do) from error
     for name, tensor in ours.items():

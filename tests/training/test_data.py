@@ -4,6 +4,7 @@ import ast
 import hashlib
 import io
 import pickle
+import random
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -401,7 +402,7 @@ def test_a_stream_gives_the_decoded_images_in_an_order_of_its_data_seed(digits, 
     for epoch in (0, 1, 0):
         loader.sampler.set_epoch(epoch)
         images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
-        order = torch.tensor(list(loader.sampler))
+        order = torch.tensor([row for _, row in loader.sampler])
         assert torch.equal(images, held_out.images[order])
         assert torch.equal(labels, held_out.labels[order])
         epochs.append(order.tolist())
@@ -425,6 +426,24 @@ def test_a_stream_of_timm_transforms_survives_pickling_and_repeats(digits):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_stream_draws_for_an_image_follows_from_its_row_and_the_epoch_alone(workers, digits):
+    transform = create_transform((3, 16, 16), is_training=True, auto_augment="rand-m9")
+    found = []
+    for size, here in ((64, workers), (50, 0)):
+        loader = stream(digits[1], transform, batch_size=size, data_seed=5, shuffle=True, workers=here)
+        loader.sampler.set_epoch(3)
+        states = random.getstate(), torch.get_rng_state()
+        found.append(torch.cat([images for images, _ in loader]))
+        assert random.getstate() == states[0]
+        assert torch.equal(torch.get_rng_state(), states[1])
+    assert torch.equal(*found)
+    before = [row for _, row in loader.sampler]
+    loader.sampler.set_epoch(4)
+    same_rows = [before.index(row) for _, row in loader.sampler]
+    assert not torch.equal(torch.cat([images for images, _ in loader]), found[0][same_rows])
+
+
 def test_accelerate_shards_a_stream_and_sets_its_epoch(digits):
     share = {}
     for rank in range(2):
@@ -437,7 +456,7 @@ def test_accelerate_shards_a_stream_and_sets_its_epoch(digits):
     for epoch in (0, 1):
         dealt = torch.cat([share[rank, epoch].split(50)[i] for i in range(4) for rank in range(2)])[:359]
         loader.sampler.set_epoch(epoch)
-        assert dealt.tolist() == [digits[1].dataset["label"][i] for i in loader.sampler]
+        assert dealt.tolist() == [digits[1].dataset["label"][row] for _, row in loader.sampler]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: is its batch that of the CPU?")
