@@ -1,6 +1,7 @@
 """Pages that a script writes: sections of Markdown, and the command line of the benchmarks that write theirs."""
 
 import argparse
+import json
 import os
 import platform
 import re
