@@ -228,7 +228,7 @@ def stop(training: Training, number: int) -> NoReturn:
     """Write a checkpoint, say how to go on, and end the process as a signal of this number does."""
     training.stopping.number = number
     checkpoint(training)
-    where = f"stopped by {training.stopping.reason}, {training.place}"
+    where = f"{training.stopping.reason}, {training.place}"
     training.say(f"{where}: the state is in {training.checkpoint}; the same command with resume=true goes on")
     raise SystemExit(128 + number)
 

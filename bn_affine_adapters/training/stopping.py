@@ -54,4 +54,5 @@ class Stopping:
     def reason(self) -> str:
         """What happened, in words."""
         orphan = self._launcher is not None and os.getppid() != self._launcher
-        return "its launcher has ended" if orphan else signal.Signals(self.number or signal.SIGTERM).name
+        name = signal.Signals(self.number or signal.SIGTERM).name
+        return "its launcher has ended" if orphan else f"stopped by {name}"

@@ -163,7 +163,7 @@ def check_finished(recipe: Recipe) -> None:
         ours, output = recorded(member), Path(member.output_dir)
         for path in (output / RESULT, output / "adapter" / RESULTS_NAME, output / "network" / RESULTS_NAME):
             theirs = recorded_in(path)
-            if theirs and run_key(theirs) != run_key(json.loads(json.dumps(ours))):
+            if theirs and run_key(theirs) != run_key(json.loads(strict_json(ours))):
                 differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
                 raise ConfigError(
                     f"{output} holds the result of another recipe, and no checkpoint.",

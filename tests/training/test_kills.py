@@ -10,8 +10,11 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import forked
 import psutil
@@ -20,6 +23,7 @@ import pytest
 from bn_affine_adapters.training.checkpoint import read_checkpoint
 from bn_affine_adapters.training.lines import TIMES
 
+ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("BNAA_KILLS", 0))
 EVERY = 4  # steps between two checkpoints
 TINY = ("model=test_resnet", "image_size=8", "threads=1", f"checkpoint_every_steps={EVERY}", "resume=true")
@@ -140,3 +144,47 @@ def test_a_signal_at_a_random_step_ends_a_run_in_one_line_and_it_resumes_to_the_
 def test_two_processes_that_draw_resume_to_the_same_bytes(number, tmp_path):
     for _ in ended_at_random_steps(tmp_path, DRAWS, number, KILLS // 5 or 1, processes=2):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_sweep_with_two_workers_resumes_to_the_same_lines(number, tmp_path):
+    settings = {
+        "config": "digits",
+        "set": {"image_size": 8, "epochs": 8 if KILLS else 3, "eval_every": 8, "model_args": {"drop_path_rate": 0.3}},
+        "conditions": {"bn": {}, "bn+head": {"condition": "bn+head"}},
+        "networks": ["test_resnet"],
+    }
+
+    def begin(name):
+        path, log = tmp_path / f"{name}.yaml", tmp_path / f"{name}.txt"
+        path.write_text(json.dumps({**settings, "results": str(tmp_path / f"{name}.jsonl")}), encoding="utf-8")
+        command = [sys.executable, "-m", "bn_affine_adapters.training.sweep", path, "checkpoint_every_steps=4"]
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                [*command, "--output", tmp_path / name, "--workers", "2"], cwd=ROOT, stdout=file, stderr=file
+            )
+
+    def lines(name):
+        text = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        assert len(text) == 2
+        return sorted(json.dumps({k: v for k, v in json.loads(line).items() if k not in TIMES}) for line in text)
+
+    assert begin("whole").wait(600) == 0, (tmp_path / "whole.txt").read_text()
+    generator = random.Random(1)
+    for index in range(KILLS // 5 or 1):
+        process = begin(index)
+        deadline = time.monotonic() + 240
+        while not list(tmp_path.glob(f"{index}/*/checkpoint.pt")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 5))
+        children = family(process.pid)
+        process.send_signal(number)
+        status = process.wait(120)
+        _, alive = psutil.wait_procs(children, 60)
+        assert not alive, "a run went on without its sweep"
+        done = (tmp_path / f"{index}.jsonl").read_bytes().count(b"\n")
+        assert begin(index).wait(600) == 0, (tmp_path / f"{index}.txt").read_text()
+        same = lines(index) == lines("whole")
+        print(f"{index + 1}: {number.name}, status {status}, {done} of 2 runs were finished: same {same}")
+        assert same
