@@ -33,7 +33,7 @@ def train(arguments, environment, log):
     os.dup2(file, 2)
     os.environ.update(environment)
     os.chdir(Path(__file__).parents[2])
-    multiprocessing.current_process()._config["daemon"] = False  # it may have workers
+    multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a process that was not forked itself
     sys.argv = ["recipes/train.py", *arguments]
     from bn_affine_adapters.training.train import main
 

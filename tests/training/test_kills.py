@@ -30,7 +30,7 @@ TINY = ("model=test_resnet", "image_size=8", "threads=1", f"checkpoint_every_ste
 ONE = ("batch_size=64", f"epochs={8 if KILLS else 2}", "eval_every=10")
 DRAWS = (
     "model_args={drop_path_rate: 0.3, drop_rate: 0.5}", "condition=bn+head", "streaming=true", "flip=true",
-    "workers=1", "batch_size=64", f"epochs={4 if KILLS else 2}", "eval_every=10",
+    "workers=1", "batch_size=128", f"epochs={4 if KILLS else 2}", "eval_every=10",
 )  # fmt: skip
 
 
@@ -105,7 +105,8 @@ def ended_at_random_steps(tmp_path, arguments, number, times, processes=1):
     whole = tmp_path / "whole"
     finished(launch(whole, *arguments, processes=processes), whole)
     expected, result = outcome(whole), json.loads((whole / "result.json").read_text())
-    steps = result["recipe"]["epochs"] * (1438 // 64 if result["recipe"]["streaming"] else -(-1438 // 64))
+    epochs, batch = result["recipe"]["epochs"], result["recipe"]["batch_size"]
+    steps = epochs * (1438 // batch if result["recipe"]["streaming"] else -(-1438 // batch))
     pace = result["seconds"] / steps
     print(f"\n{steps} steps in {result['seconds']} s; {result['top1']} %")
     generator = random.Random(0)
