@@ -42,6 +42,7 @@ from .loop import CHECKPOINT, Replicate, Training, build, fit, prepare
 from .network import count
 from .recipe import CONFIGS, Recipe, help_text, members, recorded, run_key
 from .scripts import accuracy_text, cores, provenance, run_script, table
+from .stopping import Stopping
 
 DEFAULT = CONFIGS / "digits.yaml"
 
@@ -63,13 +64,15 @@ def train(recipe: Recipe) -> list[Replicate]:
         BNAdapterError: it cannot be done, or diverged; the disk is full; another process is lost.
         SystemExit: a signal, or the end of the launcher, stopped it, after it wrote a checkpoint.
     """
+    stopping = Stopping()  # before the data are read: the launcher may die while they are
     accelerator = start(recipe)
     with naming_lost_process(recipe, accelerator), naming_full_disk(Path(recipe.output_dir)):
         replicates = build(recipe, accelerator)
         with alone(recipe, accelerator):
             announce(recipe, replicates[0], accelerator)
             training = prepare(recipe, accelerator, replicates)
-            with training.stopping:
+            training.stopping = stopping
+            with stopping:
                 fit(training)
                 finish(training)
             with redirect_stdout(sys.stderr):
