@@ -174,7 +174,7 @@ def test_a_sweep_with_two_workers_resumes_to_the_same_lines(number, tmp_path):
 
     assert begin("whole").wait(600) == 0, (tmp_path / "whole.txt").read_text()
     generator = random.Random(1)
-    for index in range(KILLS // 5 or 1):
+    for index in map(str, range(KILLS // 5 or 1)):
         process = begin(index)
         deadline = time.monotonic() + 240
         while not list(tmp_path.glob(f"{index}/*/checkpoint.pt")) and time.monotonic() < deadline:
@@ -188,5 +188,5 @@ def test_a_sweep_with_two_workers_resumes_to_the_same_lines(number, tmp_path):
         done = (tmp_path / f"{index}.jsonl").read_bytes().count(b"\n")
         assert begin(index).wait(600) == 0, (tmp_path / f"{index}.txt").read_text()
         same = lines(index) == lines("whole")
-        print(f"{index + 1}: {number.name}, status {status}, {done} of 2 runs were finished: same {same}")
+        print(f"{index}: {number.name}, status {status}, {done} of 2 runs were finished: same {same}")
         assert same
