@@ -4,6 +4,7 @@ Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2
 3 where training diverged; 130 and 143 where Ctrl-C or SIGTERM stopped it.
 """
 
+import csv
 import json
 import math
 import signal
@@ -13,26 +14,30 @@ from difflib import get_close_matches
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from .adapter.config import BNOnlyConfig
-from .adapter.limits import MAX_PARAMETERS, bounded
-from .adapter.rebuild import create_pretrained, frozen_tensors
-from .deploy.exporting import export
-from .errors import BNAdapterError, ConfigError, DivergedError, FingerprintError, OutputFolderError, printable
-from .model.loading import load_bn_only_model
-from .model.peft_model import BNOnlyPeftModel
-from .model.prediction import predict
-from .sharing.card import write_card
-from .sharing.contents import compare, describe, read_tensors
-from .sharing.folder import check_files, read_config
-from .sharing.hub import fetch, push_folder
+from .errors import (
+    DIVERGED,
+    BNAdapterError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    FingerprintError,
+    OutputFolderError,
+    printable,
+)
+from .settings import MAX_PARAMETERS, Settings
+from .training.advice import as_command_line
 from .training.recipe import config_files
-from .training.scripts import DIVERGED, installed
 from .training.tables import text_table
+
+# What needs torch, or takes long to import, is imported by the command that needs it.
+if TYPE_CHECKING:
+    from .model.peft_model import BNOnlyPeftModel
+    from .model.prediction import Prediction
+    from .sharing.contents import Stored
 
 
 class _Commands(click.Group):
@@ -40,7 +45,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except BNAdapterError as error:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
+            click.echo(as_command_line(error, keys=ctx.invoked_subcommand in _SCRIPTS), err=True)
             ctx.exit(1 if isinstance(error, FingerprintError) else DIVERGED if isinstance(error, DivergedError) else 2)
 
 
@@ -78,7 +83,11 @@ _network = _options(
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-def _load(adapter: str, base: Path | None, verify: str = "full", **where: Any) -> BNOnlyPeftModel:
+def _load(adapter: str, base: Path | None, verify: str = "full", **where: Any) -> "BNOnlyPeftModel":
+    from .adapter.limits import bounded
+    from .adapter.rebuild import create_pretrained
+    from .model.loading import load_bn_only_model
+
     network = None
     if base is not None:
         _, config, _ = _read(adapter, **where)
@@ -87,10 +96,15 @@ def _load(adapter: str, base: Path | None, verify: str = "full", **where: Any) -
     return load_bn_only_model(adapter, network, verify=verify, **where)  # type: ignore[arg-type]  # click's Choice
 
 
-def _read(adapter: str, **where: Any) -> tuple[Path, BNOnlyConfig, dict[str, torch.Tensor]]:
+def _read(adapter: str, **where: Any) -> "tuple[Path, Settings, dict[str, Stored]]":
+    from .sharing.contents import read_tensors
+    from .sharing.folder import check_files, read_settings
+    from .sharing.hub import fetch
+
     folder = fetch(adapter, **where)
     check_files(folder)
-    return folder, read_config(folder), read_tensors(folder)
+    config = read_settings(folder)
+    return folder, config, read_tensors(folder, config)
 
 
 def _table(rows: list[list[Any]]) -> None:
@@ -110,13 +124,19 @@ def _print_json(value: Any) -> None:
     click.echo(json.dumps(finite(value), allow_nan=False))
 
 
+_SCRIPTS: set[str] = set()  # they take key=value arguments
+
+
 def _script(name: str, about: str, part: str = "training", extra: str = "train", **how: Any) -> None:
     """Make a script, which `python -m bn_affine_adapters.PART.NAME` runs too, a command."""
+    _SCRIPTS.add(name)
 
     # The script has a --help of its own.
     @main.command(name, help=about, context_settings={"ignore_unknown_options": True, "help_option_names": []})
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def run(arguments: tuple[str, ...]) -> None:
+        from .training.scripts import installed
+
         try:
             with installed(extra):
                 import_module(f".{part}.{name}", __package__).command(list(arguments), **how)
@@ -190,6 +210,8 @@ def inspect(adapter: str, as_json: bool, **where: Any) -> None:
     Example:
       bn-adapters inspect runs/digits/adapter --json
     """
+    from .sharing.contents import describe
+
     found = describe(*_read(adapter, **where))
     if as_json:
         _print_json(found)
@@ -221,6 +243,8 @@ def verify(adapter: str, sampled: bool, as_json: bool, **where: Any) -> None:
     Example:
       bn-adapters verify me/cifar10-resnet110-bn-only --revision v1
     """
+    from .adapter.rebuild import frozen_tensors
+
     start = time.perf_counter()
     model = _load(adapter, verify="sampled" if sampled else "full", **where)
     seconds = time.perf_counter() - start
@@ -241,25 +265,54 @@ def verify(adapter: str, sampled: bool, as_json: bool, **where: Any) -> None:
 
 @main.command("predict")
 @click.argument("adapter")
-@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.argument("images", nargs=-1, required=True, type=click.Path())
 @_network
 @click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="How many classes.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write a CSV file: image, rank, label, probability.")
 @_json
-def predict_(adapter: str, images: tuple[str, ...], top_k: int, as_json: bool, **where: Any) -> None:
-    """Classify images, with the adapter's own preparation and class names.
+def predict_(adapter: str, images: tuple[str, ...], top_k: int, out: Path | None, as_json: bool, **where: Any) -> None:
+    """Classify images, or all that are in a folder, with the adapter's own preparation and class names.
+
+    An image that cannot be read is named on stderr; the others are classified, and the exit code is 2.
 
     \b
     Example:
-      bn-adapters predict me/cifar10-resnet110-bn-only cat.png dog.png --top-k 3
+      bn-adapters predict me/cifar10-resnet110-bn-only cat.png photos --top-k 3 --out predictions.csv
     """
-    model = _load(adapter, **where)
-    found = {image: predict(model, image, top_k) for image in images}
+    from .model.images import image_files
+    from .model.prediction import predict_each
+
+    found: dict[str, list[Prediction]] = {}
+    failed = False
+    for image, classes in predict_each(_load(adapter, **where), image_files(images), top_k):
+        if isinstance(classes, DataError):
+            click.echo(f"DataError: {classes}", err=True)
+            failed = True
+            continue
+        found[image] = classes
+        if not as_json and out is None:
+            click.echo(printable(image))
+            _table([[f"  {best.probability:.4f}", best.label] for best in classes])
+    if out is not None:
+        _write_csv(out, found)
     if as_json:
         _print_json({image: [best._asdict() for best in classes] for image, classes in found.items()})
-        return
-    for image, classes in found.items():
-        click.echo(image)
-        _table([[f"  {best.probability:.4f}", best.label] for best in classes])
+    if failed:
+        click.get_current_context().exit(2)
+
+
+def _write_csv(out: Path, found: "dict[str, list[Prediction]]") -> None:
+    from .model.prediction import Prediction
+
+    try:
+        with out.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["image", "rank", *Prediction._fields])
+            for image, classes in found.items():
+                table.writerows([image, rank, *best] for rank, best in enumerate(classes, 1))
+    except OSError as error:
+        do = "--out FILE.csv, in a folder that is there"
+        raise ConfigError(f"{out} cannot be written.", seen=str(error), do=do) from error
 
 
 _about = _options(
@@ -288,6 +341,8 @@ def push(folder: str, repo_id: str, results: str | None, **options: Any) -> None
     Example:
       bn-adapters push runs/digits/adapter me/digits-bn-only --private --tag v1
     """
+    from .sharing.hub import push_folder
+
     click.echo(push_folder(folder, repo_id, results=results or (), **options).commit_url)
 
 
@@ -303,6 +358,9 @@ def card(folder: str, repo_id: str, output: Path | None, results: str | None, **
     Example:
       bn-adapters card runs/digits/adapter me/digits-bn-only --output hub_cards/digits
     """
+    from .sharing.card import write_card
+    from .sharing.folder import check_files
+
     check_files(Path(folder))
     write_card(Path(folder), repo_id, output=output, results=results or (), **options)
     click.echo(str((output or Path(folder)) / "README.md"))
@@ -321,6 +379,8 @@ def export_(adapter: str, folder: Path, form: str, **where: Any) -> None:
       bn-adapters export me/cifar10-resnet110-bn-only plain && python -c "import bn_affine_adapters, timm;
       timm.create_model('local-dir:plain', pretrained=True)"
     """
+    from .deploy.exporting import export
+
     click.echo(str(export(_load(adapter, **where), folder, form)))  # type: ignore[arg-type]  # of click's Choice
 
 
@@ -337,6 +397,8 @@ def diff(one: str, other: str, revision: str | None, other_revision: str | None,
     Example:
       bn-adapters diff runs/digits/adapter me/digits-bn-only
     """
+    from .sharing.contents import compare
+
     _, ours, tensors = _read(one, revision=revision)
     _, theirs, others = _read(other, revision=other_revision)
     settings, layers = compare(ours, tensors, theirs, others)
@@ -347,8 +409,11 @@ def diff(one: str, other: str, revision: str | None, other_revision: str | None,
         if settings:
             _table([["setting", one, other], *([key, *pair] for key, pair in settings.items())])
             click.echo()
-        _table([["largest difference", *columns], *([n, *map(found.get, columns)] for n, found in layers.items())])
-        click.echo(f"\n{len(settings)} settings and {len(layers)} layers differ; {len(tensors)} tensors in the first")
+        if layers:
+            _table([["largest difference", *columns], *([n, *map(found.get, columns)] for n, found in layers.items())])
+            click.echo()
+        differ = f"{len(settings)} settings and {len(layers)} layers differ" if settings or layers else "identical"
+        click.echo(f"{differ}; {len(tensors)} tensors in the first")
     click.get_current_context().exit(1 if settings or layers else 0)
 
 

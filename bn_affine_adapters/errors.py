@@ -152,6 +152,9 @@ class DataError(BNAdapterError, ValueError):
     """A data set cannot be used: columns, classes or images are not as expected."""
 
 
+DIVERGED = 3  # the exit status of a command whose training diverged
+
+
 class DivergedError(BNAdapterError, ArithmeticError):
     """A loss or a trained value is not finite; ``step``, ``layer`` and ``checkpoint`` say where, and what is left."""
 
@@ -179,10 +182,11 @@ class NoSpaceError(BNAdapterError, OSError):
 
 
 def check_choice(key: str, value: Any, choices: Collection[str | None]) -> None:
-    """Raise ConfigError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    """Raise ConfigError unless ``value`` is one of ``choices``, which are words or None."""
+    # By type first: an array has no truth value, and a list cannot be looked up in a dictionary.
+    if not isinstance(value, str | None) or value not in choices:
         raise ConfigError(
-            f"{key} has no such value.", seen=f"{key}={value!r}", do=f"choose from {', '.join(map(str, choices))}"
+            f"{key} has no such value.", seen=f"{key}={value!r}"[:200], do=f"choose from {', '.join(map(str, choices))}"
         )
 
 

@@ -1,6 +1,8 @@
 """The command line: what it prints, its exit codes, and that every command's example is understood."""
 
+import csv
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,7 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters.adapter.tensors import digest_of
 from bn_affine_adapters.cli import main
+from bn_affine_adapters.settings import CONFIG_NAME, bare
+from bn_affine_adapters.sharing.contents import read_tensors
 from bn_affine_adapters.training.recipe import CONFIGS, config_files, find_config
 from bn_affine_adapters.training.sweeps import read_sweep
 
@@ -55,6 +60,9 @@ def change(folder, name_part="running_mean"):
     name = next(name for name in tensors if name_part in name)
     tensors[name] = tensors[name] + 0.5
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["tensors_digest"] = digest_of({bare(key): tensor for key, tensor in tensors.items()})
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
     return name
 
 
@@ -153,6 +161,37 @@ def test_a_broken_image_exits_with_2(run, folder, tmp_path):
     assert "DataError" in err
 
 
+def test_predict_names_a_broken_image_and_goes_on(run, folder, tmp_path):
+    for name in ("good.jpg", "good2.jpg"):
+        Image.effect_noise((40, 30), 80).save(tmp_path / name)
+    (tmp_path / "corrupt.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:400])
+    names = [tmp_path / name for name in ("good.jpg", "corrupt.jpg", "nowhere.jpg", "good2.jpg")]
+    code, out, err = run("predict", folder, *names)
+    assert code == 2
+    assert [str(name) for name in names if str(name) in out.splitlines()] == [str(names[0]), str(names[3])]
+    assert f"The image {names[1]} cannot be read." in err
+    assert f"The image {names[2]} cannot be read." in err
+    code, out, _ = run("predict", folder, *names, "--json")
+    assert (code, list(json.loads(out))) == (2, [str(names[0]), str(names[3])])
+
+
+def test_predict_classifies_a_folder_into_a_csv_file(run, folder, tmp_path):
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for name in ("b.png", "a.jpg", "more/c, d.png"):
+        Image.effect_noise((40, 30), 80).save(tmp_path / "photos" / name)
+    code, out, _ = run("predict", folder, tmp_path / "photos", "--top-k", 2, "--out", tmp_path / "found.csv")
+    assert (code, out) == (0, "")
+    rows = list(csv.DictReader((tmp_path / "found.csv").open(newline="")))
+    files = [str(tmp_path / "photos" / name) for name in ("a.jpg", "b.png", "more/c, d.png")]
+    assert [(row["image"], row["rank"]) for row in rows] == [(file, rank) for file in files for rank in "12"]
+    expected = json.loads(run("predict", folder, tmp_path / "photos", "--top-k", 2, "--json")[1])
+    found = [{"label": row["label"], "probability": float(row["probability"])} for row in rows]
+    assert found == [best for file in files for best in expected[file]]
+    code, _, err = run("predict", folder, tmp_path / "photos", "--out", tmp_path / "nowhere" / "found.csv")
+    assert code == 2
+    assert "cannot be written" in err
+
+
 def test_an_adapter_on_given_weights_takes_its_base_from_a_file(run, tmp_path):
     base = timm.create_model("test_resnet", num_classes=3)
     save_file(base.state_dict(), tmp_path / "base.safetensors")
@@ -170,6 +209,8 @@ def test_diff_of_equal_adapters_is_empty_and_exits_with_0(run, folder, saved):
     code, text, _ = run("diff", folder, saved, "--json")
     assert code == 0
     assert json.loads(text) == {"settings": {}, "layers": {}}
+    code, text, _ = run("diff", folder, saved)
+    assert (code, text) == (0, f"identical; {len(load_file(folder / WEIGHTS))} tensors in the first\n")
 
 
 def test_diff_names_the_layer_that_changed_and_by_how_much(run, folder, saved):
@@ -260,6 +301,53 @@ def test_what_cannot_be_done_is_an_error_in_three_parts_and_exit_code_2(words, s
     assert not list(here.rglob("adapter_model.safetensors"))
 
 
+PYTHON = re.compile(r"\b(model|timm|BNOnlyConfig|\w+_bn_only_model)\b[.(]|model=(base|\W)|=None\b|\(\.\.\.")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with an adapter on weights that nobody else has."""
+    folder = tmp_path_factory.mktemp("given") / "adapter"
+    get_bn_only_model(timm.create_model("test_resnet", num_classes=10), BNOnlyConfig()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("verify {given}", "--base=FILE.safetensors"),
+        ("validate {given} image_size=32 held_out=8", "pretrained_file=FILE.safetensors"),
+        ("verify {saved} --max-parameters 1000", "--max-parameters=N"),
+        ("inspect {saved}/nothing", "bn-adapters train wrote, e.g. runs/digits/adapter"),
+        ("inspect {saved}/nothing", "a tag is --revision="),
+        ("train digits model=nf_resnet26", "model=resnet50"),
+        ("train digits model=nosuch", "those of python -c 'import timm; print(*timm.list_models())'"),
+    ],
+)
+def test_the_advice_in_the_command_line_is_one(words, advice, run, saved, given, here):
+    code, _, errors = run(*words.format(saved=saved, given=given).split())
+    assert code == 2
+    do = errors.partition("  do:    ")[2]
+    assert advice in do
+    assert not PYTHON.search(do.replace("'import timm; print(*timm.list_models())'", "")), do
+
+
+def test_a_value_that_cannot_be_read_is_named_with_its_key(run, here):
+    code, _, errors = run("train", "digits", "lr=high")
+    assert code == 2
+    assert "  seen:  lr: Value 'high'" in errors
+
+
+def test_the_same_command_a_second_time_says_how_to_go_on(run, here):
+    Path("runs/digits/adapter").mkdir(parents=True)
+    code, _, errors = run("train", "digits")
+    assert code == 2
+    assert "bn-adapters validate runs/digits/adapter measures what was trained" in errors
+    assert "to train again, add overwrite=true" in errors
+    Path("runs/digits/adapter").rename("runs/digits/checkpoint.pt")
+    assert "add resume=true to go on from a checkpoint" in run("train", "digits")[2]
+
+
 def test_a_listed_name_is_found_by_its_own_command(here):
     assert read_sweep("sweeps/digits").networks == read_sweep("digits").networks
     assert find_config("tune/digits", "tune") == find_config("digits", "tune") == CONFIGS / "tune" / "digits.yaml"
@@ -305,6 +393,56 @@ def test_train_with_a_wrong_recipe_exits_with_2(run, here):
     assert (code, out) == (2, "")
     assert "epochs is out of range" in err
     assert not list(here.iterdir())
+
+
+LIGHT = """
+import json, sys, time
+from bn_affine_adapters.cli import main
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words, prog_name="bn-adapters", standalone_mode=False)
+    except SystemExit as end:
+        assert not end.code, words
+slow = {"torch", "timm", "peft", "transformers", "accelerate", "datasets", "optuna", "matplotlib"} & sys.modules.keys()
+print(json.dumps([sorted(slow), time.process_time()]))
+"""
+
+
+def light(*lines):
+    """Run command lines in a fresh process; return what is slow of what they imported, and seconds of processor."""
+    command = [sys.executable, "-c", LIGHT, json.dumps([[str(word) for word in words] for words in lines])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_help_is_printed_at_once():
+    slow, seconds = light(["--help"])
+    assert slow == []
+    assert seconds < 1.5, "0.2 s are usual"
+
+
+def test_what_needs_no_network_imports_nothing_slow(folder):
+    helps = [[name, "--help"] for name in [*COMMANDS, "sweep", "tune"]]
+    shown = [["inspect", folder], ["inspect", folder, "--json"], ["configs"], ["configs", "show", "digits"]]
+    slow, seconds = light(*helps, *shown)
+    assert len(helps) >= 13
+    assert slow == []
+    assert seconds < 4, "0.6 s are usual"
+
+
+def test_a_tensor_in_bfloat16_is_read_without_torch(folder):
+    tensors = load_file(folder / WEIGHTS)
+    save_file({n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}, folder / WEIGHTS)
+    found = read_tensors(folder)
+    stored = load_file(folder / WEIGHTS)
+    assert len(found) == len(stored) > 10
+    for name, tensor in stored.items():
+        values, size = found[name.removeprefix("base_model.model.")]
+        assert size == tensor.nbytes
+        assert torch.equal(
+            torch.tensor(values), tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        )
 
 
 def test_an_option_that_does_not_exist_exits_with_2(run, folder):

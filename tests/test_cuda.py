@@ -173,7 +173,7 @@ def test_a_captured_run_of_the_recipe_has_the_losses_of_an_eager_one(replicates,
     for mode in ("null", "reduce-overhead"):
         counters.clear()
         recipe = train.read_recipe([*words, f"compile={mode}", f"output_dir={tmp_path / mode}"])
-        found[mode] = train.run(recipe)["first_losses"]
+        found[mode] = train.train(recipe)[0].result["first_losses"]
         AcceleratorState._reset_state(reset_partial_state=True)
     assert counters["inductor"]["cudagraph_skips"] == 0
     assert len(found["null"]) == 20

@@ -25,6 +25,8 @@ from test_house import ORDER
 import bn_affine_adapters
 from bn_affine_adapters import errors
 from bn_affine_adapters.cli import main
+from bn_affine_adapters.study.paper import PAPER
+from bn_affine_adapters.study.replicates import read_runs
 from bn_affine_adapters.training.recipe import find_config, read_recipe
 from bn_affine_adapters.training.sweeps import read_sweep
 
@@ -129,7 +131,7 @@ def test_the_page_on_own_images_runs_on_a_folder_of_pictures(me, capsys):
     named = set(re.findall(r"`(pets/\S+\.jpg)`", page.read_text()))
     assert len(named) == 4
     assert all(Path(path).is_file() for path in named)
-    assert run_commands(code(page, "bash")) == ["train", "validate", "predict", "push"]
+    assert run_commands(code(page, "bash")) == ["train", "validate", "predict", "predict", "push"]
     run_python(code(page, "python"))
     assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} >= set(colours)
     assert json.loads(Path("runs/pets/adapter/adapter_config.json").read_text())["label_names"] == ["cat", "dog"]
@@ -264,18 +266,16 @@ TRAINS = {"gamma, beta": "bn", "head": "head", "everything": "all"}
 
 
 def result_lines(data, epochs, network, trains):
-    """Return the plain runs among the result lines: the recipe's own settings, one of each seed."""
-    found = {}
-    for file in sorted((ROOT / "recipes" / "results").glob("*.jsonl")):
-        for line in map(json.loads, file.read_text().splitlines()):
-            recipe = line["recipe"]
-            cell = (Path(recipe["dataset"]).name, recipe["epochs"], recipe["model"], recipe["condition"])
-            usual = {"weight_decay": 1e-4, "weight_init": "kaiming_normal", "norm_init": None, "lean": None}
-            if cell == (data.lower().replace("-", ""), int(epochs), LABELS[network], TRAINS[trains]) and all(
-                recipe.get(key, value) == value for key, value in usual.items()
-            ):
-                found[recipe["seed"]] = line
-    return list(found.values())
+    """Return the plain runs among the result lines, those that compute the same: one of each pair of seeds."""
+    cell = (data.lower().replace("-", ""), int(epochs), LABELS[network], TRAINS[trains])
+    found = [
+        run
+        for run in read_runs(ROOT / "recipes" / "results", PAPER["recipes"])
+        if (run.dataset, run.line["recipe"]["epochs"], run.network, run.named) == cell
+    ]
+    assert len({run.steps for run in found}) == 1, cell
+    assert len({run.replicate for run in found}) == len(found), cell
+    return [run.line for run in found]
 
 
 def result_row(cells):
@@ -286,8 +286,7 @@ def result_row(cells):
     mean = f"{statistics.mean(scores):.2f}" + (f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else "")
     (size,) = {line.get("adapter_bytes", line.get("network_bytes")) for line in lines}
     (trained,) = {line["trained"] for line in lines}
-    stated = yaml.safe_load((PACKAGE / "study" / "paper.yaml").read_text())["accuracy"]
-    paper = stated.get(TRAINS[trains], {}).get(LABELS[network], "") if data == "CIFAR-10" else ""
+    paper = PAPER["accuracy"].get(TRAINS[trains], {}).get(LABELS[network], "") if data == "CIFAR-10" else ""
     counts = [f"{trained:,}", mean, str(len(lines)), f"{size / 1000:.1f}"]
     return [*cells[:4], *counts, str(paper)]
 

@@ -188,7 +188,7 @@ CASES = {
     "BNAdapterError": lambda here: BNOnlyConfig(seed=-1),
     "ConfigError": lambda here: BNOnlyConfig(seed=-1),
     "UnknownKeyError": lambda here: BNOnlyConfig(sead=0),
-    "FormatVersionError": lambda here: load_bn_only_model(here.edited(format_version=2)),
+    "FormatVersionError": lambda here: load_bn_only_model(here.edited(format_version=3)),
     "NetworkError": lambda here: get_bn_only_model(timm.create_model("test_nfnet")),
     "NoNormLayerError": lambda here: get_bn_only_model(timm.create_model("test_nfnet")),
     "UnknownArchitectureError": lambda here: load_bn_only_model(here.edited(architecture="cifar_resnet15")),

@@ -20,6 +20,7 @@ ORDER = {
     "zoo": "the paper's networks",
     "seed": "(seed, name) to bits; the rule of each tensor; fingerprints",
     "lean": "training that keeps less for backward",
+    "settings": "what adapter_config.json holds, without torch",
     "adapter": "the PEFT method",
     "sharing": "folders, cards, the Hub",
     "model": "the front door",
@@ -31,16 +32,9 @@ ORDER = {
 }
 
 HEAVY = {"datasets", "accelerate", "evaluate", "sklearn", "matplotlib", "omegaconf", "ray", "tensorboard", "optuna"}
-# A library module may be imported by a user who has not installed the extras; scripts, which need what they need, are
-# imported by nothing at its top. Nor is metrics, whose class is an evaluate.Metric; evaluate imports datasets itself.
-HEAVY_AT_THE_TOP = {
-    ("training.metrics", "evaluate"),
-    ("training.metrics", "datasets"),
-    ("training.train", "accelerate"),
-    ("training.validate", "accelerate"),
-    ("training.tune", "optuna"),
-    ("study.analyse", "accelerate"),
-}
+# A module may be imported by a user who has not installed the extras. Only metrics, whose class is an evaluate.Metric,
+# imports one, and nothing imports it at its top; evaluate imports datasets itself.
+HEAVY_AT_THE_TOP = {("training.metrics", "evaluate"), ("training.metrics", "datasets")}
 
 
 def files(package):
@@ -128,7 +122,7 @@ def test_the_parts_and_their_order(capsys):
     modules = files(PACKAGE)
     assert {part(module) for module in modules} == set(ORDER)
     entries = sorted(path.name for path in PACKAGE.iterdir() if not path.name.startswith("__pycache__"))
-    assert len(entries) <= 14, entries
+    assert len(entries) <= 15, entries
     with capsys.disabled():
         print()
         for place, (name, holds) in enumerate(ORDER.items(), 1):
@@ -150,7 +144,7 @@ def test_no_modules_import_each_other_in_a_circle():
 def fake_package(folder, **sources):
     package = folder / "fake"
     for name in ORDER:
-        path = package / (f"{name}.py" if name in ("errors", "cli", "__init__") else f"{name}/__init__.py")
+        path = package / (f"{name}.py" if name in ("errors", "settings", "cli", "__init__") else f"{name}/__init__.py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("", encoding="utf-8")
     for name, source in sources.items():
@@ -162,9 +156,9 @@ def fake_package(folder, **sources):
 UPWARD = {
     "relative": ("seed__draws", "from ..adapter import tuner", "adapter"),
     "the part itself": ("seed__draws", "from .. import norms, model", "model"),
-    "absolute": ("adapter__config", "import fake.training", "training"),
+    "absolute": ("adapter__tuner", "import fake.training", "training"),
     "absolute from": ("norms__find", "from fake.model import register", "model"),
-    "in a function": ("seed__rules", "def f():\n    from ..adapter import config", "adapter"),
+    "in a function": ("seed__rules", "def f():\n    from ..adapter import tuner", "adapter"),
     "for types": (
         "lean__forward",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..study import X",
@@ -317,7 +311,115 @@ def test_importing_registers_the_method_and_the_networks(look):
     assert all(name.startswith("cifar_") for name in look["models"])
 
 
+# What an import does not do: load torch, timm or PEFT. It registers when they are imported.
+
+SLOW = ("torch", "timm", "peft", "transformers", "accelerate", "torchvision")
+REGISTERED = """
+assert timm.create_model("cifar_resnet20").num_classes == 10
+names = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+assert all("BN_ONLY" in known for known in names), names
+assert "BN_ONLY" in peft.auto.MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+assert not any("exec_module" in vars(module.__loader__) for module in (timm, peft)), "their loaders are as before"
+"""
+ON_DEMAND = """
+import bn_affine_adapters, pickle
+from bn_affine_adapters import *
+assert timm.create_model("cifar_resnet20").num_classes == 10
+config = BNOnlyConfig(seed=3, label_names=["a", "b"])
+assert pickle.loads(pickle.dumps(config)) == config
+assert bn_affine_adapters.zoo.cifar_resnet.CifarResNet is zoo.cifar_resnet.CifarResNet
+assert bn_affine_adapters.lean.LEVELS and bn_affine_adapters.reinit_ is reinit_
+"""
+IN_THREADS = """
+import threading, time
+from importlib import import_module
+import bn_affine_adapters
+names = ["timm.data", "peft.tuners", "bn_affine_adapters.zoo", "bn_affine_adapters.model.prediction"]
+threads = [threading.Thread(target=import_module, args=(name,)) for name in names]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+[thread.join() for thread in threading.enumerate() if thread is not threading.main_thread()]
+import timm, peft
+"""
+ORDERS = {
+    "this package first": f"import bn_affine_adapters, timm{ON_DEMAND}import peft",
+    "PEFT before timm": "import bn_affine_adapters, peft, timm",
+    "a submodule": "import bn_affine_adapters\nfrom timm.layers import DropPath\nimport peft.utils, timm",
+    "in threads": IN_THREADS,
+}
+# Each of these is the first to import PEFT, and is half done when the method is registered.
+FIRST = ["adapter.method", "adapter.layer", "model.peft_model", "model.loading", "deploy.exporting", "zoo.cifar_vgg"]
+
+
+def fresh(code, *arguments):
+    """Run code in a fresh interpreter; return what it prints."""
+    command = [sys.executable, "-W", "error:::bn_affine_adapters", "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    assert "Exception in thread" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def test_an_import_loads_nothing_slow_and_the_names_are_there():
+    code = f"""
+import sys, bn_affine_adapters
+assert not {{*{SLOW}}} & sys.modules.keys(), sys.modules.keys()
+assert {{*bn_affine_adapters.__all__, "lean", "norms"}} <= {{*dir(bn_affine_adapters)}}
+try:
+    bn_affine_adapters.nosuch
+except AttributeError as error:
+    print(error)
+"""
+    assert fresh(code) == "module 'bn_affine_adapters' has no attribute 'nosuch'\n"
+
+
+@pytest.mark.parametrize(
+    "order", [name if name == "this package first" else pytest.param(name, marks=pytest.mark.slow) for name in ORDERS]
+)
+def test_the_networks_and_the_method_are_registered_in_any_order(order):
+    fresh(ORDERS[order] + REGISTERED)
+
+
+@pytest.mark.slow
+def test_any_module_of_the_package_may_be_the_first_that_is_imported():
+    """One process loads what takes long, and a copy of it for each module imports that first."""
+    code = f"""
+import importlib, os, sys, traceback
+import accelerate, torch, torchvision, transformers
+assert not {{"timm", "peft"}} & sys.modules.keys()
+for name in {FIRST}:
+    child = os.fork()
+    if not child:
+        try:
+            importlib.import_module("bn_affine_adapters." + name)
+            import peft, timm
+            exec({REGISTERED!r})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+    print(name)
+"""
+    assert fresh(code).split() == FIRST
+
+
+def test_the_part_of_a_module_that_imports_peft_imports_it_first():
+    """Or else a module would be half done when PEFT's import registers the method, which imports it again."""
+    modules = files(PACKAGE)
+    using = {
+        module for module, path in modules.items() if "peft" in {n.split(".")[0] for n in imports(path, PACKAGE, False)}
+    }
+    registering = {"adapter", "model"}  # what `model.loading`, which registers, imports
+    assert {part(module) for module in using} == registering | {"deploy"}
+    for name in registering:
+        first = {n for n in imports(modules[name], PACKAGE, False)}
+        assert first & {"peft", "bn_affine_adapters.adapter"}, name
+
+
 def test_the_public_names_are_at_most_15_and_all_there():
     names = bn_affine_adapters.__all__
     assert len(names) == len(set(names)) <= 15
     assert all(hasattr(bn_affine_adapters, name) for name in names)
+    source = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    seen = next(node for node in ast.parse(source).body if is_type_checking(node))
+    assert {alias.name for node in seen.body for alias in node.names} == set(names), "what mypy and editors see"

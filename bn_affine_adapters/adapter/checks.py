@@ -1,20 +1,54 @@
 """Choose the layers that an adapter owns, and refuse what does not fit, before a network is wrapped."""
 
+import warnings
 from copy import deepcopy
+from typing import Any
 
 import timm.data
+import torch
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError
-from ..norms.find import COPIES, head_layers, is_norm, named_layers, norm_layers, plain_modules
+from ..errors import AdapterError, AdapterNameError, ConfigError, MissingModuleError, NetworkError
+from ..norms import COPIES
+from ..norms.find import (
+    affine,
+    canonical,
+    head_layers,
+    is_norm,
+    is_response_norm,
+    named_layers,
+    norm_layers,
+    plain_modules,
+    unwrapped,
+)
+from ..norms.scales import layer_scales
 from ..seed.rules import draw_norm_
-from .config import BNOnlyConfig
+from ..settings import PEFT_PREFIX
 from .control import is_conv
 from .layer import adapter_layers
+from .method import BNOnlyConfig
 from .rebuild import holder, infer_architecture, infer_args
-from .tensors import PEFT_PREFIX
 
 TUNER_PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT recognises an adapter's tensors
+
+
+def check_network(model: Any) -> None:
+    """Raise NetworkError unless a value is a network that has no adapter yet."""
+    if not isinstance(model, nn.Module):
+        raise NetworkError(
+            "An adapter needs a network.",
+            seen=f"{type(model).__name__} {model!r}"[:200],
+            do='give a module, e.g. timm.create_model("resnet18")',
+        )
+    names = sorted({name for layer in adapter_layers(model) for name in layer.configs})
+    if names:
+        raise NetworkError(
+            "The network has an adapter already.",
+            seen=f"{type(model).__name__} with {', '.join(names)}",
+            do="model.add_adapter(name, config) or model.load_adapter(folder, name) for another, or model.unload()",
+        )
 
 
 def check_adapter_name(model: nn.Module, name: str) -> None:
@@ -39,14 +73,57 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
         )
 
 
+def check_wrappable(model: nn.Module) -> None:
+    """Raise NetworkError, before anything changes, for what hides norm layers or would change while it is frozen."""
+    for name, module in model.named_modules():
+        seen = f"{type(module).__name__} at {name or 'the top'}"
+        if not name and unwrapped(module) is not module:
+            do = "adapt the network itself, then compile or distribute what that returns"
+            raise NetworkError("The network is inside a wrapper.", seen=seen, do=do)
+        if isinstance(module, torch.jit.ScriptModule):
+            what, do = "TorchScript hides norm layers.", "wrap the network before it is scripted or traced"
+            raise NetworkError(what, seen=seen, do=do)
+        hooks = (*module._forward_pre_hooks.values(), module)
+        if any(isinstance(hook, SpectralNorm | _SpectralNorm) for hook in hooks):
+            what = "Spectral normalisation changes in every training step what the adapter holds frozen."
+            do = "torch.nn.utils.parametrize.remove_parametrizations, or remove_spectral_norm, first"
+            raise NetworkError(what, seen=seen, do=do)
+
+
+def warn_of_lost_base(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Warn if nobody can have an adapter's base again: no seed draws it, and it is no known pretrained network."""
+    if config.seed is not None or config.base_model_name_or_path is not None:
+        return
+    known = getattr(model, "pretrained_cfg", None) or {}
+    layers = norm_layers(model).values()
+    tensors = [layer.get_parameter(name) for layer in layers for name in affine(layer) if name]
+    # In a new network gamma and beta are constants.
+    if all(bool((tensor == tensor.flatten()[0]).all()) for tensor in tensors if tensor.numel()):
+        why = "they are those of a new network, drawn at random"
+    elif any(known.get(key) for key in ("hf_hub_id", "url", "file")) or getattr(model, "name_or_path", None):
+        return
+    else:
+        why = "nothing tells where they come from"
+    warnings.warn(
+        f"This adapter belongs to weights that nobody else can have: no seed draws them, and {why}. Keep the base "
+        "network's weights, to pass it as model= when the adapter is loaded, or redraw them: BNOnlyConfig(seed=0).",
+        stacklevel=2,
+    )
+
+
 def infer(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
     """Infer what a new adapter's configuration leaves open: architecture, creation arguments, data configuration."""
     if first is not None:
         config.architecture = config.architecture or first.architecture
         config.model_args = {**first.model_args, **config.model_args}
+        config.layer_scale = config.layer_scale or first.layer_scale
+        if config.layer_scale == first.layer_scale and config.layer_scales is None:
+            config.layer_scales = first.layer_scales
+        _choose_scales(model, config)  # before `check_agreement` compares them
     else:
         config.architecture = config.architecture or infer_architecture(model)
         config.model_args = infer_args(model, config.model_args)
+        config.layer_scale = config.layer_scale or ("constructor" if config.seed is None else "one")
     if config.data_config is None and getattr(model, "pretrained_cfg", None):
         data = timm.data.resolve_model_data_config(model)
         channels = config.model_args.get("in_chans", data["input_size"][0])
@@ -69,6 +146,7 @@ def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
     _choose_head(model, config)
     named_layers(model, config.whole_modules, "head or extra_trainable_modules")
     _choose_norms(model, config)
+    _choose_scales(model, config)
     _choose_convolutions(model, config)
     if not config.target_modules:
         raise ConfigError("Nothing is adapted.", seen="norm_layers=[] and no head", do="leave norm_layers out for all")
@@ -102,15 +180,29 @@ def _choose_head(model: nn.Module, config: BNOnlyConfig) -> None:
 def _choose_norms(model: nn.Module, config: BNOnlyConfig) -> None:
     if config.norm_layers is None:
         # A norm layer inside a module that the adapter owns as a whole is part of that module's copy.
-        whole = set(config.whole_modules)
-        config.norm_layers = [name for name in norm_layers(model) if not holder(name, whole)]
+        whole, found = set(config.whole_modules), norm_layers(model)
+        owned = [name for name, module in plain_modules(model) if name in found or is_response_norm(module)]
+        config.norm_layers = [name for name in owned if not holder(name, whole)]
     layers = named_layers(model, config.norm_layers, "norm_layers")
-    if strange := [name for name, module in layers.items() if not is_norm(module)]:
+    if strange := [name for name, module in layers.items() if not (is_norm(module) or is_response_norm(module))]:
         raise ConfigError(
             "norm_layers names a module that is not a norm layer.",
             seen=strange[0],
             do="name it in extra_trainable_modules to train it as a whole",
         )
+
+
+def _choose_scales(model: nn.Module, config: BNOnlyConfig) -> None:
+    found = layer_scales(model)
+    if config.layer_scales is None:
+        whole = set(config.whole_modules)
+        config.layer_scales = [] if config.layer_scale == "constructor" else [n for n in found if not holder(n, whole)]
+    if strange := [name for name in config.layer_scales if name not in found]:
+        seen, do = strange[0][:200], "leave layer_scales out for all of them"
+        raise ConfigError("layer_scales names a parameter that is not a layer scale.", seen=seen, do=do)
+    if config.layer_scale == "train" and not config.layer_scales:
+        do = 'layer_scale="constructor", or a network with layer scales, e.g. convnext_atto'
+        raise ConfigError(f"{type(model).__name__} has no layer scale to train.", seen="layer_scale='train'", do=do)
 
 
 def _choose_convolutions(model: nn.Module, config: BNOnlyConfig) -> None:
@@ -135,7 +227,9 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
         AdapterError: it belongs to other frozen weights, or an adapter is merged.
         ConfigError: it belongs to another architecture, or has its own number of classes and no head.
     """
-    mine, theirs = ((c.seed, c.weight_init if c.seed is not None else None, c.init_scheme) for c in (config, first))
+    mine, theirs = (
+        (c.seed, c.weight_init if c.seed is not None else None, c.init_scheme, c.ones) for c in (config, first)
+    )
     if mine != theirs:
         raise AdapterError(
             "Adapters on one network share its frozen weights, and this one was made for others.",
@@ -158,7 +252,7 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
         )
     if any(layer.merged for layer in adapter_layers(model)):
         raise AdapterError(
-            "An adapter cannot be added while another is merged: it would copy merged weights.",
+            "An adapter cannot be added while another is merged: PEFT would unmerge it.",
             seen="merged norm layers",
             do="model.unmerge_adapter() first",
         )
@@ -166,7 +260,7 @@ def check_agreement(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig)
 
 def check_nesting(model: nn.Module, config: BNOnlyConfig) -> None:
     """Raise ConfigError if a module that an adapter owns lies inside another such module."""
-    names = {*config.target_modules, *(layer.canonical_name for layer in adapter_layers(model))}
+    names = {*config.target_modules, *(layer.canonical_name for layer in adapter_layers(model) if layer.configs)}
     nested = [(name, outer) for name in sorted(names) if (outer := holder(name.rpartition(".")[0], names))]
     if nested:
         raise ConfigError(
@@ -176,9 +270,26 @@ def check_nesting(model: nn.Module, config: BNOnlyConfig) -> None:
         )
 
 
-def check_frozen_norms(model: nn.Module, config: BNOnlyConfig) -> None:
+def check_shared(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Raise NetworkError if a module that an adapter owns has a second name, under which its copy would not run."""
+    names: dict[int, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = unwrapped(module)
+        if own._parameters or own._buffers:
+            names.setdefault(id(own), set()).add(canonical(name))
+    owned = set(config.target_modules)
+    for ways in names.values():
+        if len({holder(name, owned) for name in ways}) > 1:
+            raise NetworkError(
+                "A module of which the adapter has a copy stands in the network under two names.",
+                seen=", ".join(sorted(ways)[:3]),
+                do="give each place a module of its own, or leave it out of norm_layers and extra_trainable_modules",
+            )
+
+
+def check_frozen_norms(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
     """Raise ConfigError if the norm layers that a further adapter does not own differ from what norm_init draws."""
-    if config.seed is None or config.norm_init in (None, "keep"):
+    if first is None or config.seed is None or config.norm_init in (None, "keep"):
         return
     owned = set(config.target_modules)
     for name, layer in norm_layers(model).items():

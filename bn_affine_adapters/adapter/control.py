@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..errors import AdapterError
 from ..seed.draws import codes
-from .config import BNOnlyConfig
+from .method import BNOnlyConfig
 
 
 class Control(nn.Module):

@@ -10,18 +10,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..errors import AdapterError
-from ..norms.find import COPIES, affine, is_norm
+from ..norms import COPIES
+from ..norms.copies import with_own_statistics
+from ..norms.find import Scale, affine, is_norm
+from ..norms.statistics import hold_statistics_, recomputing
 from ..seed.rules import Rule, draw_into_, rule_for
-from .config import BNOnlyConfig
 from .control import Control
+from .method import BNOnlyConfig
 
 
 def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:
     """Return which parameters an adapter's configuration trains of a module (copy or base layer) of canonical name."""
-    if name in config.whole_modules or isinstance(module, Control):
+    if name in config.whole_modules or isinstance(module, Control | Scale):
         return [key for key, _ in module.named_parameters()]
     gamma, beta = affine(module)
-    return [key for key, on in ((gamma, config.train_gamma), (beta, config.train_beta)) if key and on]
+    # EvoNorm's v weights its input, and FRN's tau is a threshold in place of ReLU's 0: they train with gamma and beta.
+    further = [key if key in module._parameters and is_norm(module) else None for key in ("v", "tau")]
+    on = zip((gamma, beta, *further), (config.train_gamma, config.train_beta) * 2, strict=True)
+    return [key for key, trains in on if key and trains and module._parameters[key] is not None]
 
 
 def drawn(module: nn.Module, name: str, config: BNOnlyConfig) -> dict[str, Rule]:
@@ -72,20 +78,23 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
 
     def active_module(self) -> nn.Module:
         """Return the module that `forward` runs."""
-        if self.disable_adapters or self.merged or not self.active_adapters:
+        names = self.merged_adapters or self.active_adapters
+        if self.disable_adapters or not names:
             return self.base_layer
-        if len(self.active_adapters) > 1:
+        if len(names) > 1:
             raise AdapterError(
                 "Two adapters of norm layers cannot be active at once.",
-                seen=f"active: {', '.join(self.active_adapters)}",
+                seen=f"active: {', '.join(names)}",
                 do="model.set_adapter(one_name)",
             )
-        name = self.active_adapters[0]
-        return self.bn_only_layers[name] if name in self.bn_only_layers else self.base_layer  # noqa: SIM401
+        return self.bn_only_layers[names[0]] if names[0] in self.bn_only_layers else self.base_layer  # noqa: SIM401
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the active adapter's copy."""
-        return self.active_module()(*args, **kwargs)
+        """Run the active adapter's copy; its running statistics move once a step, not while it is computed again."""
+        active = self.active_module()
+        if self.training and recomputing():
+            active = with_own_statistics(active)
+        return active(*args, **kwargs)
 
     def trainable(self, adapter_name: str) -> list[str]:
         """Return the parameters that an adapter's configuration trains, as named in `bn_only_layers`."""
@@ -106,18 +115,21 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> "BNOnlyLayer":
         """Set the mode of the copies; the base layer and frozen running statistics stay in evaluation mode."""
         super().train(mode)
-        # Merging exchanges base and copy: undo that here to know which is which.
-        copies = dict(self.bn_only_layers.items())
-        base = self.base_layer
-        for name in self.merged_adapters:
-            copies[name], base = base, copies[name]
-        base.train(False)
-        for name, copy in copies.items():
+        self.base_layer.train(False)
+        for name, copy in self.bn_only_layers.items():
             if self.configs[name].running_statistics == "frozen":
                 for module in copy.modules():
                     if is_norm(module):
                         module.train(False)
+        self._hold_statistics()
         return self
+
+    def _hold_statistics(self) -> None:
+        """Protect all running statistics but those that move: of the copy that runs."""
+        hold_statistics_(self.base_layer)
+        running = () if self.disable_adapters else self.merged_adapters or self.active_adapters
+        for name, copy in self.bn_only_layers.items():
+            hold_statistics_(copy, name not in running or self.configs[name].running_statistics == "frozen")
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate an adapter: its trainable parameters require gradients, unless in inference mode."""
@@ -125,6 +137,7 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         self._require_grad({name: False for name, _ in self.bn_only_layers.named_parameters()})
         if not inference_mode:
             self.set_requires_grad(self._active_adapter)
+        self._hold_statistics()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Turn gradients on or off for what the adapters train."""
@@ -152,6 +165,7 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = not enabled
         if enabled:
             self._require_grad(self._flags_while_disabled)
+        self._hold_statistics()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter's copy; the tuner chooses which adapter is active next, the same for all layers."""
@@ -163,7 +177,15 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Exchange the base layer and an adapter's copy; nothing is computed, so that the result is exact."""
+        """Run an adapter's copy, whichever adapter is active, until `unmerge`.
+
+        Nothing is computed and nothing moves: the copy and the base layer keep their values and their names in the
+        state dict, so that saving and loading reach the same tensors as before.
+
+        Args:
+            safe_merge: unused here; `BNOnlyTuner` checks all layers before the first is merged.
+            adapter_names: one name; by default the active adapter.
+        """
         names = check_adapters_to_merge(self, adapter_names)
         if len(names) > 1:
             raise AdapterError(
@@ -174,19 +196,18 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         if names and self.merged:
             warnings.warn(f"Already merged with {self.merged_adapters[0]}. Unmerging first.", stacklevel=2)
             self.unmerge()
-        for name in names:
-            if name in self.bn_only_layers:  # another adapter may own layers that this one does not
-                self._exchange(name)
-                self.merged_adapters.append(name)
+        self.merged_adapters.extend(names)
+        self._hold_statistics()
 
     def unmerge(self) -> None:
         """Undo `merge`."""
-        if self.merged:
-            self._exchange(self.merged_adapters.pop())
-            self.train(self.training)
+        self.merged_adapters.clear()
+        self._hold_statistics()
 
-    def _exchange(self, name: str) -> None:
-        self.base_layer, self.bn_only_layers[name] = self.bn_only_layers[name], self.base_layer
+    def remaining(self) -> nn.Module:
+        """Return what takes this layer's place in the plain network: the merged copy, or the base layer."""
+        owned = [self.bn_only_layers[name] for name in self.merged_adapters if name in self.bn_only_layers]
+        return owned[0] if owned else self.base_layer
 
     @property
     def weight(self) -> torch.Tensor:

@@ -12,19 +12,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TooLargeError
-from .config import BNOnlyConfig
+from ..settings import LIFT, MAX_TENSORS, Settings
 from .rebuild import build_outline
 
-MAX_PARAMETERS = 200_000_000  # 800 MB in float32
 MAX_NUMBER = 20_000  # in creation arguments except num_classes: some constructors make lists of that length
 MAX_ITEMS = 1_000  # in all creation arguments together, including those in nested lists
 SLACK = 10_000_000  # values that a constructor makes besides parameters; in timm at most a ninth of the parameters
-MAX_TENSORS = 20_000  # in a constructor and in an adapter's file; cifar_resnet866, the deepest, has 4,337 and 4,335
 BUILD_SECONDS = 2.0  # of processor time; the slowest network of timm takes 0.8 s on the meta device
-LIFT = "load_bn_only_model(..., max_parameters=N), or None for no limit, if you trust whoever made it"
 
 
-def build_within(config: BNOnlyConfig, max_parameters: int | None) -> nn.Module:
+def build_within(config: Settings, max_parameters: int | None) -> nn.Module:
     """Build the network that a configuration asks for within the bounds, on the meta device where possible.
 
     Raises:
@@ -40,7 +37,7 @@ def build_within(config: BNOnlyConfig, max_parameters: int | None) -> nn.Module:
 
 
 @contextmanager
-def bounded(config: BNOnlyConfig, max_parameters: int | None) -> Iterator[None]:
+def bounded(config: Settings, max_parameters: int | None) -> Iterator[None]:
     """Bound what is built inside: the numbers asked for, the tensors made, and this thread's processor time.
 
     Raises:
@@ -61,7 +58,7 @@ def bounded(config: BNOnlyConfig, max_parameters: int | None) -> Iterator[None]:
         raise _too_large(config, seen) from None
 
 
-def _too_large(config: BNOnlyConfig, seen: str) -> TooLargeError:
+def _too_large(config: Settings, seen: str) -> TooLargeError:
     args = ", ".join(f"{key}={value!r}"[:80] for key, value in list(config.model_args.items())[:8])
     return TooLargeError(
         "The adapter asks for a network that is too large to be built from an untrusted file.",

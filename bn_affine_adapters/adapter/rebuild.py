@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +23,15 @@ from ..errors import (
     UnknownArchitectureError,
     nearest_name,
 )
-from ..norms.find import STATISTICS, affine, is_norm, plain_modules, plain_tensors
+from ..norms.find import FUSING, STATISTICS, affine, is_norm, is_response_norm, plain_modules, plain_tensors
 from ..seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
+from ..seed.generator import OwnGenerator
 from ..seed.rules import constants_only, draw_into_, parameter_rules
-from .config import CUSTOM, FORBIDDEN_ARGS, BNOnlyConfig, is_plain
+from ..settings import CUSTOM, FORBIDDEN_ARGS, FORMAT_VERSION, Settings, is_plain
+from .method import BNOnlyConfig
+from .traits import MODULE_DIGEST, Traits, digest, traits
 
 NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # of an architecture, with timm's optional tag of weights
-
-# Attributes that differ between equal networks, or change only how the same numbers are computed.
-_INCIDENTAL = {"training", "grad_checkpointing", "fused_attn", "fast_norm", "_fast_norm", "name_or_path"}
 
 
 def versions() -> dict[str, str]:
@@ -67,18 +68,23 @@ def create(architecture: str, model_args: dict[str, Any], device: str | torch.de
         ) from error
 
 
-def build(config: BNOnlyConfig, device: str | torch.device = "cpu") -> nn.Module:
+def build(config: Settings, device: str | torch.device = "cpu") -> nn.Module:
     """Build the network that a configuration names, as `create` does."""
     assert config.architecture is not None
     return create(config.architecture, config.model_args, device)
 
 
-def build_outline(config: BNOnlyConfig) -> nn.Module:
+def build_outline(config: Settings) -> nn.Module:
     """Build a configuration's network on the meta device, or on the CPU if its constructor computes with values."""
+    assert config.architecture is not None
+    return _outline(config.architecture, config.model_args)
+
+
+def _outline(architecture: str, model_args: dict[str, Any]) -> nn.Module:
     try:
-        return build(config, "meta")
+        return create(architecture, model_args, "meta")
     except RebuildError:
-        return build(config)
+        return create(architecture, model_args)
 
 
 def create_pretrained(architecture: str, model_args: dict[str, Any], file: Path) -> nn.Module:
@@ -96,7 +102,7 @@ def create_pretrained(architecture: str, model_args: dict[str, Any], file: Path)
             if isinstance(head, str) and f"{head}.weight" in opened.keys():  # noqa: SIM118  # not a dict
                 # timm drops a head whose number of classes differs from the one in its own configuration.
                 overlay["num_classes"] = opened.get_slice(f"{head}.weight").get_shape()[0]
-        with torch.random.fork_rng(devices=[]):
+        with OwnGenerator():
             return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
     except Exception as error:  # every architecture converts a file's tensors in its own way
         raise FingerprintError(
@@ -120,9 +126,8 @@ def infer_args(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     recorded = getattr(model, "_model_args", None) or {}
     args = {key: value for key, value in recorded.items() if key not in FORBIDDEN_ARGS and is_plain(value)}
     input_size = cfg.get("input_size") or (3,)
-    first = dict(model.named_modules()).get(cfg.get("first_conv") or "")
-    if (channels := getattr(first, "in_channels", None)) not in (None, input_size[0]):
-        args["in_chans"] = channels
+    if "in_chans" not in given and _first_channels(model) not in (None, input_size[0]):
+        args["in_chans"] = _image_channels(model, {**args, **given}, input_size[0])
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is not None and tuple(size) != tuple(input_size[1:]):
         args["img_size"] = list(size)
@@ -131,25 +136,33 @@ def infer_args(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({**args, **given}))  # lists instead of tuples, as in a file
 
 
-def _traits(model: nn.Module) -> dict[str, Any]:
-    traits: dict[str, Any] = {}
-    for name, module in plain_modules(model):
-        where = name or "the network"
-        # A network with synchronised batch statistics is the same network.
-        kind = type(module).__qualname__.replace("SyncBatchNormAct", "BatchNormAct2d")
-        traits[f"{where}: class"] = kind.replace("SyncBatchNorm", "BatchNorm2d")
-        traits[f"{where}: extra_repr"] = module.extra_repr()
-        for parameter_name, parameter in module._parameters.items():
-            if parameter is not None:
-                traits[f"{where}: shape of {parameter_name}"] = tuple(parameter.shape)
-        for key, value in vars(module).items():
-            if isinstance(value, bool | int | float | str) and not key.startswith("_") and key not in _INCIDENTAL:
-                traits[f"{where}: {key}"] = value
-    return traits
+def _first_channels(model: nn.Module) -> int | None:
+    """Return the channels that the first convolution takes, or the network's own number if timm names none."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    first = dict(model.named_modules()).get(names if isinstance(names, str) else next(iter(names), ""))
+    return getattr(first, "in_channels", getattr(model, "in_chans", None))
 
 
-def check_rebuild(model: nn.Module, config: BNOnlyConfig) -> None:
+def _image_channels(model: nn.Module, args: dict[str, Any], usual: int) -> int | None:
+    """Return how many channels the images have whose first convolution has others than usual.
+
+    A stem may change the channels before it, e.g. from 3 to 48 in TResNet. Then the network as timm builds it shows by
+    which factor.
+    """
+    ours, name = _first_channels(model), infer_architecture(model)
+    theirs = None if name == CUSTOM else _first_channels(_outline(name, args))
+    expected = args.get("in_chans", usual)
+    if ours is None or theirs is None:
+        return ours
+    return expected * ours // theirs
+
+
+def check_rebuild(found: Mapping[str, Traits], config: BNOnlyConfig) -> None:
     """Build the architecture again and compare names, shapes, classes, extra_repr and settings of all modules.
+
+    Args:
+        found: the traits of the network given.
+        config: of the adapter.
 
     Some creation arguments (``output_stride=8``) change neither a name nor a shape, and timm may not have recorded
     them. A network that passes this comparison is the one that loading the adapter builds.
@@ -157,12 +170,20 @@ def check_rebuild(model: nn.Module, config: BNOnlyConfig) -> None:
     Raises:
         RebuildError: the two networks differ; the message names the first difference.
     """
-    ours, theirs = _traits(model), _traits(build_outline(config))
+    outline = build_outline(config)
+    rebuilt = traits(outline)
+    ours, theirs = _by_place(found), _by_place(rebuilt)
     different = [key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key)]
     if not config.fresh:
         # The adapter has its own head: the base may have another one.
         heads = [f"{name}:" for name in config.head_layers or []]
         different = [k for k in different if not k.startswith((*heads, "the network: num_classes"))]
+    if different and len(found) < len(rebuilt) and any(hasattr(type(m), n) for m in outline.modules() for n in FUSING):
+        raise RebuildError(
+            f"This {config.architecture} has been reparameterised: its norm layers are fused into convolutions.",
+            seen=f"{len(found)} modules, {len(rebuilt)} before",
+            do="adapt the network before timm.utils.reparameterize_model; afterwards, on model.merge_and_unload()",
+        )
     if different:
         key = different[0]
         raise RebuildError(
@@ -176,8 +197,16 @@ def check_rebuild(model: nn.Module, config: BNOnlyConfig) -> None:
         )
 
 
+def _by_place(found: Mapping[str, Traits]) -> dict[str, Any]:
+    return {f"{name or 'the network'}: {key}": value for name, own in found.items() for key, value in own.items()}
+
+
 def _creation_call(config: BNOnlyConfig) -> str:
-    return f"timm.create_model({config.architecture!r}, **{config.model_args})"
+    return f"timm.create_model({', '.join([repr(config.architecture), *_arguments(config.model_args)])})"
+
+
+def _arguments(args: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value!r}" for key, value in args.items()]
 
 
 def holder(name: str, modules: Collection[str]) -> str | None:
@@ -197,13 +226,15 @@ def frozen_tensors(model: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, to
     backbone: dict[str, torch.Tensor] = {}
     rest: dict[str, torch.Tensor] = {}
     extra, heads = set(config.extra_trainable_modules), set(config.head_layers or ())
-    norms = set(config.norm_layers or ())
+    norms, scales = set(config.norm_layers or ()), set(config.trained_scales)
     for name, owner, attribute, tensor in plain_tensors(model):
-        if holder(name, extra):
+        if holder(name, extra) or name in scales:
             continue
         if holder(name, heads):
             if not config.train_head:
                 rest[name] = tensor
+        elif is_response_norm(owner) and holder(name, norms):
+            continue
         elif is_norm(owner) and attribute in (*affine(owner), *STATISTICS):
             if not holder(name, norms):
                 rest[name] = tensor
@@ -236,8 +267,8 @@ def _arrays(
     return arrays
 
 
-def write_fingerprints(model: nn.Module, config: BNOnlyConfig) -> None:
-    """Write the frozen tensors' fingerprints, the layout and the libraries' versions into a configuration."""
+def write_fingerprints(model: nn.Module, config: BNOnlyConfig, found: dict[str, Traits]) -> None:
+    """Write the frozen tensors' fingerprints, the layout, the traits and the versions into a configuration."""
     backbone, rest = frozen_tensors(model, config)
     hashes = fingerprint(_arrays(model, config, backbone))
     config.backbone_fingerprint = hashes.full
@@ -246,6 +277,39 @@ def write_fingerprints(model: nn.Module, config: BNOnlyConfig) -> None:
     config.layout_hash = _layout(model, config, backbone)
     config.frozen_fingerprint = fingerprint(_arrays(model, config, rest)).full if rest else None
     config.versions = versions()
+    write_traits(found, config)
+
+
+def write_traits(found: dict[str, Traits], config: BNOnlyConfig) -> None:
+    """Write the digest of a network's traits into a configuration, which may come from a file without one."""
+    config.traits_fingerprint, config.traits_digests = digest(found, config)
+    config.format_version = FORMAT_VERSION
+
+
+def check_traits(found: dict[str, Traits], config: BNOnlyConfig) -> None:
+    """Compare the classes and settings of a network of somebody's own code with a configuration's.
+
+    A network that timm builds is compared in `check_rebuild`, with what this version of timm builds.
+
+    Raises:
+        FingerprintError: they differ. If torch or timm had another version then, this warns: a newer one may have
+            another name for the same.
+    """
+    if config.architecture != CUSTOM or config.verify == "off" or config.traits_fingerprint is None:
+        return
+    ours = digest(found, config)
+    if ours.full == config.traits_fingerprint:
+        return
+    theirs = config.traits_digests or ""
+    name = first_difference(list(found), ours.modules, theirs, MODULE_DIGEST)
+    own = found.get(name, {})
+    shown = f"{own.get('class', '')}({own.get('extra_repr', '')})"
+    seen = f"{len(found)} modules, then {len(theirs) // MODULE_DIGEST}; the first that differs is "
+    error = _mismatch(config, "a module has another class or setting", seen + f"{name or 'the network'}, now {shown}")
+    now = versions()
+    if all(config.versions.get(library) == now[library] for library in ("torch", "timm")):
+        raise error
+    warnings.warn(str(error), stacklevel=2)
 
 
 def _layout(model: nn.Module, config: BNOnlyConfig, backbone: Mapping[str, torch.Tensor]) -> str:
@@ -274,18 +338,35 @@ def verify(model: nn.Module, config: BNOnlyConfig) -> None:
     Raises:
         FingerprintError: they differ; the message names the first layer that does, and the versions then and now.
     """
-    if config.verify == "off":
+    if config.verify == "off" or not (found := frozen_difference(model, config, config.verify == "sampled")):
         return
+    now, then = getattr(model, "num_classes", None), config.model_args.get("num_classes")
+    if config.architecture != CUSTOM and now != then and not config.train_head:
+        what = "This is not the network that the adapter was trained on: its head has another number of classes."
+        seen = f"num_classes={now}, the adapter's num_classes={then}"
+        raise FingerprintError(what, seen=seen, do=f"pass {_creation_call(config)}")
+    raise _mismatch(config, *found)
+
+
+def frozen_difference(model: nn.Module, config: BNOnlyConfig, sample: bool = False) -> tuple[str, str] | None:
+    """Return (what of a network's frozen tensors differs from a configuration's fingerprints, where), or None.
+
+    Args:
+        model: the network.
+        config: its fingerprints.
+        sample: compare at most 4,096 values a tensor.
+    """
     backbone, rest = frozen_tensors(model, config)
     arrays = _arrays(model, config, backbone)
-    if config.verify == "sampled" and sampled(arrays) != config.backbone_fingerprint_sampled:
-        raise _mismatch(config, "the sampled values differ", "4,096 values a tensor were compared")
-    if config.verify == "full" and (hashes := fingerprint(arrays)).full != config.backbone_fingerprint:
+    if sample and sampled(arrays) != config.backbone_fingerprint_sampled:
+        return "the sampled values differ", "4,096 values a tensor were compared"
+    if not sample and (hashes := fingerprint(arrays)).full != config.backbone_fingerprint:
         name = first_difference(list(backbone), hashes.tensors, config.backbone_digests or "")
         dtype = f" ({backbone[name].dtype})" if name in backbone else ""
-        raise _mismatch(config, "frozen weights differ", f"the first layer that differs is {name}{dtype}")
+        return "frozen weights differ", f"the first layer that differs is {name}{dtype}"
     if rest and fingerprint(_arrays(model, config, rest)).full != config.frozen_fingerprint:
-        raise _mismatch(config, "the frozen head or norm layers differ", f"among {', '.join(list(rest)[:3])} ...")
+        return "the frozen head or norm layers differ", f"among {', '.join(list(rest)[:3])} ..."
+    return None
 
 
 def _absent(model: nn.Module, config: BNOnlyConfig) -> str:
@@ -301,8 +382,10 @@ def _mismatch(config: BNOnlyConfig, why: str, seen: str, advice: str = "") -> Fi
     changed = [f"{k} {v} -> {now.get(k)}" for k, v in config.versions.items() if now.get(k) != v]
     if config.seed is None:
         do = "pass the base that the adapter was trained on as model="
+    elif changed:
+        do = "install the versions that made the adapter"
     else:
-        do = f"install the versions that made the adapter, or report this: seed {config.seed} promises the same bits"
+        do = f"report this: seed {config.seed} promises the same bits"
     return FingerprintError(
         f"This is not the network that the adapter was trained on: {why}.",
         seen=f"{seen}; {config.architecture}, versions then and now: {', '.join(changed) or 'the same'}",

@@ -1,17 +1,21 @@
-"""An adapter's tensors: their names in the network, and whether they fit it."""
+"""An adapter's tensors: their digest, and whether they fit the network."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from ..errors import AdapterTensorError
+from ..seed.digest import tensors_digest
 
-PEFT_PREFIX = "base_model.model."  # of every name in an adapter's file
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return `tensors_digest` of an adapter's tensors, by name in the network."""
+    return tensors_digest((name, *_entry(tensor)) for name, tensor in tensors.items())
 
 
-def bare(key: str) -> str:
-    """Return a tensor's name in the network, without PEFT's prefix."""
-    return key.removeprefix(PEFT_PREFIX)
+def _entry(tensor: torch.Tensor) -> tuple[str, Sequence[int], memoryview]:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return str(tensor.dtype).removeprefix("torch."), tensor.shape, data
 
 
 def check_tensors(

@@ -1,7 +1,8 @@
 """BNOnlyTuner: put an adapter's copies of norm layers, head and extra modules into a network, and take them out."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -9,24 +10,46 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, _check_adapters_not_merged
 from torch import nn
 
+from ..errors import AdapterError
 from ..lean import Report, lean_, plain_
-from ..norms.find import COPIES, is_norm
+from ..norms import COPIES
+from ..norms.find import STATISTICS, canonical, is_norm, without_wrappers
+from ..norms.scales import scales_as_modules_, scales_as_parameters_
+from ..norms.statistics import hold_statistics_
+from ..seed.generator import OwnGenerator
 from ..seed.rules import check_memory, draw_into_, draw_norm_, reinit_, rule_for
+from ..settings import CUSTOM, bare
 from .checks import (
     TUNER_PREFIX,
     check_adapter_name,
     check_agreement,
     check_frozen_norms,
     check_nesting,
+    check_network,
+    check_shared,
+    check_wrappable,
     choose_layers,
     infer,
+    warn_of_lost_base,
 )
-from .config import CUSTOM, BNOnlyConfig
 from .control import Control, controlled
 from .layer import BNOnlyLayer, adapter_layers
 from .limits import bounded
-from .rebuild import build, check_rebuild, verify, verify_layout, write_fingerprints
-from .tensors import bare, check_tensors
+from .method import BNOnlyConfig
+from .rebuild import (
+    build,
+    check_rebuild,
+    check_traits,
+    frozen_difference,
+    holder,
+    verify,
+    verify_layout,
+    write_fingerprints,
+    write_traits,
+)
+from .tensors import check_tensors, digest_of
+from .traits import Traits, traits
+from .unchanged import allow_fusing_, check_complete, check_settings, check_unchanged, forbid_fusing_, settle
 
 
 class BNOnlyTuner(BaseTuner):
@@ -37,6 +60,9 @@ class BNOnlyTuner(BaseTuner):
     """
 
     lean: Report | None = None  # what lean training saves, while it is on
+    wrapped: dict[str, Traits]  # the network's traits when it was wrapped
+    _base_classes: int | None = None  # of the network without an adapter
+    _loading = False  # whether the adapter that is injected comes from a file
     prefix = TUNER_PREFIX
     tuner_layer_cls = BNOnlyLayer
 
@@ -47,45 +73,70 @@ class BNOnlyTuner(BaseTuner):
             check_memory(name, parameter)
         # A copy, so that the caller's configuration can be used for another network.
         config = self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
-        first = next((other for name, other in self.peft_config.items() if name != adapter_name), None)
-        fresh, training = config.fresh, model.training
-        if fresh:
-            infer(model, config, first)
-        elif not config.built_here:
-            verify_layout(model, config)
+        others = [name for name in self.peft_config if name != adapter_name]
+        first = self.peft_config[others[0]] if others else None
+        config.check()  # again, since a value may have been changed after it was made
+        training = model.training
         if first is not None:
-            check_agreement(model, config, first)
-        elif config.architecture != CUSTOM and not config.built_here and config.verify != "off":
-            # A configuration from a file must not ask for a larger network than the one it is loaded on.
-            most = None if fresh else 2 * sum(p.numel() for p in model.parameters())
-            with bounded(config, most):
-                check_rebuild(model, config)
-        choose_layers(model, config)
-        check_nesting(model, config)
-        if first is not None:
-            check_frozen_norms(model, config)
+            check_settings(model, others[0], first, self.wrapped)
+        else:
+            check_network(model)
+            check_wrappable(model)
+            self.wrapped = traits(model)
+            self._base_classes = getattr(model, "num_classes", None)
+        self._check_network(model, config, first)
         # Up to here nothing has changed the network; all checks that need no redrawing have passed.
-        if config.seed is not None and first is None:
-            reinit_(
-                model,
-                config.seed,
-                weight_init=config.weight_init,
-                norm_init=config.norm_init or "uniform",
-                reference=None if config.architecture == CUSTOM else lambda: build(config),
-            )
-        (write_fingerprints if fresh else verify)(model, config)
+        if first is None:
+            _redraw_(model, config)
+        self._loading = not config.fresh
+        self._verify_or_record(model, config, first)
+        _unwrap_inside(model, config)
+        scales_as_modules_(model, config.trained_scales)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _hold_frozen_norms(model)
+        forbid_fusing_(model)
         self.train(training)
         level = config.lean or (self.lean.level if self.lean else None)
         if level is not None:  # again for every further adapter, which puts its own layers into the network
             self.lean = lean_(model, level, (config.data_config or {}).get("input_size"))
+
+    def _check_network(self, model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
+        """Complete a configuration, and check that network, configuration and other adapters fit each other."""
+        if config.fresh:
+            infer(model, config, first)
+        elif not config.built_here:
+            verify_layout(model, config)
+            check_traits(self.wrapped, config)
+        if first is not None:
+            check_agreement(model, config, first)
+        elif config.architecture != CUSTOM and not config.built_here and config.verify != "off":
+            # A configuration from a file must not ask for a larger network than the one it is loaded on.
+            most = None if config.fresh else 2 * sum(p.numel() for p in model.parameters())
+            with bounded(config, most):
+                check_rebuild(self.wrapped, config)
+        choose_layers(model, config)
+        check_nesting(model, config)
+        check_shared(model, config)
+        check_frozen_norms(model, config, first)
+
+    def _verify_or_record(self, model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) -> None:
+        """Compare the network with a loaded adapter's fingerprints, or write those of a new adapter."""
+        if config.fresh:
+            if first is not None and (found := frozen_difference(model, first)):
+                settle(model, first, found)
+            write_fingerprints(model, config, self.wrapped)
+            warn_of_lost_base(model, config)
+            return
+        verify(model, config)
+        if config.traits_fingerprint is None or config.architecture == CUSTOM:
+            write_traits(self.wrapped, config)  # format 1 has none; another one has warned, or was not asked for
 
     def _prepare_adapter_config(self, peft_config: BNOnlyConfig, model_config: dict[str, Any]) -> BNOnlyConfig:
         return peft_config
 
     @staticmethod
     def _check_target_module_exists(peft_config: BNOnlyConfig, key: str) -> bool:
-        return key in peft_config.target_modules
+        return canonical(key) in peft_config.target_modules
 
     def _create_and_replace(
         self,
@@ -97,25 +148,26 @@ class BNOnlyTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        current_key = canonical(current_key)
         layer = target if isinstance(target, BNOnlyLayer) else BNOnlyLayer(target, current_key)
         if current_key in (peft_config.control_layers or []):
             copy: nn.Module = controlled(layer.base_layer, current_key, peft_config)
         else:
             copy = layer.copy_of_base()
         if current_key in (peft_config.head_layers or []):
-            _fit_head(copy, current_key, peft_config)
+            # The head of an adapter that is loaded is filled from its file: no number is taken from the process.
+            with OwnGenerator() if self._loading else nullcontext():
+                _fit_head(copy, current_key, peft_config)
         if peft_config.seed is not None and peft_config.norm_init not in (None, "keep") and is_norm(copy):
             draw_norm_(copy, current_key, peft_config.seed, peft_config.norm_init)
         layer.add_copy(adapter_name, copy, peft_config)
         setattr(parent, target_name, layer)
 
-    def train(self, mode: bool = True) -> "BNOnlyTuner":
-        """Set the mode; norm layers that no adapter owns stay in evaluation mode, so that their statistics are kept."""
-        super().train(mode)
-        for module in _outside_adapters(self.model):
-            if is_norm(module):
-                module.train(False)
-        return self
+    def check_unchanged(self, adapter_name: str) -> None:
+        """Raise AdapterError unless loading an adapter will give what the network computes with it; see `unchanged`."""
+        config = self.peft_config[adapter_name]
+        check_unchanged(self.model, adapter_name, config, self.wrapped)
+        warn_of_lost_base(self.model, config)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # The copies keep the dtype of their base layers, which the layers around them expect.
@@ -131,15 +183,64 @@ class BNOnlyTuner(BaseTuner):
         # PEFT's own method would unwrap any module with an attribute `base_layer`, e.g. those of timm's DLA.
         names = adapter_names or self.active_adapters
         if merge:
+            self._check_merge(names, safe_merge)
             _check_plain(self.model, names)
         for layer in adapter_layers(self.model):
             if merge:
                 layer.merge(safe_merge, names)
             else:
                 layer.unmerge()
-        if merge and names and hasattr(self.model, "num_classes"):
-            self.model.num_classes = self.peft_config[names[0]].model_args.get("num_classes", self.model.num_classes)
+        self._follow_classes(names if merge else [])
         return unwrap_(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Run an adapter on every layer, whichever adapter is active, until `unmerge_adapter`.
+
+        Args:
+            adapter_names: one name; by default the active adapter.
+            safe_merge: refuse an adapter with values that are not finite.
+        """
+        self._check_merge(self.active_adapters if adapter_names is None else adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+        self._follow_classes()
+
+    def unmerge_adapter(self) -> None:
+        """Undo `merge_adapter`."""
+        super().unmerge_adapter()
+        self._follow_classes()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate an adapter. Args: as in `peft.PeftModel.set_adapter`."""
+        super().set_adapter(adapter_name, inference_mode)
+        self._follow_classes()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._follow_classes()
+
+    def _follow_classes(self, names: list[str] | None = None) -> None:
+        """Set the network's num_classes to that of the head that runs: of the adapters named, or as the layers say."""
+        if self._base_classes is None:
+            return
+        if names is None:
+            layers = (layer for layer in adapter_layers(self.model) if not layer.disable_adapters)
+            names = next((layer.merged_adapters or layer.active_adapters for layer in layers), [])
+        config = self.peft_config.get(names[0]) if len(names) == 1 else None
+        own = config.model_args.get("num_classes") if config is not None and config.train_head else None
+        self.model.num_classes = self._base_classes if own is None else own
+
+    def _check_merge(self, names: list[str], safe_merge: bool) -> None:
+        """Raise AdapterError before anything changes if there is no such adapter, or it is not safe to merge."""
+        if isinstance(names, str) or not set(names) <= self.peft_config.keys():
+            seen, do = f"{names!r}; adapters: {', '.join(self.peft_config)}", 'adapter_names=["name"]'
+            raise AdapterError("One existing adapter can be merged, and its name is given in a list.", seen=seen, do=do)
+        for layer in adapter_layers(self.model) if safe_merge else ():
+            for name in set(names) & set(layer.configs):
+                for key, tensor in layer.bn_only_layers[name].state_dict().items():
+                    if not tensor.isfinite().all():
+                        seen = f"{layer.canonical_name}.{key}"
+                        do = "merge an adapter whose training did not diverge, or safe_merge=False"
+                        raise AdapterError(f"The adapter {name!r} has values that are not finite.", seen=seen, do=do)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active, the first of those left is activated on every layer."""
@@ -159,6 +260,7 @@ class BNOnlyTuner(BaseTuner):
             self.set_adapter(name)
         elif was_active:
             self.active_adapter: str | list[str] = []
+            self._follow_classes()
 
     @classmethod
     def _get_adapter_state_dict(
@@ -169,13 +271,21 @@ class BNOnlyTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        """Return the adapter's tensors except those that follow from its seed."""
+        """Return the adapter's tensors except those that follow from its seed; write their digest to its configuration.
+
+        Raises:
+            AdapterError: a module with a copy of this adapter was replaced.
+        """
+        check_complete(model, adapter_name, config)
         own = _own(state_dict, adapter_name)
         drawn = _drawn(model, adapter_name)
         # The given tensors may have another dtype than the network's.
         pairs = {key: (own[key].cpu(), drawn[key].to(own[key].dtype)) for key in own.keys() & drawn.keys()}
         follow = {key for key, pair in pairs.items() if torch.equal(*pair)}
-        return {key: tensor for key, tensor in own.items() if key not in follow}
+        held = {without_wrappers(key): tensor for key, tensor in own.items() if key not in follow}
+        names = {key: bare(cls._remove_adapter_name_from_key(key, adapter_name)) for key in held}
+        config.tensors_digest = digest_of({names[key]: tensor for key, tensor in held.items()})
+        return held
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -187,20 +297,36 @@ class BNOnlyTuner(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Map a file's keys to the network's; only this adapter's own tensors pass."""
         own, drawn = _own(model.state_dict(), adapter_name), _drawn(model, adapter_name)
-        keys = {bare(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
+        keys = {bare(without_wrappers(cls._remove_adapter_name_from_key(key, adapter_name))): key for key in own}
         given = {bare(key): tensor for key, tensor in state_dict.items()}
         optional = {name for name, key in keys.items() if key in drawn}
         check_tensors(given, {name: own[key] for name, key in keys.items()}, optional)
         return drawn | {keys[name]: tensor for name, tensor in given.items()}
 
 
+def _redraw_(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Redraw a network in place, if its configuration has a seed."""
+    if config.seed is not None:
+        reinit_(
+            model,
+            config.seed,
+            weight_init=config.weight_init,
+            norm_init=config.norm_init or "uniform",
+            ones=config.ones,
+            reference=None if config.architecture == CUSTOM else lambda: build(config),
+        )
+
+
 def unwrap_(model: nn.Module) -> nn.Module:
-    """Replace each wrapped layer by its current base layer, and remove PEFT's attributes from the network."""
+    """Replace each wrapped layer by its merged copy or base layer, and remove PEFT's attributes from the network."""
     plain_(model)
+    allow_fusing_(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BNOnlyLayer):
-            base = layer.base_layer
-            model.set_submodule(name, base.plain() if isinstance(base, Control) else base)
+            plain = layer.remaining()
+            model.set_submodule(name, plain.plain() if isinstance(plain, Control) else plain)
+    hold_statistics_(model, False)
+    scales_as_parameters_(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.train(model.training)
@@ -248,8 +374,23 @@ def _fit_head(head: nn.Module, name: str, config: BNOnlyConfig) -> None:
             draw_into_(tensor, rule, config.seed, f"{name}.{key}")
 
 
-def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if not isinstance(child, BNOnlyLayer):
-            yield child
-            yield from _outside_adapters(child)
+def _hold_frozen_norms(model: nn.Module) -> None:
+    """Put norm layers that no adapter owns into a layer without copies, which keeps them in evaluation mode.
+
+    So neither their statistics change nor their output, whoever calls ``train()``, and on whichever part.
+    """
+    wrapped = {path for path, module in model.named_modules() if isinstance(module, BNOnlyLayer)}
+    for path, module in list(model.named_modules()):
+        counts = any(module._buffers.get(name) is not None for name in STATISTICS)
+        if is_norm(module) and counts and not holder(path, wrapped):
+            layer = BNOnlyLayer(module, canonical(path))
+            model.set_submodule(path, layer.train(module.training))
+
+
+def _unwrap_inside(model: nn.Module, config: BNOnlyConfig) -> None:
+    """Take layers without copies out of modules that an adapter will own as a whole."""
+    for path, layer in list(model.named_modules()):
+        if not isinstance(layer, BNOnlyLayer) or layer.configs:
+            continue
+        if holder(layer.canonical_name.rpartition(".")[0], config.whole_modules):
+            model.set_submodule(path, layer.base_layer)

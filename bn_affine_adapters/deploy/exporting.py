@@ -17,12 +17,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from ..adapter.config import CUSTOM, BNOnlyConfig
-from ..adapter.tensors import PEFT_PREFIX
+from ..adapter.method import BNOnlyConfig
 from ..errors import AdapterError, BNAdapterError, ConfigError, OutputFolderError, RebuildError, check_choice
 from ..model.peft_model import BNOnlyPeftModel
 from ..norms.find import named_layers
 from ..seed.rules import constants_only
+from ..settings import CUSTOM, PEFT_PREFIX, hub_id
 from ..sharing.folder import written_whole
 
 # The keys that an export keeps of timm's configuration, the origin only for given weights, and of data_config.
@@ -173,7 +173,7 @@ def _write_ln_tuning(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> No
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=about)
     # PEFT matches a list against the ends of names, but a pattern against whole names.
     stock_config = peft.LNTuningConfig(target_modules="|".join(map(re.escape, layers)), inference_mode=True)
-    stock_config.base_model_name_or_path = config.base_model_name_or_path if config.seed is None else None
+    stock_config.base_model_name_or_path = hub_id(config.base_model_name_or_path) if config.seed is None else None
     stock_config.save_pretrained(str(folder))
     size = _creation(plain, config)[1]
     expected = _answers(plain, size)

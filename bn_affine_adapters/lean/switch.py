@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import NetworkError, check_choice
 from ..norms.find import plain_modules
+from ..seed.generator import OwnGenerator
 from .backends import cpp, gpu, portable
 from .forward import plain_
 from .known import ACTIVATIONS, LEVELS, Report
@@ -98,9 +99,10 @@ def _tried(network: nn.Module, input_size: tuple[int, ...] | None) -> tuple[floa
     # Parameters are shared, buffers are not: running statistics stay what they are.
     copy = deepcopy(network, {id(parameter): parameter for parameter in network.parameters()}).train()
     first = next(network.parameters())
-    with torch.random.fork_rng([first.device] if first.device.type == "cuda" else []), torch.enable_grad():
+    with torch.enable_grad():
         count = 8 if shape and shape[-1] <= 64 else 2
-        images = torch.randn(count, *(shape or ()), device=first.device, dtype=first.dtype)
+        images = torch.randn(count, *(shape or ()), generator=torch.Generator().manual_seed(0))
+        images = images.to(first.device, first.dtype)
         lean = _run_once(copy, images)
         plain_(copy)
         plain = _run_once(copy, images)
@@ -120,8 +122,8 @@ def _run_once(network: nn.Module, images: Tensor) -> tuple[Tensor, int] | Except
     """Return the output and the saved bytes, or what a network's code raised, of any kind."""
 
     def run() -> Tensor:
-        torch.manual_seed(0)
-        return network(images).detach().float()
+        with OwnGenerator():  # the same numbers in each run, and other threads' generators stay
+            return network(images).detach().float()
 
     try:
         return saved_bytes(network, run)

@@ -8,15 +8,18 @@ import peft
 import torch
 from torch import nn
 
-from ..adapter.checks import choose_layers
-from ..adapter.config import BN_ONLY, CUSTOM, BNOnlyConfig
-from ..adapter.limits import MAX_PARAMETERS, build_within
+from ..adapter.checks import check_network, choose_layers
+from ..adapter.limits import build_within
+from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import build, create_pretrained, verify_layout
 from ..adapter.tuner import BNOnlyTuner, unwrap_
-from ..errors import BaseRequiredError
+from ..errors import BaseRequiredError, ConfigError, check_choice
+from ..settings import BN_ONLY, CUSTOM, LEAN, MAX_PARAMETERS, VERIFY
 from ..sharing.folder import check_files, check_header, read_config
 from ..sharing.hub import fetch, fetch_base
 from .peft_model import BNOnlyPeftModel
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def register() -> None:
@@ -42,6 +45,8 @@ def get_bn_only_model(
 
     Raises:
         NoNormLayerError: there is no norm layer to train.
+        NetworkError: ``model`` is no network, has an adapter already, or has one module under two names.
+        ConfigError: ``config`` is no BNOnlyConfig.
         RebuildError: the network cannot be built again from its name: give ``model_args``.
         ReinitError: a tensor has no rule that redraws it.
 
@@ -50,6 +55,12 @@ def get_bn_only_model(
     >>> model.print_trainable_parameters()
     trainable params: 9,600 || all params: 11,181,642 || trainable%: 0.0859
     """
+    check_network(model)
+    if not isinstance(config, BNOnlyConfig | None):
+        what, seen = "The configuration is not a BNOnlyConfig.", f"{type(config).__name__} {config!r}"[:200]
+        raise ConfigError(
+            what, seen=seen, do="BNOnlyConfig(**config)" if isinstance(config, dict) else "BNOnlyConfig(seed=0)"
+        )
     return peft.get_peft_model(model, config or BNOnlyConfig(), adapter_name=adapter_name)
 
 
@@ -61,7 +72,7 @@ def load_bn_only_model(
     is_trainable: bool = False,
     verify: Literal["full", "sampled", "off"] = "full",
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     lean: Literal["exact", "rounded", "smallest"] | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
@@ -81,7 +92,7 @@ def load_bn_only_model(
         is_trainable: continue training; otherwise the adapter is frozen and the network in evaluation mode.
         verify: compare every frozen value, at most 4,096 values a tensor, or none.
         device: where the network is moved after it was drawn on the CPU.
-        dtype: of the whole network, cast after it was verified.
+        dtype: of the whole network, cast after it was verified, e.g. torch.bfloat16 or "bfloat16".
         lean: with ``is_trainable``, train in less memory and time, see `bn_affine_adapters.lean`.
         revision: a branch, tag or commit on the Hub.
         subfolder: where the adapter is in the folder or repository.
@@ -91,13 +102,21 @@ def load_bn_only_model(
         max_parameters: refuse a network with more; None lifts this and every other bound on what is built.
 
     Raises:
+        ConfigError: ``verify`` or ``lean`` is none of the words above.
         AdapterFileError: a file is missing, truncated or not safetensors.
         BaseRequiredError: the adapter belongs to given weights: pass ``model``.
         FingerprintError: the network is not the one that the adapter was trained on.
         AdapterTensorError: the adapter's tensors do not fit the network.
         TooLargeError: the network asked for, or a file, is over the limit.
+        NetworkError: ``model`` is no network, or has an adapter already.
+        ConfigError: there is no such ``dtype``.
         HubError: the adapter is not on the Hub, needs another token, or the Hub cannot be reached.
     """
+    check_choice("verify", verify, VERIFY)
+    check_choice("lean", lean, LEAN)
+    if model is not None:
+        check_network(model)
+    dtype = _floating(dtype)
     client: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = fetch(adapter, revision=revision, subfolder=subfolder, max_parameters=max_parameters, **client)
     check_files(folder)
@@ -107,6 +126,7 @@ def load_bn_only_model(
         model = _build(config, str(adapter), folder, max_parameters, client)
         config.built_here = True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    classes = getattr(model, "num_classes", None)
     try:
         # The configuration is passed so that the tuner sees `verify`, which is not in the file.
         wrapped = peft.PeftModel.from_pretrained(
@@ -116,11 +136,22 @@ def load_bn_only_model(
         unwrap_(model)
         for parameter in trained:
             parameter.requires_grad_(True)
+        if classes is not None:
+            model.num_classes = classes
         raise
     wrapped.to(device, dtype)
     if lean is not None:
         wrapped.set_lean(lean)
     return wrapped
+
+
+def _floating(dtype: Any) -> torch.dtype | None:
+    """Return the floating-point type that a value or its name is."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if (found is not None and found not in FLOATING) or (found is None and dtype is not None):
+        do = f"choose from {', '.join(map(str, FLOATING))}, or their names"
+        raise ConfigError("A network cannot be of this dtype.", seen=f"dtype={dtype!r}", do=do)
+    return found
 
 
 def _build(
@@ -141,3 +172,6 @@ def _build(
         return build(config).eval()
     base = fetch_base(config, max_parameters=max_parameters, **client)
     return create_pretrained(config.architecture, config.model_args, base).eval()
+
+
+register()

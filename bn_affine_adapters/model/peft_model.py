@@ -3,25 +3,30 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..adapter.checks import choose_layers
-from ..adapter.config import CUSTOM, BNOnlyConfig
 from ..adapter.control import Control
 from ..adapter.layer import adapter_layers
+from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import create_pretrained, verify
 from ..adapter.tensors import value_problem
-from ..errors import AdapterError, AdapterTensorError, BNAdapterError, ConfigError
+from ..errors import AdapterError, AdapterTensorError, BNAdapterError, ConfigError, check_choice
 from ..lean import Report, lean_, plain_
+from ..settings import CUSTOM, LEAN, SAFETENSORS_WEIGHTS_NAME, hub_id
 from ..sharing.card import write_card
+from ..sharing.contents import read_tensors
 from ..sharing.folder import check_files, check_header, read_config, written_whole
 from ..sharing.hub import cached_commit, fetch, fetch_base, push_folder
 
@@ -33,6 +38,42 @@ class BNOnlyPeftModel(PeftModel):
         """Wrap a network and keep its mode. Args: as in `peft.PeftModel`."""
         super().__init__(model, *args, **kwargs)
         self.training = model.training
+        self._checked: tuple[Any, ...] = ()  # the last DistributedDataParallel and adapters that fit each other
+
+    def get_base_model(self) -> nn.Module:
+        """Return the network, with its per-adapter layers; it runs as it is when no adapter is left."""
+        return self.base_model.model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse what PEFT would ignore, whenever it runs the network (`forward` and others)."""
+        ignored = [key for key in sorted(self.special_peft_forward_args) if kwargs.get(key) is not None]
+        if ignored:
+            raise AdapterError(
+                "One batch with several adapters is not supported yet: all images go through the active adapter.",
+                seen=f"{ignored[0]}={kwargs[ignored[0]]!r}"[:200],
+                do="run one batch for each adapter, after model.set_adapter(name)",
+            )
+        if not torch.compiler.is_compiling():
+            self._check_distributed()
+        yield
+
+    def _check_distributed(self) -> None:
+        """Raise AdapterError if the DistributedDataParallel that runs this network was built for another adapter."""
+        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        now = (id(ddp), *self.active_adapters)
+        buckets = getattr(getattr(ddp, "reducer", None), "_get_zeros_like_grad_buckets", None)
+        if buckets is None or now == self._checked or not torch.is_grad_enabled():
+            return
+        reduced = {id(parameter) for bucket in buckets() for parameter in bucket.parameters()}
+        alone = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in reduced]
+        if alone:
+            raise AdapterError(
+                "DistributedDataParallel would not share the gradients of this adapter: it was built for another one.",
+                seen=f"active: {', '.join(self.active_adapters)}; {len(alone)} parameters, the first is {alone[0]}",
+                do="DistributedDataParallel(model) again after model.set_adapter(name)",
+            )
+        self._checked = now
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trained, all) parameters of the network as the active adapter runs it, each counted once."""
@@ -49,30 +90,38 @@ class BNOnlyPeftModel(PeftModel):
         return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted) - replaced
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, *args: Any, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Write adapter_config.json and adapter_model.safetensors, each whole or not at all.
+
+        Every frozen value is compared with the fingerprint written when the network was wrapped.
 
         Args: as in `peft.PeftModel.save_pretrained`.
 
         Raises:
+            AdapterError: the network has changed since it was wrapped, so that loading would give another one.
             ConfigError: ``safe_serialization=False`` asks for a pickle.
             AdapterTensorError: a value is not finite, so that the adapter could not be loaded again.
             NoSpaceError: the disk is full; an adapter that was there before is untouched.
         """
         if not safe_serialization:
             raise ConfigError("An adapter is never pickled.", seen="safe_serialization=False", do="leave it out")
-        if any(layer.merged for layer in adapter_layers(self)):
-            raise AdapterError(
-                "A merged adapter cannot be saved: its layers are exchanged with those of the base.",
-                seen=f"merged: {', '.join(self.active_adapters)}",
-                do="model.unmerge_adapter() first, or save the network that merge_and_unload() returns",
-            )
+        if not self.peft_config:
+            seen, do = "all adapters were deleted", "model.add_adapter(name, config) first"
+            raise AdapterError("There is no adapter to save.", seen=seen, do=do)
+        for name in self.peft_config if selected_adapters is None else selected_adapters:
+            if name in self.peft_config:  # PEFT refuses the others
+                self.base_model.check_unchanged(name)
         kwargs.setdefault("save_embedding_layers", False)  # "auto" would ask the Hub for the base
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         with written_whole(target) as scratch:
-            super().save_pretrained(str(scratch), True, *args, **kwargs)
+            super().save_pretrained(str(scratch), True, selected_adapters, *args, **kwargs)
             for file in scratch.rglob(SAFETENSORS_WEIGHTS_NAME):
                 _check_values(file)
 
@@ -86,10 +135,12 @@ class BNOnlyPeftModel(PeftModel):
         Raises:
             ConfigError: there is no such level.
         """
+        check_choice("lean", level, LEAN)
         plain_(self.get_base_model())
         self.base_model.lean = None
         if level is not None:
-            data = self.peft_config[self.active_adapter].data_config or {}
+            active = self.peft_config.get(self.active_adapter)
+            data = (active.data_config if active else None) or {}
             self.base_model.lean = lean_(self.get_base_model(), level, input_size or data.get("input_size"))
         return self.base_model.lean
 
@@ -129,7 +180,7 @@ class BNOnlyPeftModel(PeftModel):
             seen, do = f"adapters: {', '.join(self.peft_config)}", "give the name of one of them"
             raise AdapterError(f"There is no adapter {name!r} to push.", seen=seen, do=do)
         config = self.peft_config[name]
-        if config.seed is None and config.base_model_name_or_path is None:
+        if config.seed is None and hub_id(config.base_model_name_or_path) is None:
             _pin_base(config, self.get_base_model())
         scratch = Path(tempfile.mkdtemp(prefix="bn-adapter-"))
         try:
@@ -167,6 +218,7 @@ class BNOnlyPeftModel(PeftModel):
             _check_same(config, self.peft_config[adapter_name], adapter_name)
         choose_layers(self.get_base_model(), config)
         check_header(folder, self.get_base_model(), config)
+        read_tensors(folder, config)
         try:
             return super().load_adapter(str(folder), adapter_name, *args, **kwargs)
         except Exception:
@@ -193,7 +245,7 @@ def _pin_base(config: BNOnlyConfig, network: nn.Module) -> None:
     if commit is None:
         return
     pinned = deepcopy(config)
-    pinned.base_model_name_or_path, pinned.revision = repo, commit
+    pinned.base_model_name_or_path, pinned.revision, pinned.verify = repo, commit, "full"
     try:
         file = fetch_base(pinned, local_files_only=True)
         verify(create_pretrained(str(config.architecture), config.model_args, file), pinned)

@@ -1,17 +1,21 @@
 """Classify images with an adapter's own data configuration and label names."""
 
-import os
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar, overload
 
+import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_transform
+from torch import nn
 
-from ..adapter.config import BNOnlyConfig
+from ..adapter.method import BNOnlyConfig
 from ..errors import ConfigError, DataError, printable
+from ..norms.copies import evaluation_copy, uncompiled
+from .images import Picture, completed, evaluation_transform, is_one, normaliser, open_image
 from .peft_model import BNOnlyPeftModel
 
-MAX_SIDE = 4096  # pixels that a data configuration may ask for
+MOST, PIXELS = 64, 2**22  # images, and pixels of their channels, that the network gets at once
+
+AnyPicture = TypeVar("AnyPicture", bound=Picture)
 
 
 class Prediction(NamedTuple):
@@ -21,18 +25,27 @@ class Prediction(NamedTuple):
     probability: float
 
 
-@torch.inference_mode()
-def predict(model: BNOnlyPeftModel, image: str | os.PathLike[str] | Image.Image, top_k: int = 5) -> list[Prediction]:
-    """Return the most probable classes of one image by the active adapter, the best first.
+@overload
+def predict(model: BNOnlyPeftModel, image: Picture, top_k: int = 5) -> list[Prediction]: ...
+@overload
+def predict(model: BNOnlyPeftModel, image: list[Any] | tuple[Any, ...], top_k: int = 5) -> list[list[Prediction]]: ...
+def predict(model: BNOnlyPeftModel, image: Any, top_k: int = 5) -> Any:
+    """Return the most probable classes of one image, or of each of several, by the active adapter, the best first.
 
     Args:
-        model: on any device; its mode is kept.
-        image: a file or a PIL image, of any size and mode.
+        model: on any device and in any mode. Other threads may use it: its modes and running statistics do not
+            change. Of a compiled model, what was compiled runs.
+        image: a file; a PIL image of any size and mode; an array (H, W, C) of uint8; or a tensor (C, H, W) of floats
+            from 0 to 1, before mean and std, or of uint8. Several: a list or column of them, an array (N, H, W, C), or
+            a tensor (N, C, H, W). All are prepared as the adapter's data configuration says.
         top_k: how many classes at most.
 
+    Returns:
+        The classes of one image, or a list of these for several.
+
     Raises:
-        ConfigError: the adapter has no usable data configuration, or ``top_k`` is not positive.
-        DataError: the image cannot be read.
+        ConfigError: the adapter has no usable data configuration, there is no adapter, or ``top_k`` is not positive.
+        DataError: an image cannot be read.
 
     >>> import timm
     >>> from PIL import Image
@@ -41,76 +54,95 @@ def predict(model: BNOnlyPeftModel, image: str | os.PathLike[str] | Image.Image,
     >>> model = get_bn_only_model(timm.create_model("test_resnet", num_classes=2), config)
     >>> sorted(prediction.label for prediction in predict(model, Image.new("RGB", (64, 48)), top_k=2))
     ['cat', 'dog']
+    >>> len(predict(model, torch.rand(3, 3, 64, 48)))
+    3
     """
+    several = image.ndim == 4 if isinstance(image, np.ndarray | torch.Tensor) else not is_one(image)
+    found = []
+    for _, classes in predict_each(model, image if several else [image], top_k):
+        if isinstance(classes, DataError):
+            raise classes
+        found.append(classes)
+    return found if several else found[0]
+
+
+@torch.inference_mode()
+def predict_each(
+    model: BNOnlyPeftModel, images: Iterable[AnyPicture], top_k: int = 5
+) -> Iterator[tuple[AnyPicture, list[Prediction] | DataError]]:
+    """Yield each image with its classes, as `predict` returns them, or with the error if it cannot be read.
+
+    Raises:
+        ConfigError: the adapter has no usable data configuration, or ``top_k`` is not positive.
+    """
+    _check_model(model)
     if top_k < 1:
         raise ConfigError(
             "top_k, the number of classes to return, has to be positive.", seen=f"top_k={top_k}", do="top_k=5"
         )
     config = model.peft_config[model.active_adapter]
-    size, transform = _transform(config)
-    logits = _logits(model, transform(_open(image, "L" if size[0] == 1 else "RGB")))
-    best = logits.softmax(0).topk(min(top_k, len(logits)))
+    data = completed(config.data_config)
+    channels, height, width = data["input_size"]
+    transform, normalise = evaluation_transform(data), normaliser(data["mean"], data["std"])
+    together = min(MOST, max(1, PIXELS // (channels * height * width)))
+    for some in _groups(images, together):
+        read = [_pixels(image, channels, transform) for image in some]
+        pixels = [each for each in read if isinstance(each, torch.Tensor)]
+        classes = iter(_named(_logits(model, normalise(torch.stack(pixels))), config, top_k) if pixels else [])
+        for image, each in zip(some, read, strict=True):
+            yield image, each if isinstance(each, DataError) else next(classes)
+
+
+def _pixels(image: Picture, channels: int, transform: Callable[[Any], torch.Tensor]) -> torch.Tensor | DataError:
+    try:
+        return transform(open_image(image, channels))
+    except DataError as error:
+        return error
+
+
+def _groups(images: Iterable[AnyPicture], count: int) -> Iterator[list[AnyPicture]]:
+    some: list[AnyPicture] = []
+    for image in images:
+        some.append(image)
+        if len(some) == count:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+def _named(logits: torch.Tensor, config: BNOnlyConfig, top_k: int) -> list[list[Prediction]]:
+    """Return the best classes of each row of logits, by the names of a configuration."""
+    best = logits.softmax(1).topk(min(top_k, logits.shape[1]))
     names = config.label_names or []
-    labels = [printable(names[i]) if i < len(names) else str(i) for i in best.indices.tolist()]
-    return [Prediction(label, round(value, 6)) for label, value in zip(labels, best.values.tolist(), strict=True)]
+    return [
+        [
+            Prediction(printable(names[i]) if i < len(names) else str(i), round(value, 6))
+            for i, value in zip(row, values, strict=True)
+        ]
+        for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
 
 
 def _logits(model: BNOnlyPeftModel, pixels: torch.Tensor) -> torch.Tensor:
-    first = next(model.parameters())
-    training = model.training
+    network = evaluation_copy(model)  # other threads may train with the model, or predict too
+    first = next(network.parameters())
     try:
-        return model.eval()(pixels[None].to(first.device, first.dtype))[0].float()
+        return network(pixels.to(first.device, first.dtype)).float()
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             "The network does not take images of the size in the adapter's data configuration.",
-            seen=f"input_size={list(pixels.shape)}; {type(error).__name__}: {error}",
+            seen=f"input_size={list(pixels.shape[1:])}; {type(error).__name__}: {error}",
             do="BNOnlyConfig(data_config={'input_size': [...], ...}) as the network needs it",
         ) from error
-    finally:
-        model.train(training)
 
 
-def _transform(config: BNOnlyConfig) -> tuple[list[int], Any]:
-    data = config.data_config or {}
-    wanted = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    try:
-        if _usable(data):
-            return data["input_size"], create_transform(
-                **{key: data[key] for key in wanted if key in data}, is_training=False
-            )
-        why = f"input_size={data.get('input_size')!r}, crop_pct={data.get('crop_pct')!r}"
-    except (TypeError, ValueError, KeyError, AssertionError) as error:
-        why = f"{type(error).__name__}: {error}"
-    raise ConfigError(
-        "The adapter does not say how its images are prepared.",
-        seen=why[:300],
-        do=f"BNOnlyConfig(data_config={{'input_size': [3, 224, 224], ...}}), sides up to {MAX_SIDE}",
-    )
-
-
-def _usable(data: dict[str, Any]) -> bool:
-    size = data.get("input_size")
-    return (
-        isinstance(size, list)
-        and len(size) == 3
-        and all(isinstance(n, int) and 0 < n <= MAX_SIDE for n in size)
-        and size[0] in (1, 3)  # what an image is opened as
-        and 0.1 <= data.get("crop_pct", 1.0) <= 1.0
-        and max(size) <= MAX_SIDE * data.get("crop_pct", 1.0)  # an image is enlarged to the side before it is cropped
-        and all(_numbers(data.get(key, [1.0] * 3), size[0]) for key in ("mean", "std"))
-        and all(data.get("std", [1.0]))
-    )
-
-
-def _numbers(value: Any, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and all(isinstance(n, int | float) for n in value)
-
-
-def _open(image: str | os.PathLike[str] | Image.Image, mode: str) -> Image.Image:
-    try:
-        opened = image if isinstance(image, Image.Image) else Image.open(image)
-        return opened.convert("RGBA").convert(mode) if opened.mode == "P" else opened.convert(mode)
-    except (OSError, ValueError, SyntaxError, TypeError, AttributeError, Image.DecompressionBombError) as error:
-        raise DataError(
-            "The image cannot be read.", seen=str(error), do="give a file that PIL opens, or a PIL image"
-        ) from error
+def _check_model(model: Any) -> None:
+    plain = uncompiled(model) if isinstance(model, nn.Module) else model
+    if not isinstance(plain, BNOnlyPeftModel) or not plain.peft_config:
+        raise ConfigError(
+            "predict takes a network with an adapter, whose configuration says how images are prepared.",
+            seen=f"a {type(model).__name__}",
+            do="give what load_bn_only_model or get_bn_only_model returned; of a network in "
+            "DistributedDataParallel, give model.module",
+        )

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import MissingModuleError, NoNormLayerError, nearest_name
+from . import COPIES, SCALE_SUFFIX
 
-COPIES = "bn_only_layers"  # where a wrapped module keeps its per-adapter copies
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # timm's methods, which put convolutions for norm layers
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 # timm's norm layers that are not subclasses of torch's. They are looked up by name, because not every version of timm
@@ -49,6 +50,15 @@ class Affine(NamedTuple):
     beta: str | None
 
 
+class Scale(nn.Module):
+    """Holds the parameter NAME of the module that it lies in, under the name NAME_scale: see `scales`."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """Hold a parameter."""
+        super().__init__()
+        self.weight = weight
+
+
 def affine(module: nn.Module) -> Affine:
     """Return the attribute names of a norm layer's gamma and beta: ("weight", "bias") almost everywhere."""
     names = ("alpha", "beta") if "alpha" in module._parameters else ("weight", "bias")
@@ -63,13 +73,27 @@ def is_norm(module: nn.Module) -> bool:
     return any(affine(module)) or module._buffers.get("running_mean") is not None
 
 
+def without_wrappers(name: str) -> str:
+    """Return a name without the parts that torch.compile, FSDP or recomputation put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def is_response_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a GlobalResponseNorm (ConvNeXt V2).
+
+    An adapter trains it like a norm layer, but it is redrawn as its constructor sets it, gamma and beta 0. Older
+    adapters, saved before it trained, have it among their frozen tensors.
+    """
+    return (type(module).__module__, type(module).__name__) == ("timm.layers.grn", "GlobalResponseNorm")
+
+
 def canonical(name: str) -> str:
     """Return a parameter's or module's name in the plain network, without what wrappers put around it.
 
     >>> canonical("module.base_model.model.layer1._orig_mod.0.conv1.weight")
     'layer1.0.conv1.weight'
     """
-    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    name = without_wrappers(name)
     while (rest := name.removeprefix("module.").removeprefix("base_model.model.")) != name:
         name = rest
     return name
@@ -101,7 +125,8 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]
         for attribute, tensor in [*module._parameters.items(), *buffers.items()]:
             if tensor is None:
                 continue
-            entry = (f"{name}.{attribute}" if name else attribute, module, attribute, tensor)
+            full = name.removesuffix(SCALE_SUFFIX) if isinstance(module, Scale) else f"{name}.{attribute}"
+            entry = (full.removeprefix("."), module, attribute, tensor)
             other = entries.get(id(tensor))
             if other is None or entry[0].encode() < other[0].encode():
                 entries[id(tensor)] = entry

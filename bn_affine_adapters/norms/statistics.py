@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -52,10 +52,34 @@ class _Synchronised(_BatchNorm):
         return out.to(x.dtype)
 
 
+def recomputing() -> bool:
+    """Tell whether backward runs this forward: activation checkpointing runs a forward for a second time there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def hold_statistics_(module: nn.Module, held: bool = True) -> None:
+    """Make `reset_running_stats` of every norm layer in a module do nothing, or its work again.
+
+    `torch.optim.swa_utils.update_bn` resets all layers that it finds, and runs those that are active.
+    """
+    for layer in module.modules():
+        if isinstance(layer, _NormBase):
+            layer.__dict__.pop("reset_running_stats", None)
+            if held:
+                layer.__dict__["reset_running_stats"] = _held
+
+
+def _held() -> None:
+    """Stand in for the method of a layer whose statistics belong to a frozen network or an inactive adapter."""
+
+
 @torch.no_grad()
 def update_statistics_(norm: Any, mean: Tensor, variance: Tensor) -> None:
-    """Update a BatchNorm layer's running statistics as PyTorch does, from a batch's mean and unbiased variance, (C)."""
-    if not norm.track_running_stats or norm.running_mean is None:
+    """Update a BatchNorm layer's running statistics as PyTorch does, from a batch's mean and unbiased variance, (C).
+
+    A batch that is computed again, by activation checkpointing, is not counted again.
+    """
+    if not norm.track_running_stats or norm.running_mean is None or recomputing():
         return
     rate: Any = norm.momentum or 0.0
     if norm.num_batches_tracked is not None:

@@ -59,17 +59,18 @@ def sampled(tensors: Mapping[str, NDArray[np.float32]]) -> str:
     return _lines(tensors, SAMPLE)[0]
 
 
-def first_difference(names: list[str], ours: str, theirs: str) -> str:
-    """Return the first tensor, in the order of ``names``, whose stored digits differ.
+def first_difference(names: list[str], ours: str, theirs: str, digits: int = DIGEST) -> str:
+    """Return the first tensor (or module), in the order of ``names``, whose stored digits differ.
 
     Args:
-        names: the tensors' names in the order of the network's definition.
+        names: in the order of the network's definition.
         ours: digits of this network's tensors, in the sorted order of their names.
         theirs: digits that were stored, likewise.
+        digits: how many each has.
     """
-    place = {name: i * DIGEST for i, name in enumerate(sorted(names, key=str.encode))}
+    place = {name: i * digits for i, name in enumerate(sorted(names, key=str.encode))}
     for name in names:
-        at = slice(place[name], place[name] + DIGEST)
+        at = slice(place[name], place[name] + digits)
         if ours[at] != theirs[at]:
             return name
-    return "none of the tensors' own digits: only the total differs"
+    return "none by its own digits: only the total differs"

@@ -2,7 +2,9 @@
 
 - ``folder.py``: write a folder whole or not at all; read a stranger's within bounds (on the header: `MAX_BYTES`).
 - ``contents.py``: what an adapter holds, as plain data, and two adapters compared.
+- ``paths.py``: paths of this machine, which stay here.
 - ``results.py``: the scores that were measured of an adapter.
 - ``card.py``, ``card_template.md``: the model card; ``figure.py``: the picture in it.
+- ``handwritten.py``: what a person wrote into a card, which is kept.
 - ``hub.py``: fetch and push; what each HTTP status of the Hub means: `_ADVICE`.
 """

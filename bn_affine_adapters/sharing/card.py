@@ -9,14 +9,14 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
-from torch import Tensor
 
-from ..adapter.config import CUSTOM, BNOnlyConfig
-from ..adapter.limits import MAX_PARAMETERS, build_within
 from ..errors import TooLargeError, printable
-from .contents import parts, read_tensors
+from ..settings import CUSTOM, HUB_ID, MAX_PARAMETERS, Settings
+from .contents import Stored, parts, read_tensors
 from .figure import write_figure
-from .folder import COMMIT, HUB_ID, read_config
+from .folder import COMMIT, read_settings
+from .handwritten import METRIC, marked, updated
+from .paths import ELSEWHERE
 from .results import RESULTS_NAME, Score, merged, scores, strict_json
 
 CARD_NAME = "README.md"
@@ -35,7 +35,7 @@ def write_card(
     output: Path | None = None,
     write_readme: bool = True,
 ) -> None:
-    """Write an adapter's model card, figure and results.
+    """Write an adapter's model card, figure and results; of a card that is there, what a person wrote is kept.
 
     Args:
         folder: an adapter's, with results.json if `bn-adapters train` wrote one.
@@ -50,7 +50,7 @@ def write_card(
         write_readme: False writes the results alone.
 
     Raises:
-        ConfigError: the results cannot be read.
+        ConfigError: the results or the card that is there cannot be read, or its own section was edited by hand.
     """
     lines = merged(folder, results)
     output = output or folder
@@ -59,11 +59,18 @@ def write_card(
     if not write_readme:
         return
     _write_eval_results(output, scores(lines))
-    config, tensors = read_config(folder), read_tensors(folder)
+    _write_readme(folder, output, repo_id, lines, license=license, tags=tags, datasets=datasets)
+
+
+def _write_readme(folder: Path, output: Path, repo_id: str, lines: list[dict[str, Any]], **about: Any) -> None:
+    tensors = read_tensors(folder, config := read_settings(folder))
     names = parts(config, tensors)["gamma"]
-    figure = write_figure(output, {name: tensors[name].float().numpy() for name in names if tensors[name].numel()})
-    text = render(repo_id, config, tensors, lines, figure=figure, license=license, tags=tags, datasets=datasets)
-    (output / CARD_NAME).write_text(text, encoding="utf-8")
+    figure = write_figure(output, {name: tensors[name].values for name in names if tensors[name].values.size})
+    text = render(repo_id, config, tensors, lines, figure=figure, **about)
+    file = output / CARD_NAME
+    if file.exists():
+        text = updated(file.read_text(encoding="utf-8"), text, drawn=config.seed is not None)
+    file.write_text(text, encoding="utf-8")
 
 
 def _write_results(folder: Path, lines: list[dict[str, Any]]) -> None:
@@ -74,8 +81,8 @@ def _write_results(folder: Path, lines: list[dict[str, Any]]) -> None:
 
 def render(
     repo_id: str,
-    config: BNOnlyConfig,
-    tensors: Mapping[str, Tensor],
+    config: Settings,
+    tensors: Mapping[str, Stored],
     results: Sequence[Mapping[str, Any]] = (),
     *,
     figure: str | None = None,
@@ -102,14 +109,16 @@ def render(
         trained=_trained(config),
         total=_total(config),
         snippet=_snippet(repo_id, config),
-        sizes={part: (len(names), sum(tensors[n].numel() for n in names)) for part, names in by_part.items()},
-        kilobytes=sum(t.numel() * t.element_size() for t in tensors.values()) / 1000,
+        sizes={part: (len(names), sum(tensors[n].values.size for n in names)) for part, names in by_part.items()},
+        kilobytes=sum(tensor.bytes for tensor in tensors.values()) / 1000,
         figure=figure,
         scores=measured,
         command=_line(results[0].get("command") or "").replace("```", "") if results else "",  # in a code block
+        elsewhere=ELSEWHERE,
         data={key: _numbers(config, key) for key in ("input_size", "mean", "std")},
     )
-    return _TOKEN.sub("hf_***", text)
+    front, rest = _TOKEN.sub("hf_***", text).split("\n---\n", 1)
+    return f"{front}\n---\n\n{marked(rest.lstrip())}"
 
 
 def md(text: object) -> str:
@@ -126,7 +135,7 @@ def _line(text: object) -> str:
     return printable(" ".join(str(text).split()), 500)
 
 
-def _trained(config: BNOnlyConfig) -> str:
+def _trained(config: Settings) -> str:
     words = ["gamma"] * config.train_gamma + ["beta"] * config.train_beta + ["the head"] * config.train_head
     if config.control:
         kinds = {"two_weights": "two weights per output channel", "input_affine": "a scale and shift per input channel"}
@@ -135,26 +144,28 @@ def _trained(config: BNOnlyConfig) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words) or "nothing"
 
 
-def _total(config: BNOnlyConfig) -> int | None:
+def _total(config: Settings) -> int | None:
     if config.architecture is None or config.architecture == CUSTOM:
         return None
+    from ..adapter.limits import build_within
+
     try:
         return sum(parameter.numel() for parameter in build_within(config, MAX_PARAMETERS).parameters())
     except TooLargeError:
         return None
 
 
-def _numbers(config: BNOnlyConfig, key: str) -> list[float]:
+def _numbers(config: Settings, key: str) -> list[float]:
     values = (config.data_config or {}).get(key)
     return values if isinstance(values, list) and all(isinstance(value, int | float) for value in values) else []
 
 
-def _pinned(config: BNOnlyConfig) -> str | None:
+def _pinned(config: Settings) -> str | None:
     base = config.base_model_name_or_path or ""
     return base if config.seed is None and HUB_ID.fullmatch(base) and COMMIT.fullmatch(config.revision or "") else None
 
 
-def _snippet(repo_id: str, config: BNOnlyConfig) -> str:
+def _snippet(repo_id: str, config: Settings) -> str:
     lines, given = ["from bn_affine_adapters import load_bn_only_model, predict", ""], ""
     if config.architecture == CUSTOM:
         lines, given = ["# network: from the code of whoever trained this", *lines], ", model=network"
@@ -169,7 +180,7 @@ def _snippet(repo_id: str, config: BNOnlyConfig) -> str:
 
 def _metadata(
     repo_id: str,
-    config: BNOnlyConfig,
+    config: Settings,
     measured: list[Score],
     license: str | None,
     tags: Sequence[str] | None,
@@ -208,7 +219,7 @@ def _evaluation(score: Score) -> EvalResult:
         dataset_name=score.dataset,
         dataset_split=score.split,
         metric_type="accuracy",
-        metric_name="top-1 accuracy, %",
+        metric_name=METRIC,
         metric_value=score.top1,
         metric_args=spread if score.n > 1 else {"n": 1},
     )

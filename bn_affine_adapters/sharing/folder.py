@@ -10,29 +10,42 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
-from ..adapter.config import BN_ONLY, BNOnlyConfig
-from ..adapter.control import controlled
-from ..adapter.layer import drawn
-from ..adapter.limits import MAX_TENSORS
-from ..adapter.tensors import PEFT_PREFIX, bare, check_tensors
 from ..errors import AdapterFileError, AdapterTensorError, ConfigError, NoSpaceError, TooLargeError, disk_is_full
-from ..norms.find import COPIES, named_layers
+from ..norms import COPIES, SCALE_SUFFIX
+from ..settings import (
+    BN_ONLY,
+    CONFIG_NAME,
+    MAX_TENSORS,
+    PEFT_PREFIX,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    Settings,
+    bare,
+)
 
-HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..adapter.method import BNOnlyConfig
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_BYTES = 8_000_000  # of a configuration, and of the header (names and shapes) of a safetensors file
 SCRATCH = ".saving-"  # how the names of half-written files and folders begin
 MAX_LISTS = 100_000  # opening brackets in a configuration's text, those in label names included
-_DTYPES = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64,
-}  # fmt: skip
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I64": "int64"}  # torch's names
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+class Entry(NamedTuple):
+    """A tensor's shape and type, as the header of a safetensors file says."""
+
+    shape: list[int]
+    dtype: str
 
 
 @contextmanager
@@ -135,7 +148,7 @@ def check_files(folder: Path) -> None:
             pickled = file == weights and (folder / WEIGHTS_NAME).exists()
             raise missing_file(folder, file.name, pickled, seen, do)
         _check_size(file)
-    read_header(folder)
+    read_entries(folder)
 
 
 def _check_size(file: Path) -> None:
@@ -152,8 +165,8 @@ def _too_large(file: Path, seen: str) -> TooLargeError:
     return TooLargeError(f"{file} is larger than any adapter needs.", seen=seen, do=do)
 
 
-def read_header(folder: Path) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors by name in the network, on the meta device: shapes and types, no values.
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Return the shapes and types of an adapter's tensors, by name in the network.
 
     Raises:
         AdapterFileError: it is not a whole safetensors file.
@@ -161,15 +174,15 @@ def read_header(folder: Path) -> dict[str, torch.Tensor]:
         AdapterTensorError: a tensor has a type or shape that no adapter has, or two tensors have the same name.
     """
     weights = folder / SAFETENSORS_WEIGHTS_NAME
-    entries: dict[str, tuple[list[int], str]] = {}
+    entries: dict[str, Entry] = {}
     try:
-        with safe_open(weights, "pt") as file:
+        with safe_open(weights, "np") as file:
             names = list(file.keys())
             if len(names) > MAX_TENSORS:
                 raise _too_large(weights, f"{len(names):,} tensors; {MAX_TENSORS:,} are allowed")
             for name in names:
                 part = file.get_slice(name)
-                entries[bare(name)] = part.get_shape(), part.get_dtype()
+                entries[bare(name)] = Entry(part.get_shape(), part.get_dtype())
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(
             f"{weights} is not a whole safetensors file.",
@@ -183,11 +196,21 @@ def read_header(folder: Path) -> dict[str, torch.Tensor]:
             seen=f"{len(names)} tensors, {len(entries)} names",
             do="download or save the adapter again",
         )
-    return {name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta") for name, (shape, dtype) in entries.items()}
+    return entries
 
 
-def _check_entries(entries: Mapping[str, tuple[list[int], str]]) -> None:
-    strange = [f"{name[:200]} is {dtype}" for name, (_, dtype) in entries.items() if dtype not in _DTYPES]
+def read_header(folder: Path) -> "dict[str, torch.Tensor]":
+    """Return an adapter's tensors by name in the network, on the meta device: no values. Raises: as `read_entries`."""
+    import torch
+
+    return {
+        name: torch.empty(entry.shape, dtype=getattr(torch, DTYPES[entry.dtype]), device="meta")
+        for name, entry in read_entries(folder).items()
+    }
+
+
+def _check_entries(entries: Mapping[str, Entry]) -> None:
+    strange = [f"{name[:200]} is {dtype}" for name, (_, dtype) in entries.items() if dtype not in DTYPES]
     # Sizes whose product overflows 64 bits are possible in a file if another size is zero.
     huge = {name: shape for name, (shape, _) in entries.items() if math.prod(size or 1 for size in shape) > 2**40}
     strange += [f"{name[:200]} has shape {shape[:9]}" for name, shape in huge.items()]
@@ -195,11 +218,11 @@ def _check_entries(entries: Mapping[str, tuple[list[int], str]]) -> None:
         raise AdapterTensorError(
             "The adapter holds tensors of a type or shape that no adapter has.",
             seen="; ".join(strange[:3]),
-            do=f"save them as one of {', '.join(_DTYPES)}",
+            do=f"save them as one of {', '.join(DTYPES)}",
         )
 
 
-def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
+def check_header(folder: Path, model: "nn.Module", config: "BNOnlyConfig") -> None:
     """Compare the names, shapes and types in an adapter's file with a network's, before any value is read.
 
     `checks.choose_layers` has to be called first.
@@ -208,9 +231,22 @@ def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
         MissingModuleError: the configuration names a module that the network does not have.
         AdapterTensorError: something is missing, extra, or not as expected.
     """
+    import torch
+    from torch import nn
+
+    from ..adapter.control import controlled
+    from ..adapter.layer import drawn
+    from ..adapter.tensors import check_tensors
+    from ..norms.find import named_layers, plain_tensors
+
     classes = config.model_args.get("num_classes")
     expected, optional = {}, set()
-    for name, module in named_layers(model, config.target_modules, "the adapter's").items():
+    tensors = {name: tensor for name, _, _, tensor in plain_tensors(model)}
+    scales = {name + SCALE_SUFFIX: tensors[name] for name in config.trained_scales}
+    for name, tensor in scales.items():
+        expected[f"{name}.{COPIES}.weight"] = torch.empty_like(tensor, device="meta")
+    modules = [name for name in config.target_modules if name not in scales]
+    for name, module in named_layers(model, modules, "the adapter's").items():
         copy = controlled(module, name, config) if name in (config.control_layers or ()) else module
         for key, tensor in copy.state_dict().items():
             shape = tuple(tensor.shape)
@@ -221,14 +257,25 @@ def check_header(folder: Path, model: nn.Module, config: BNOnlyConfig) -> None:
     check_tensors(read_header(folder), expected, optional)
 
 
-def read_config(folder: Path) -> BNOnlyConfig:
-    """Read and check an adapter folder's configuration.
+def read_config(folder: Path) -> "BNOnlyConfig":
+    """Read and check an adapter folder's configuration. Raises: as `read_settings`."""
+    from ..adapter.method import BNOnlyConfig
+
+    return _read(folder, BNOnlyConfig)
+
+
+def read_settings(folder: Path) -> Settings:
+    """Read and check an adapter folder's configuration, without PEFT.
 
     Raises:
         AdapterFileError: it is not JSON, or belongs to another PEFT method.
         TooLargeError: it holds more lists than any configuration.
         UnknownKeyError, FormatVersionError, ConfigError: a key or value is not usable, or it names no network.
     """
+    return _read(folder, Settings)
+
+
+def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
     path = folder / CONFIG_NAME
     try:
         text = path.read_text(encoding="utf-8")
@@ -247,11 +294,17 @@ def read_config(folder: Path) -> BNOnlyConfig:
             seen=f"peft_type={method!r}"[:200],
             do="load it with peft itself",
         )
-    config = BNOnlyConfig(**BNOnlyConfig.check_kwargs(**content))
+    config = kind(**kind.check_kwargs(**content))
     if config.architecture is None or config.fresh:
         raise ConfigError(
             f"{folder} does not say which network it belongs to.",
             seen=f"architecture={config.architecture!r}, backbone_fingerprint={config.backbone_fingerprint!r}",
+            do="save the adapter again with model.save_pretrained",
+        )
+    if config.format_version >= 2 and None in (config.traits_fingerprint, config.traits_digests, config.tensors_digest):
+        raise ConfigError(
+            f"{folder} lacks a digest that every adapter of its format has.",
+            seen=f"format_version={config.format_version}, tensors_digest={config.tensors_digest!r}",
             do="save the adapter again with model.save_pretrained",
         )
     return config

@@ -1,5 +1,6 @@
 """The Hub: fetch an adapter or its base, push a folder; turn the client's errors into ours, with advice."""
 
+import json
 import os
 import shlex
 import shutil
@@ -17,12 +18,11 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import httpx
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..adapter.config import BNOnlyConfig
-from ..adapter.limits import LIFT, MAX_PARAMETERS
 from ..errors import (
     AdapterFileError,
     BaseRequiredError,
@@ -38,9 +38,22 @@ from ..errors import (
     causes,
     disk_is_full,
 )
+from ..settings import (
+    CONFIG_NAME,
+    HUB_ID,
+    LIFT,
+    MAX_PARAMETERS,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    Settings,
+    hub_id,
+)
 from .card import CARD_NAME, write_card
+from .contents import read_tensors
 from .figure import FIGURE_NAME
-from .folder import COMMIT, HUB_ID, MAX_BYTES, check_files, missing_file, read_config
+from .folder import COMMIT, MAX_BYTES, check_files, missing_file, read_settings
+from .handwritten import joined, sealed_again
+from .paths import local_paths
 from .results import RESULTS_NAME
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}
@@ -96,7 +109,7 @@ def fetch(
     return folder
 
 
-def fetch_base(config: BNOnlyConfig, max_parameters: int | None = None, **client: Any) -> Path:
+def fetch_base(config: Settings, max_parameters: int | None = None, **client: Any) -> Path:
     """Return the file of the pretrained weights that an adapter's configuration pins, from the configured endpoint.
 
     Args: as in `fetch`.
@@ -166,7 +179,8 @@ def push_folder(
         revision: a branch, created if it does not exist.
         create_pr: open a pull request instead of committing to the branch.
         tag: a new tag for the commit, e.g. "v1".
-        card: push the folder's README.md, or write one with its figure; False leaves a card on the Hub unchanged.
+        card: push the folder's README.md, or write one with its figure; what a person wrote into the card on the Hub is
+            kept. False leaves a card on the Hub unchanged.
         about: as in `card.write_card`: results, license, tags, datasets.
 
     Returns:
@@ -178,7 +192,7 @@ def push_folder(
     """
     folder = Path(folder)
     check_files(folder)
-    config = read_config(folder)
+    read_tensors(folder, config := read_settings(folder))
     if revision and COMMIT.fullmatch(revision):
         raise ConfigError("A push goes to a branch, not to a commit.", seen=f"revision={revision}", do="name a branch")
     if "/" in repo_id and not HUB_ID.fullmatch(repo_id):
@@ -193,7 +207,8 @@ def push_folder(
         tempfile.TemporaryDirectory() as staging,
     ):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-        _stage(folder, Path(staging), repo_id, token, card, about)
+        there = _download_card(repo_id, revision, token) if card else None
+        _stage(folder, Path(staging), repo_id, token, there, card, about)
         _prepare_repository(api, repo_id, private, None if create_pr else revision, tag)
         commit = api.upload_folder(
             repo_id=repo_id,
@@ -202,6 +217,7 @@ def push_folder(
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
+            parent_commit=there.parent.name if there else None,  # the card must not have changed meanwhile
             # Files of an earlier adapter; a card that is left unchanged may refer to them.
             delete_patterns=[RESULTS_NAME, ".eval_results/*"] if card else None,
         )
@@ -212,17 +228,56 @@ def push_folder(
 
 
 def _stage(
-    folder: Path, staging: Path, repo_id: str, token: str | bool | None, card: bool, about: dict[str, Any]
+    folder: Path,
+    staging: Path,
+    repo_id: str,
+    token: str | bool | None,
+    there: Path | None,
+    card: bool,
+    about: dict[str, Any],
 ) -> None:
     """Copy the files to push, write the card and the results, and mask the token in all texts."""
     own_card = (CARD_NAME, FIGURE_NAME) if card and (folder / CARD_NAME).exists() else ()
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULTS_NAME, *own_card):
         if (folder / name).exists():
             shutil.copy(folder / name, staging)
+    _check_config(staging / CONFIG_NAME)
+    if there is not None:
+        text = there.read_text(encoding="utf-8")
+        if own_card:
+            drawn = read_settings(folder).seed is not None
+            text = joined(text, (staging / CARD_NAME).read_text(encoding="utf-8"), drawn)
+        (staging / CARD_NAME).write_text(text, encoding="utf-8")
     write_card(staging, repo_id, write_readme=card and not own_card, **about)
     for file in staging.rglob("*.*"):
         if file.suffix in (".md", ".json", ".yaml"):  # the command in a result line may contain the token
-            file.write_text(_masked(file.read_text(encoding="utf-8"), token), encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
+            if (safe := _masked(text, token)) != text:
+                file.write_text(sealed_again(safe) if file.name == CARD_NAME else safe, encoding="utf-8")
+
+
+def _check_config(file: Path) -> None:
+    """Take the path of a base out of a configuration that an earlier version wrote; refuse any other path in it."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("base_model_name_or_path") and hub_id(content["base_model_name_or_path"]) is None:
+        content["base_model_name_or_path"] = content["revision"] = None
+        file.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")  # as PEFT writes it
+    if found := local_paths({key: value for key, value in content.items() if key != "label_names"}):
+        do = "leave it out of the settings of BNOnlyConfig, and save the adapter again"
+        raise ConfigError("The adapter's configuration names a path of this machine.", seen=found[0][:200], do=do)
+
+
+def _download_card(repo: str, branch: str | None, token: str | bool | None) -> Path | None:
+    """Return the model card that is on the Hub, of a new branch that of main; None if there is none."""
+    for revision in dict.fromkeys((branch, None)):
+        try:
+            return _download(repo, Path(CARD_NAME), revision, None, {"token": token})
+        except LocalEntryNotFoundError:
+            raise
+        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+            if not isinstance(error, RevisionNotFoundError):
+                return None
+    return None
 
 
 def _prepare_repository(api: HfApi, repo_id: str, private: bool | None, branch: str | None, tag: str | None) -> None:

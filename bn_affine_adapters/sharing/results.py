@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, printable
+from .paths import ELSEWHERE, without_paths
 
 RESULTS_NAME = "results.json"  # beside an adapter: the list of its result lines
 
@@ -45,7 +46,7 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
             given = [line for line in given if not lines or _recipe(line) == _recipe(lines[0])]
         else:
             given = [results] if isinstance(results, Mapping) else list(results or ())
-        lines = [dict(line) for line in [*lines, *given]]
+        lines = [_public(line) for line in [*lines, *given]]
         scores(lines)
         strict_json(lines, default=float)
         recipes = [line.get("recipe") for line in lines]  # with its seeds, a recipe identifies a run
@@ -56,6 +57,12 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
             do='give dictionaries with "dataset" and "top1" in %, or a .jsonl file that `bn-adapters train` wrote',
         ) from error
     return [line for i, line in enumerate(lines) if recipes[i] is None or recipes[i] not in recipes[:i]]
+
+
+def _public(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line without the folder that training saved to, and with the names alone of other files and folders."""
+    kept = {key: value for key, value in line.items() if key not in ("adapter", "network")}
+    return {key: without_paths(value, ELSEWHERE if key == "command" else "") for key, value in kept.items()}
 
 
 def _recipe(line: Mapping[str, Any]) -> dict[str, Any]:

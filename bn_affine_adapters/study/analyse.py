@@ -16,21 +16,19 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import timm
-import torch
-from accelerate import Accelerator
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, NetworkError, RebuildError
 from ..sharing.folder import write_file
 from ..sharing.results import strict_json
-from ..training.data import check_classes
-from ..training.feed import Feed, accuracy, own_options
-from ..training.scripts import AdapterOptions, data_options, load_adapter, run_script
+from ..training.options import AdapterOptions
+from ..training.scripts import data_options, load_adapter, run_script
 from ..training.scripts import read_options as read
-from .networks import DEAD, GRID, clamped, dead_activations, dead_share, distribution, norm_values
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..training.feed import Feed
 
 DIGITS = 4  # after the point, of every number in the line
 
@@ -53,8 +51,15 @@ def is_plain(adapter: str) -> bool:
 def own(adapter: str) -> dict[str, Any]:
     """Return the data options in the network's own configuration."""
     if is_plain(adapter):
-        return own_options(json.loads(Path(adapter, "config.json").read_text(encoding="utf-8"))["pretrained_cfg"])
+        from ..training.feed import own_options
+
+        return own_options(plain_config(adapter)["pretrained_cfg"])
     return data_options(adapter)
+
+
+def plain_config(adapter: str) -> dict[str, Any]:
+    """Return what the config.json of a plain timm network holds."""
+    return json.loads(Path(adapter, "config.json").read_text(encoding="utf-8"))
 
 
 def read_options(arguments: list[str]) -> Options:
@@ -62,9 +67,13 @@ def read_options(arguments: list[str]) -> Options:
     return read(arguments, Options, "bn-adapters analyse", __doc__, own)
 
 
-def load(options: Options, feed: Feed) -> nn.Module:
-    """Return the network, wrapped or plain; refuse one with another number of classes than the data."""
+def load(options: Options, feed: "Feed") -> "nn.Module":
+    """Return the network, wrapped or plain; refuse one with other classes than the data."""
     if is_plain(options.adapter):
+        from ..training.data import check_classes
+
+        if names := plain_config(options.adapter).get("label_names"):
+            feed.number_classes(names)
         model = load_plain(Path(options.adapter).resolve())
         check_classes(feed.test, model.num_classes)
         return model.to(feed.accelerator.device)
@@ -73,6 +82,8 @@ def load(options: Options, feed: Feed) -> nn.Module:
 
 def load_plain(folder: Path) -> Any:
     """Return the network that timm loads from a folder."""
+    import timm
+
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # every architecture takes arguments and converts tensors in its own way
@@ -83,8 +94,12 @@ def load_plain(folder: Path) -> Any:
         ) from error
 
 
-def analyse(model: nn.Module, feed: Feed, options: Options, top1: float) -> dict[str, Any]:
+def analyse(model: "nn.Module", feed: "Feed", options: Options, top1: float) -> dict[str, Any]:
     """Return the result line's "analysis"; ``top1`` is the accuracy without clamping."""
+    from ..norms.copies import evaluation_copy
+    from ..training.feed import accuracy
+    from .networks import clamped, distribution, norm_values
+
     analysis: dict[str, Any] = {"top1": top1}
     for kind, values in norm_values(model).items():
         analysis[kind] = distribution(values, digits=DIGITS)
@@ -93,7 +108,7 @@ def analyse(model: nn.Module, feed: Feed, options: Options, top1: float) -> dict
     analysis["clamped"] = {}
     for threshold in options.clamp:
         with clamped(model, threshold) as count:
-            top1 = accuracy(model, feed)["top1"]
+            top1 = accuracy(evaluation_copy(model), feed)["top1"]
         analysis["clamped"][f"{threshold:g}"] = {"set": count, "top1": round(top1, DIGITS)}
     try:
         analysis["dead"] = dead(model, feed)
@@ -103,8 +118,10 @@ def analyse(model: nn.Module, feed: Feed, options: Options, top1: float) -> dict
     return analysis
 
 
-def dead(model: nn.Module, feed: Feed) -> dict[str, Any]:
+def dead(model: "nn.Module", feed: "Feed") -> dict[str, Any]:
     """Return the share of dead channels, in %, at every threshold of the grid and at the paper's."""
+    from .networks import DEAD, GRID, dead_activations, dead_share
+
     counts = dead_activations(model, (batch.images for batch in feed.evaluation()))
     share = [round(value, DIGITS) for value in dead_share(counts)]
     channels = sum(len(entry["zeros"]) for entry in counts.values())
@@ -113,6 +130,12 @@ def dead(model: nn.Module, feed: Feed) -> dict[str, Any]:
 
 def run(options: Options) -> dict[str, Any]:
     """Load, evaluate, analyse; return the result line."""
+    import torch
+    from accelerate import Accelerator
+
+    from ..norms.copies import evaluation_copy
+    from ..training.feed import Feed, accuracy
+
     accelerator = Accelerator()
     if accelerator.num_processes > 1:  # their shares of the last batch overlap, and would be counted twice
         seen, do = (
@@ -122,7 +145,7 @@ def run(options: Options) -> dict[str, Any]:
         raise ConfigError("Activations are counted by one process.", seen=seen, do=do)
     feed = Feed(options, accelerator)
     model = load(options, feed).to(memory_format=feed.format)
-    scores = {key: round(value, DIGITS) for key, value in accuracy(model, feed).items()}
+    scores = {key: round(value, DIGITS) for key, value in accuracy(evaluation_copy(model), feed).items()}
     with torch.inference_mode():
         result = {**scores, "images": len(feed.test.dataset), "analysis": analyse(model, feed, options, scores["top1"])}
     line = strict_json(result)

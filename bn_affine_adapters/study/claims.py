@@ -4,13 +4,12 @@ A claim is a mapping with the keys that paper.yaml explains; ``measure`` is one 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
 from .networks import depth_width_slopes
-from .replicates import FULL, MEASURES, Run, Spread, measured, shown, spread, spread_text
+from .replicates import FULL, MEASURES, Run, Spread, by_replicate, measured, repeats_text, spread, spread_text
 
 Networks = Mapping[str, Mapping[str, Any]]  # by name: "bn", gammas and betas; "lines", among "depth" and "width"
 
@@ -37,7 +36,7 @@ def on_lines(runs: Sequence[Run], variant: str, networks: Networks) -> dict[str,
 def value_of(claim: Mapping[str, Any], network: str, runs: Sequence[Run], networks: Networks) -> Spread | None:
     """Return the measured value of a claim, or None if it was not run; a difference is between the same seeds.
 
-    For a ratio of slopes, n is the number of runs and the deviation is NaN.
+    For a ratio of slopes, n is the number of runs, and the deviation is the standard error, NaN where there is none.
     """
     if claim["measure"] == "slopes":
         if not (lines := slopes(runs, claim["of"], networks)) or lines["ratio"] is None:
@@ -45,7 +44,8 @@ def value_of(claim: Mapping[str, Any], network: str, runs: Sequence[Run], networ
         sizes = (
             measured(runs, name, claim["of"], MEASURES["accuracy"]) for name in networks if networks[name]["lines"]
         )
-        return lines["ratio"], math.nan, sum(map(len, sizes))  # a network on both lines counts once
+        error = math.nan if lines["error"] is None else lines["error"]
+        return lines["ratio"], error, sum(map(len, sizes))  # a network on both lines counts once
     pick = MEASURES[claim["measure"]]
     ours = measured(runs, network, claim["of"], pick)
     if "minus" in claim:
@@ -54,56 +54,22 @@ def value_of(claim: Mapping[str, Any], network: str, runs: Sequence[Run], networ
     return spread(ours.values())
 
 
-def findings(entry: Mapping[str, Any], runs: Sequence[Run], label: Callable[[str], str] = str) -> list[str]:
-    """Return the answer to a question, a sentence for each data set, network and schedule.
-
-    Args:
-        entry: ``variants``, the first of which the others are compared with, run by run of the same seeds;
-            ``measures``, a text for each of `replicates.MEASURES` to report besides the accuracy; ``networks``, or all.
-        runs: of all data sets.
-        label: a network's name in a text.
-    """
-    groups: dict[tuple[str, str, str], list[Run]] = {}
-    for run in runs:
-        if run.network in entry.get("networks", (run.network,)):
-            groups.setdefault((run.dataset, run.network, run.schedule), []).append(run)
-    answers = []
-    for (dataset, network, schedule), group in sorted(groups.items()):
-        parts = _compared(entry["variants"], group, network, "accuracy")
-        if len(parts) < 2:
-            continue
-        sentences = [f"accuracy in %: {'; '.join(parts)}"]
-        for measure, text in entry.get("measures", {}).items():
-            if parts := _compared(entry["variants"], group, network, measure):
-                sentences.append(f"{text}: {'; '.join(parts)}")
-        answers.append(f"*{dataset}, {label(network)}, {schedule}*: {'. '.join(sentences)}.")
-    return answers
+def share_of(claim: Mapping[str, Any], network: str, runs: Sequence[Run]) -> Spread | None:
+    """Return the share of gammas, in %, that a claim about clamping has set to zero; None for other claims."""
+    if claim["measure"] != "clamped":
+        return None
+    return spread(measured(runs, network, claim["of"], MEASURES["clamped share"]).values())
 
 
-def _compared(variants: Sequence[str], group: Sequence[Run], network: str, measure: str) -> list[str]:
-    """Return each variant with its mean, deviation, n and difference to the first one."""
-    values = {variant: measured(group, network, variant, MEASURES[measure]) for variant in variants}
-    first, parts = values[variants[0]], []
-    digits = 4 if measure == "loss" else 2
-    for variant, own in values.items():
-        if (total := spread(own.values())) and first:
-            pairs = [value - first[replicate] for replicate, value in own.items() if replicate in first]
-            apart = f", {sum(pairs) / len(pairs):+.{digits}f}" if variant != variants[0] and pairs else ""
-            parts.append(f"{variant} {spread_text(total, digits)} (n = {total[2]}{apart})")
-    return parts
-
-
-def tuned(trials: Sequence[Mapping[str, Any]], label: Callable[[str], str] = str) -> str:
-    """Return a sentence with the best trial and the trial of the recipe's own settings."""
-    best = max(trials, key=lambda line: line["top1"])
-    own = next((line for line in trials if line.get("own")), None)
-    if own is None:
-        return f"*{label(best['recipe']['model'])}*: the recipe's own settings have not been tried to the end."
-    recipe = own["recipe"]
-    differ = [f"{key}={shown(value)}" for key, value in best["recipe"].items() if value != recipe[key]]
-    where = f"*{Path(recipe['dataset']).name}, {label(recipe['model'])}, {recipe['epochs']} epochs*"
-    found = f"best of {len(trials)} trials {best['top1']:.2f} % with {', '.join(differ) or 'the same settings'}"
-    return f"{where}, accuracy on {own['split']}: the recipe's own settings {own['top1']:.2f} %; {found}."
+def ours_text(claim: Mapping[str, Any], network: str, runs: Sequence[Run], ours: Spread) -> str:
+    """Return the measured value with its deviation, the share of gammas that it is about, and repeated runs."""
+    if claim["measure"] == "slopes":
+        return f"{spread_text(ours)} (standard error)" if "±" in spread_text(ours) else spread_text(ours)
+    share = share_of(claim, network, runs)
+    set_to_zero = f"; {spread_text(share)} % set to zero" if share else ""
+    variants = [claim[key] for key in ("of", "minus") if key in claim]
+    again = [by_replicate(runs, network, variant, MEASURES[claim["measure"]]) for variant in variants]
+    return spread_text(ours) + set_to_zero + "".join(map(repeats_text, again))
 
 
 def bounds(claim: Mapping[str, Any], network: str, paper: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -126,19 +92,34 @@ def paper_text(claim: Mapping[str, Any], network: str, paper: Mapping[str, Any])
         low, high = claim["paper"]
         text = f"at most {high:g}" if low is None else f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
         return f"{text} [{claim['source']}]"
-    return "none" if claim["paper"] is None else f"{claim['paper']:g} [{claim['source']}], ± {claim['within']:g}"
+    share = "; {:g} to {:g} % set to zero".format(*claim["share"]) if "share" in claim else ""
+    return "none" if claim["paper"] is None else f"{claim['paper']:g} [{claim['source']}], ± {claim['within']:g}{share}"
 
 
-def verdict(claim: Mapping[str, Any], limits: tuple[float, float] | None, value: float, schedule: str) -> str:
-    """Return the verdict on a claim; a short schedule is judged by its direction alone."""
-    than: Any = claim.get("than")
-    short = "" if schedule == FULL else ", short schedule"
-    if limits is None:
-        return f"{'equal' if value == than else 'lower' if value < than else 'higher'}{short}"
-    low, high = limits
-    if schedule == FULL:
-        return "confirmed" if low <= value <= high else "not confirmed"
-    if than is None:
-        return "no verdict, short schedule"
-    same = low <= value <= high if low < than < high else value > than if low >= than else value < than
-    return f"{'same' if same else 'other'} direction{short}"
+def verdict(
+    claim: Mapping[str, Any], limits: tuple[float, float] | None, ours: Spread, kind: str, share: float | None = None
+) -> str:
+    """Return the verdict on a claim; what is not the full recipe is judged by its direction alone.
+
+    Args:
+        claim: of paper.yaml.
+        limits: what `bounds` returns.
+        ours: the measured value.
+        kind: of the runs' recipe, FULL, SHORT or OTHER.
+        share: of the gammas, in %, if the claim is about setting them to zero.
+    """
+    value, but = ours[0], "" if kind == FULL else f", {kind}"
+    if share is not None and "share" in claim and not claim["share"][0] <= share <= claim["share"][1]:
+        return f"no verdict, another share of gammas{but}"
+    if limits and kind == FULL:
+        return "confirmed" if limits[0] <= value <= limits[1] else "not confirmed"
+    if (than := claim.get("than")) is None:
+        return f"no verdict{but}"
+    low, high = limits or (math.nan, math.nan)
+    if low < than < high:  # the claim is that nothing changes
+        return f"{'inside' if low <= value <= high else 'outside'} the range{but}"
+    if value != than and abs(value - than) <= ours[1]:  # one deviation; NaN and the 0 of a single run say nothing
+        return f"direction unclear{but}"
+    if not limits:
+        return f"{'equal' if value == than else 'lower' if value < than else 'higher'}{but}"
+    return f"{'same' if (value > than if low >= than else value < than) else 'other'} direction{but}"

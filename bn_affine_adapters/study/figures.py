@@ -69,7 +69,9 @@ def accuracy_by_parameters(ax: "Axes", ours: Points, paper: Points, slopes: Mapp
             ax.plot(x, y, "o", color=color, markersize=5, markerfacecolor=fill)
         if slopes and ours.get(name):
             ends = np.array([min(p for p, _ in ours[name]), max(p for p, _ in ours[name])])
-            line, label = slopes[name], f"{name}: {slopes[name]['slope']:.2f} points a doubling"
+            line, error = slopes[name], slopes[name]["error"]
+            about = "" if error is None else f" ± {error:.2f}"
+            label = f"{name}: {line['slope']:.2f}{about} points a doubling"
             ax.plot(ends, line["intercept"] + line["slope"] * np.log2(ends), color=color, linewidth=1, label=label)
     ax.set_xscale("log", base=2)
     ax.set_xlabel("gammas and betas")

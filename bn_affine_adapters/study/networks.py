@@ -7,7 +7,7 @@ Source: the paper's Figures 3 to 7 and its table of parameters.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypedDict
@@ -19,6 +19,7 @@ from torch import nn
 
 from ..adapter.rebuild import create
 from ..errors import AdapterTensorError, ConfigError, DataError, NetworkError
+from ..norms.copies import evaluation_copy
 from ..norms.find import affine, head_layers, norm_layers, plain_modules, shortcut_convs
 from ..sharing.contents import NEAR_ZERO
 
@@ -169,7 +170,7 @@ def dead_activations(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[
     calls as functions cannot be seen.
 
     Args:
-        model: runs in evaluation mode; every module's mode is afterwards what it was.
+        model: in any mode; it runs in evaluation mode, and its own modes do not change.
         batches: images, which come to the network's device and type.
 
     Returns:
@@ -181,12 +182,15 @@ def dead_activations(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[
 
     Source: the paper's Figure 7.
     """
-    relus, counter, looked = _relus(model), _ZeroCounter(), 0
+    watched = evaluation_copy(model)
+    relus, counter, looked = _relus(watched), _ZeroCounter(), 0
+    for module, name in relus.items():
+        module.register_forward_hook(partial(counter.count, name))
     first = next(model.parameters(), torch.empty(0))
-    with _watched(model, relus, counter.count), torch.no_grad():
+    with torch.no_grad():
         for images in batches:
             counter.runs.clear()
-            model(images.to(first.device, first.dtype))
+            watched(images.to(first.device, first.dtype))
             looked += 1
     if not looked:
         raise DataError("There is no image to run through the network.", seen="0 batches", do="give batches of images")
@@ -225,21 +229,6 @@ class _ZeroCounter:
         self.totals[key] += output.numel() // output.shape[channel]
 
 
-@contextmanager
-def _watched(model: nn.Module, names: Mapping[nn.Module, str], hook: Callable[..., None]) -> Iterator[None]:
-    """Evaluate within the block, and call ``hook(name, module, inputs, output)`` after each forward of the modules."""
-    modes = [(module, module.training) for module in model.modules()]
-    handles = [module.register_forward_hook(partial(hook, name)) for module, name in names.items()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
-
-
 def dead_share(counts: Mapping[str, Zeros], thresholds: Sequence[float] = GRID) -> list[float]:
     """Return for each threshold t the channels with Pr[activation = 0] > t, in % of all channels.
 
@@ -263,8 +252,9 @@ def depth_width_slopes(points: Iterable[tuple[int, float, str]]) -> dict[str, An
         points: (gammas and betas, accuracy in %, "depth" or "width"); replicates are points of their own.
 
     Returns:
-        {"depth": {"slope": points per doubling, "intercept": %, "n": points}, "width": {...}, "ratio": of the slopes,
-        depth over width; None where width has none}.
+        {"depth": {"slope": points per doubling, "error": its standard error, "intercept": %, "n": points}, "width":
+        {...}, "ratio": of the slopes, depth over width, None where width has none, "error": its standard error}. The
+        errors are those of least squares, which takes all points for independent; None of two points.
 
     Raises:
         ConfigError: a group is another one, has not two networks of different size, or a point cannot be drawn.
@@ -278,18 +268,31 @@ def depth_width_slopes(points: Iterable[tuple[int, float, str]]) -> dict[str, An
             raise ConfigError(what, seen=f"{(parameters, accuracy, group)}", do=do)
         groups[group].append((parameters, accuracy))
     lines: dict[str, Any] = {name: _line(name, group) for name, group in groups.items()}
-    width = lines["width"]["slope"]
-    return {**lines, "ratio": lines["depth"]["slope"] / width if width else None}
+    return {**lines, **_ratio(lines["depth"], lines["width"])}
 
 
-def _line(name: str, points: list[tuple[int, float]]) -> dict[str, float | int]:
+def _ratio(depth: Mapping[str, Any], width: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the ratio of two slopes, and its standard error to first order."""
+    if not width["slope"]:
+        return {"ratio": None, "error": None}
+    ratio = depth["slope"] / width["slope"]
+    if depth["error"] is None or width["error"] is None:
+        return {"ratio": ratio, "error": None}
+    return {"ratio": ratio, "error": math.hypot(depth["error"], ratio * width["error"]) / abs(width["slope"])}
+
+
+def _line(name: str, points: list[tuple[int, float]]) -> dict[str, Any]:
     if len(sizes := {parameters for parameters, _ in points}) < 2:
         seen = f"{len(points)} points of {len(sizes)} sizes"
         raise ConfigError(f"The {name} line needs two networks of different size.", seen=seen, do="add another one")
     x, y = np.array(points, dtype=np.float64).T
     x = np.log2(x)
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-    return {"slope": slope, "intercept": float(y.mean() - slope * x.mean()), "n": len(points)}
+    squares = float(((x - x.mean()) ** 2).sum())
+    slope = float(((x - x.mean()) * (y - y.mean())).sum()) / squares
+    intercept = float(y.mean() - slope * x.mean())
+    residuals = float(((y - intercept - slope * x) ** 2).sum())
+    error = math.sqrt(residuals / (len(points) - 2) / squares) if len(points) > 2 else None
+    return {"slope": slope, "error": error, "intercept": intercept, "n": len(points)}
 
 
 def parameter_table(names: Iterable[str]) -> list[dict[str, str | int]]:

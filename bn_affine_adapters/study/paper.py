@@ -28,4 +28,4 @@ def command_of(entry: Mapping[str, Any], network: str = "") -> str:
     """Return the command that makes the runs that an entry of paper.yaml needs."""
     if "sweep" in entry:
         return f"bn-adapters sweep {entry['sweep']}"
-    return f"bn-adapters train imagenet model={network} condition={entry['of']}"
+    return f"bn-adapters train imagenet model={network} condition={entry['of']} precision=no"

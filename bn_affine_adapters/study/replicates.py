@@ -4,36 +4,51 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..training.lines import read_results
-from ..training.recipe import Recipe, run_key
+from ..training.recipe import computed, run_key
 
-FULL = "the full recipe"
-# What a recipe leaves to its defaults. With a seed, None as norm_init means "uniform".
-USUAL: dict[str, Any] = {**asdict(Recipe()), "norm_init": "uniform"}
-# The settings that make another variant of a condition.
+# How near a recipe comes to the paper's: all of it, all but the length, or neither.
+FULL, SHORT, OTHER = "the full recipe", "short schedule", "another recipe"
+USUAL: dict[str, Any] = computed({})
+# What a cell and its replicates are named by, and a schedule's first words. Every other key of a recipe is named where
+# it is not the usual one, be it with the condition or with the schedule.
+CELL, STEPS = ("dataset", "model", "condition", "seed", "data_seed"), ("epochs", "schedule", "milestones")
+# The settings that are named with the condition, since runs that differ in them are compared with each other.
 SETTINGS = (
-    "weight_decay", "norm_init", "weight_init", "running_statistics", "pretrained", "model_args", "train_split",
-    "held_out", "accumulation", "precision", "lean",
+    "weight_decay", "norm_init", "weight_init", "running_statistics", "pretrained", "pretrained_file", "model_args",
+    "precision", "lean",
 )  # fmt: skip
-# What a schedule is, besides its epochs and drops; named where it is not the full recipe's, or else the default.
-SCHEDULE = ("lr", "lr_decay", "warmup_epochs", "batch_size", "sgd_momentum", "flip", "crop_padding", "image_size")
+VARIED = ("weight_decay", "norm_init", "weight_init")  # in claims about the full recipe, which name their values
 Pick = Callable[[Mapping[str, Any]], Any]  # a number of a result line, or None
 Spread = tuple[float, float, int]  # mean, standard deviation, n
 
 
 class Run(NamedTuple):
-    """A result line and its cell: data set, network, variant and schedule. Runs of one cell are replicates."""
+    """A result line and its cell: data set, network, variant and schedule. Runs of one cell are replicates.
+
+    Attributes:
+        variant: the condition and the settings that change what is computed.
+        named: the variant and, besides, ``lean=exact``, which computes the same in another way.
+        steps: the schedule, and the other settings in which the recipe differs from the paper's or the default.
+        kind: FULL, SHORT or OTHER.
+    """
 
     line: dict[str, Any]
     dataset: str
     network: str
     variant: str
-    schedule: str
+    named: str
+    steps: str
+    kind: str
     replicate: str
+
+    @property
+    def schedule(self) -> str:
+        """The name of the schedule on the page."""
+        return FULL if self.kind == FULL else self.steps
 
 
 def read_runs(
@@ -55,29 +70,52 @@ def read_runs(
 
 def run_of(line: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> Run:
     """Return a result line with its cell; see `read_runs`."""
-    recipe = {**USUAL, **line["recipe"]}
-    recipe["norm_init"] = recipe["norm_init"] or "uniform"
-    dataset = Path(recipe["dataset"]).name
-    differ = [f"{key}={shown(recipe[key])}" for key in SETTINGS if recipe[key] != USUAL[key]]
-    differ += [f"test_split={recipe['test_split']}"] * (recipe["test_split"] not in ("test", "validation"))
-    network = names.get(recipe["model"], recipe["model"])
-    variant, replicate = ", ".join([recipe["condition"], *differ]), f"{recipe['seed']}/{recipe['data_seed']}"
-    return Run(line, dataset, network, variant, schedule_name(recipe, recipes.get(dataset)), replicate)
+    recipe = computed(line["recipe"])
+    recipe["milestones"] = [drop for drop in recipe["milestones"] if drop < recipe["epochs"]]  # others never come
+    named = variant_name(recipe)
+    if recipe["lean"] == "exact":
+        recipe["lean"] = None
+    full = recipes.get(recipe["dataset"])
+    replicate = f"{recipe['seed']}/{recipe['data_seed']}"
+    network, steps = names.get(recipe["model"], recipe["model"]), schedule_name(recipe, full)
+    return Run(line, recipe["dataset"], network, variant_name(recipe), named, steps, kind_of(recipe, full), replicate)
+
+
+def variant_name(recipe: Mapping[str, Any]) -> str:
+    """Return the condition, and the settings that are named with it where they are not the default."""
+    return ", ".join([recipe["condition"], *_differing(recipe, USUAL, SETTINGS)])
 
 
 def schedule_name(recipe: Mapping[str, Any], full: Mapping[str, Any] | None = None) -> str:
-    """Return FULL if a recipe has every setting of ``full``, or else a description of its schedule.
+    """Return a recipe's schedule, and every other setting that is not the full recipe's, or else the default.
 
-    >>> schedule_name({**asdict(Recipe()), "epochs": 12, "milestones": [6, 9], "lr": 0.2})
+    >>> schedule_name({**USUAL, "epochs": 12, "milestones": [6, 9], "lr": 0.2})
     '12 epochs, drops at 6 and 9, lr=0.2'
     """
-    if full and all(recipe[key] == value for key, value in full.items()):
-        return FULL
+    drops = " and ".join(map(shown, recipe["milestones"]))
+    steps = [recipe["schedule"]] if recipe["schedule"] != "multistep" else [] if drops else ["no drop"]
+    steps += [f"drops at {drops}"] if drops else []
+    others = [key for key in recipe if key not in (*CELL, *STEPS, *SETTINGS)]
+    differ = _differing(recipe, {**USUAL, **(full or {})}, others)
+    return ", ".join([f"{recipe['epochs']} epochs", *steps, *differ])
+
+
+def kind_of(recipe: Mapping[str, Any], full: Mapping[str, Any] | None) -> str:
+    """Return FULL if a recipe is the full one in every key that changes what is computed, SHORT if it is but shorter.
+
+    What a claim names itself may differ: network, condition, seeds, and the settings of VARIED.
+    """
     usual = {**USUAL, **(full or {})}
-    drops = " and ".join(shown(drop) for drop in recipe["milestones"] if drop < recipe["epochs"])
-    steps = recipe["schedule"] if recipe["schedule"] != "multistep" else f"drops at {drops}" if drops else "no drop"
-    differ = [f"{key}={shown(recipe[key])}" for key in SCHEDULE if recipe[key] != usual[key]]
-    return ", ".join([f"{recipe['epochs']} epochs", steps, *differ])
+    differ = {key for key in recipe.keys() - {*CELL, *VARIED} if recipe[key] != usual.get(key)}
+    if full and not differ:
+        return FULL
+    short = full and differ <= {"epochs", "milestones"} and recipe["epochs"] < full["epochs"]
+    return SHORT if short else OTHER
+
+
+def _differing(recipe: Mapping[str, Any], usual: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Return ``key=value`` of the settings that are not the usual ones."""
+    return [f"{key}={shown(recipe[key])}" for key in keys if recipe[key] != usual.get(key)]
 
 
 def shown(value: Any) -> str:
@@ -86,16 +124,16 @@ def shown(value: Any) -> str:
 
 
 def by_schedule(runs: Sequence[Run], dataset: str) -> list[tuple[str, list[Run]]]:
-    """Return a data set's runs by schedule: the paper's first, then the longest."""
-    groups: dict[str, list[Run]] = {}
+    """Return a data set's runs by schedule: the paper's first, then short ones, then others, each the longest first."""
+    groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.dataset == dataset:
-            groups.setdefault(run.schedule, []).append(run)
+            groups.setdefault((run.kind, run.schedule), []).append(run)
 
-    def order(name: str) -> tuple[bool, int, str]:
-        return name != FULL, -max(run.line["recipe"]["epochs"] for run in groups[name]), name
+    def order(group: tuple[str, str]) -> tuple[int, int, str]:
+        return (FULL, SHORT, OTHER).index(group[0]), -groups[group][0].line["recipe"]["epochs"], group[1]
 
-    return [(name, groups[name]) for name in sorted(groups, key=order)]
+    return [(group[1], groups[group]) for group in sorted(groups, key=order)]
 
 
 def analysed(*path: str) -> Pick:
@@ -122,6 +160,12 @@ def clamp_change(threshold: str) -> Pick:
     return change
 
 
+def clamped_share(line: Mapping[str, Any]) -> float | None:
+    """Return the share of gammas, in %, that an analysis set to zero: those with |gamma| < 0.01."""
+    count, gammas = analysed("clamped", "0.01", "set")(line), analysed("gamma", "count")(line)
+    return None if count is None or not gammas else 100 * count / gammas
+
+
 MEASURES: dict[str, Pick] = {
     "accuracy": lambda line: line["top1"],
     "top5": lambda line: line.get("top5"),
@@ -131,22 +175,44 @@ MEASURES: dict[str, Pick] = {
     "negative": analysed("gamma", "negative"),
     "near zero": analysed("gamma", "below", "0.01"),
     "clamped": clamp_change("0.01"),
+    "clamped share": clamped_share,
     "dead": analysed("dead", "0.99"),
 }
 
 
 def picked(runs: Iterable[Run], network: str, variant: str, pick: Pick) -> list[tuple[str, Any]]:
-    """Return (replicate, value) of one cell, without the runs that lack the value."""
-    cell = [(run.replicate, pick(run.line)) for run in runs if (run.network, run.variant) == (network, variant)]
-    return [(replicate, value) for replicate, value in cell if value is not None]
+    """Return (replicate, value) of one cell, without the runs that lack the value.
+
+    A run that computed the same in another way counts only where no plain run has its seeds.
+    """
+    cell = [(run, pick(run.line)) for run in runs if run.network == network and variant in (run.variant, run.named)]
+    found = [(run, value) for run, value in cell if value is not None]
+    plain = {run.replicate for run, _ in found if run.named == variant}
+    return [(run.replicate, value) for run, value in found if run.named == variant or run.replicate not in plain]
+
+
+def by_replicate(runs: Iterable[Run], network: str, variant: str, pick: Pick) -> dict[str, list[float]]:
+    """Return the measurements of every replicate of one cell: several where the same seeds ran more than once."""
+    values: dict[str, list[float]] = {}
+    for replicate, value in picked(runs, network, variant, pick):
+        values.setdefault(replicate, []).append(float(value))
+    return values
 
 
 def measured(runs: Iterable[Run], network: str, variant: str, pick: Pick) -> dict[str, float]:
     """Return the measurement of every replicate of one cell; runs of the same seeds are averaged."""
-    values: dict[str, list[float]] = {}
-    for replicate, value in picked(runs, network, variant, pick):
-        values.setdefault(replicate, []).append(float(value))
+    values = by_replicate(runs, network, variant, pick)
     return {replicate: statistics.mean(several) for replicate, several in values.items()}
+
+
+def repeats_text(values: Mapping[str, Sequence[float]], digits: int = 2) -> str:
+    """Return the values of the seeds that ran more than once, in brackets; "" where none did.
+
+    >>> repeats_text({"0/0": [34.94, 37.07], "1/1": [40.0]})
+    ' (seeds 0/0: mean of 34.94 and 37.07)'
+    """
+    listed = {seeds: " and ".join(f"{v:.{digits}f}" for v in own) for seeds, own in values.items() if len(own) > 1}
+    return f" ({'; '.join(f'seeds {seeds}: mean of {own}' for seeds, own in listed.items())})" if listed else ""
 
 
 def spread(values: Iterable[float]) -> Spread | None:

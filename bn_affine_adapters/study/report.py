@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from jinja2 import Environment, StrictUndefined
 
 from ..errors import BNAdapterError
 from ..training.lines import read_results
-from .claims import findings, tuned
-from .paper import CIFAR, PAPER, command_of, label
-from .replicates import FULL, Run, by_schedule, read_runs
+from .findings import findings, papers_decay, tuned
+from .paper import CIFAR, PAPER, command_of
+from .replicates import FULL, OTHER, SHORT, Run, by_schedule, read_runs
 from .report_figures import FIGURES, draw
 from .report_tables import TABLES
 
@@ -41,19 +42,26 @@ def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at:
     shown = []
     for name, drawn in figures.items():
         path, text = (None, drawn) if isinstance(drawn, str) else (os.path.relpath(drawn[0], at.parent), drawn[1])
-        shown.append((name.replace("figure", "Figure "), PAPER["figures"][name]["title"], path, text))
+        shown.append((name.replace("figure", "Figure "), PAPER["figures"][name], path, text))
     text = template.render(
         paper=PAPER,
-        full=FULL,
         runs=len(runs),
-        schedules=[(name, len(group)) for name, group in by_schedule(runs, CIFAR)],
+        schedules={kind: schedules(runs, kind) for kind in (FULL, SHORT, OTHER)},
         figures=shown,
         tables={name: make(runs) for name, make in TABLES.items()},
-        findings=[(entry, findings(entry, runs, label)) for entry in PAPER["findings"]],
-        tuned=[tuned(read_results(path), label) for path in sorted(tuning.glob("*.jsonl"))],
+        findings=[(entry, list(findings(entry, runs))) for entry in PAPER["findings"]],
+        decay=papers_decay(),
+        tuned=[tuned(read_results(path)) for path in sorted(tuning.glob("*.jsonl"))],
         command_of=command_of,
     )
     return "\n".join(map(wrapped, text.split("\n")))
+
+
+def schedules(runs: Sequence[Run], kind: str) -> dict[str, int]:
+    """Return how many runs on CIFAR-10 are of a kind, by schedule and the settings named with the condition."""
+    groups = [(name, group) for name, group in by_schedule(runs, CIFAR) if group[0].kind == kind]
+    names = [", ".join([name, *run.variant.split(", ")[1:]]) for name, group in groups for run in group]
+    return dict(Counter(names))
 
 
 def wrapped(line: str) -> str:

@@ -14,6 +14,7 @@ from . import figures as plots
 from .claims import on_lines, slopes
 from .paper import CIFAR, NETWORKS, PAPER, cifar_networks, command_of, label
 from .replicates import (
+    FULL,
     MEASURES,
     Pick,
     Run,
@@ -112,7 +113,7 @@ FIGURES = {f.__name__: f for f in (figure1, figure2, figure3, figure4, figure5, 
 
 
 def draw(name: str, runs: Sequence[Run], folder: Path) -> tuple[Path, str] | str:
-    """Draw a figure of the first schedule that has what it needs; return its file and schedule, or what is missing."""
+    """Draw a figure of the first schedule that has what it needs; return its file and its runs, or what is missing."""
     from matplotlib.figure import Figure
 
     path = folder / f"{name}.png"
@@ -125,7 +126,8 @@ def draw(name: str, runs: Sequence[Run], folder: Path) -> tuple[Path, str] | str
             folder.mkdir(parents=True, exist_ok=True)
             # Without matplotlib's version, so that the same lines make the same picture.
             figure.savefig(path, dpi=100, metadata={"Software": None})
-            return path, schedule
+            kind = group[0].kind
+            return path, schedule if kind == FULL else f"{schedule} ({kind})"
     path.unlink(missing_ok=True)  # of an earlier page
     entry = PAPER["figures"][name]
     return f"{name.replace('figure', 'Figure ')}: no run with {entry['needs']}; run: `{command_of(entry)}`"

@@ -5,10 +5,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..training.tables import markdown_table
-from .claims import bounds, paper_text, value_of, verdict
+from .claims import bounds, ours_text, paper_text, share_of, value_of, verdict
 from .networks import parameter_table
 from .paper import CIFAR, NETWORKS, PAPER, command_of, label
-from .replicates import FULL, MEASURES, Run, by_schedule, measured, picked, spread, spread_text
+from .replicates import (
+    FULL,
+    MEASURES,
+    OTHER,
+    Run,
+    by_replicate,
+    by_schedule,
+    measured,
+    picked,
+    repeats_text,
+    spread,
+    spread_text,
+)
 
 
 def claims_table(runs: Sequence[Run]) -> str:
@@ -30,8 +42,11 @@ def _claim_row(claim: Mapping[str, Any], network: str, runs: Sequence[Run]) -> l
     """Return a claim on a network: paper, ours, n, schedule, verdict; None if it was not run."""
     for schedule, group in by_schedule(runs, claim.get("dataset", CIFAR)):
         if ours := value_of(claim, network, group, NETWORKS):
-            judged = verdict(claim, bounds(claim, network, PAPER), ours[0], schedule)
-            return [paper_text(claim, network, PAPER), spread_text(ours), str(ours[2]), schedule, judged]
+            share = share_of(claim, network, group)
+            judged = verdict(claim, bounds(claim, network, PAPER), ours, group[0].kind, share and share[0])
+            n = f"{ours[2]} runs" if claim["measure"] == "slopes" else str(ours[2])
+            text = ours_text(claim, network, group, ours)
+            return [paper_text(claim, network, PAPER), text, n, schedule, judged]
     return None
 
 
@@ -50,7 +65,7 @@ def runs_table(runs: Sequence[Run]) -> str:
     """Return the runs, a row for those that differ in the replicate alone."""
     cells: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        cells.setdefault((run.dataset, label(run.network), run.variant, run.schedule), []).append(run)
+        cells.setdefault((run.dataset, label(run.network), run.named, run.schedule), []).append(run)
     rows = [[*cell, *_runs_row(group)] for cell, group in sorted(cells.items())]
     head = ["data", "network", "condition and settings", "schedule", "accuracy, %", "n", "runs"]
     return markdown_table([*head, "seconds a run", "hardware", "commits"], rows)
@@ -58,13 +73,15 @@ def runs_table(runs: Sequence[Run]) -> str:
 
 def _runs_row(group: Sequence[Run]) -> list[str]:
     """Return accuracy, n, runs, seconds, hardware and commits of one cell."""
-    accuracy = spread(measured(group, group[0].network, group[0].variant, MEASURES["accuracy"]).values())
+    values = by_replicate(group, group[0].network, group[0].named, MEASURES["accuracy"])
+    accuracy = spread(map(statistics.mean, values.values()))
     seconds = spread(run.line["seconds"] for run in group if "seconds" in run.line)
     places = sorted({_hardware(run.line.get("hardware", {})) for run in group})
     commits = sorted({str(run.line.get("commit")) for run in group})
     assert accuracy
     taken = spread_text(seconds, 0) if seconds else ""
-    return [spread_text(accuracy), str(accuracy[2]), str(len(group)), taken, "; ".join(places), ", ".join(commits)]
+    text = spread_text(accuracy) + repeats_text(values)
+    return [text, str(accuracy[2]), str(len(group)), taken, "; ".join(places), ", ".join(commits)]
 
 
 def _hardware(used: Mapping[str, Any]) -> str:
@@ -89,7 +106,7 @@ def missing_table(runs: Sequence[Run]) -> str:
 
 def _hours_text(runs: Sequence[Run], variant: str, lack: Mapping[str, int]) -> str:
     """Return the GPU-hours that the missing replicates will take, from the seconds an epoch of such runs here."""
-    cifar = [run for run in runs if run.dataset == CIFAR]
+    cifar = [run for run in runs if run.dataset == CIFAR and run.kind != OTHER]  # which may take another time
     medians = {name: _median_epoch(cifar, name, variant) for name in lack}
     known = {name: seconds for name, seconds in medians.items() if seconds is not None}
     hours = sum(seconds * lack[name] for name, seconds in known.items()) * PAPER["recipes"][CIFAR]["epochs"] / 3600
@@ -102,8 +119,7 @@ def _median_epoch(runs: Iterable[Run], network: str, variant: str) -> float | No
 
     def pick(line: Mapping[str, Any]) -> float | None:
         used = line.get("hardware", {})
-        same = line["recipe"].get("batch_size", 128) == PAPER["recipes"][CIFAR]["batch_size"]
-        gpu = used.get("device") == "cuda" and same and "seconds" in line
+        gpu = used.get("device") == "cuda" and "seconds" in line
         return line["seconds"] * used.get("processes", 1) / line["recipe"]["epochs"] if gpu else None
 
     seconds = [value for _, value in picked(runs, network, variant, pick)]

@@ -8,4 +8,5 @@
 - ``data.py``: images in memory or streamed; ``feed.py``: the batches of an epoch, accuracy; ``metrics.py``: top-k.
 - ``sweeps.py``: the runs that a sweep's file asks for, which ``sweep.py`` does.
 - ``lines.py``: write and read result lines; ``tables.py``: print rows of cells.
+- ``options.py``: the keys of all scripts; ``advice.py``: what an error advises, as a command line.
 """

@@ -2,14 +2,17 @@
 
 ``load_splits`` -> ``decode`` -> ``batches`` and ``eval_batches``; or ``stream``, for data sets too large for memory.
 What is random follows from (data_seed, epoch): the first 8 bytes of sha256(``"bnaffine-data-v1/<data_seed>/<epoch>"``),
-little-endian, seed one generator on the CPU, so neighbouring data seeds and epochs are unrelated.
+little-endian, seed one generator on the CPU, so neighbouring data seeds and epochs are unrelated. What is random in one
+streamed image follows from (data_seed, epoch, its row) in the same way.
 """
 
 import hashlib
 import os
+import random
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,21 +20,32 @@ import numpy as np
 import torch
 from PIL import Image, WebPImagePlugin  # noqa: F401  # PIL tries formats as registered: WebP opens faster if first
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.transforms import Compose, PILToTensor, Resize
+from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ConfigError, DataError
-from .generators import drawn_from
+from ..model.images import as_mode, evaluation_transform, normaliser
+
+VALIDATION = ("validation", "valid", "val")  # names of a split to test on, where there is none called "test"
+NAMED = ("string", "large_string", "bool")  # types of a label column whose values are the names of the classes
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split: a ``datasets.Dataset``, its image and label columns, and the class names in label order."""
+    """One split: a ``datasets.Dataset``, its image and label columns, and the class names in label order.
+
+    ``codes`` maps the values of the label column to labels; by default the values are the labels.
+    """
 
     dataset: Any
     image_column: str
     label_column: str
     label_names: tuple[str, ...]
+    name: str = ""  # what it is a split of, e.g. "test" or "100 held out of train"
+    codes: Mapping[Any, int] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.dataset)
 
 
 @dataclass(frozen=True)
@@ -61,33 +75,79 @@ class Batch(NamedTuple):
 
 def load_splits(
     name: str, *, train_split: str = "train", test_split: str = "test", config_name: str | None = None,
-    image_column: str | None = None, label_column: str | None = None,
+    image_column: str | None = None, label_column: str | None = None, held_out: int = 0,
 ) -> tuple[Split, Split]:  # fmt: skip
     """Load the train and the test split of an image data set.
 
     ``name`` is an existing folder, a Hub id, or ``"digits"``: scikit-learn's 1,797 grey 8x8 digits, every fifth of them
-    (index % 5 == 4) for test. Columns not given are found by type, then by name. Integer labels: 0..train's largest.
+    (index % 5 == 4) for test. With ``held_out``, so many images of the train split are the test split. Where there is
+    no split "test", "validation", "valid" or "val" is taken; if the train split is the only one, a fifth is held out.
+
+    Columns not given are found by type, then by name. Integer labels: 0..train's largest. Strings: sorted.
 
     Raises:
         DataError: a split or a column is missing, the class lists differ, or a label is missing.
 
     Example:
-        >>> [len(split.dataset) for split in load_splits("digits")]
+        >>> [len(split) for split in load_splits("digits")]
         [1438, 359]
     """
     import datasets
 
     splits = _digits() if name == "digits" else datasets.load_dataset(os.path.expanduser(name), config_name)
-    if missing := {train_split, test_split} - set(splits):
+    usual = (test_split, *(VALIDATION if test_split in ("test", *VALIDATION) else ()))
+    test_split = next((split for split in usual if split in splits), test_split)
+    alone = held_out or (test_split == "test" and [*splits] == [train_split])
+    if missing := {train_split, *(() if alone else (test_split,))} - set(splits):
         raise DataError(f"{name} lacks {sorted(missing)}.", seen=f"splits {[*splits]}", do="name its splits")
-    train, test = splits[train_split], splits[test_split]
+    train, test = splits[train_split], splits[train_split if alone else test_split]
     image, label = _column(train, "image", image_column), _column(train, "label", label_column)
     _column(test, "image", image), _column(test, "label", label)  # the same ones, not others of that type
-    names, others = (getattr(split.features[label], "names", None) for split in (train, test))
-    if names != others:
-        raise DataError(f"{name}: the splits' classes differ.", seen=f"{names}; {others}", do="choose equal ones")
-    names = tuple(names or map(str, range(int(_labels(train, label).max()) + 1)))
-    return Split(train, image, label, names), Split(test, image, label, names)
+    names, codes = _classes(name, train, test, label)
+    whole = Split(train, image, label, names, train_split, codes)
+    if not isinstance(train.features[label], datasets.ClassLabel):
+        _labels(whole)  # of a value missing here, nobody knows which class it is
+    if alone:
+        return hold_out(whole, held_out or max(1, len(train) // 5))
+    return whole, replace(whole, dataset=test, name=test_split)
+
+
+def hold_out(split: Split, count: int) -> tuple[Split, Split]:
+    """Return (what is left of a split, ``count`` images taken out of it): the same ones for every data seed.
+
+    Raises:
+        DataError: the split has no more than ``count`` images.
+    """
+    total = len(split)
+    if not 0 < count < total:
+        do = "hold out some images, and leave some to train on"
+        raise DataError("So many images cannot be held out.", seen=f"{count} of {total}", do=do)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    out, left = (split.dataset.select(sorted(part.tolist())) for part in (order[:count], order[count:]))
+    return replace(split, dataset=left), replace(split, dataset=out, name=f"{count} held out of {split.name}")
+
+
+def numbered(split: Split, names: Sequence[str]) -> Split:
+    """Return a split whose classes are numbered in the order of ``names``; one of plain integers stays as it is.
+
+    Raises:
+        DataError: the split has other classes.
+    """
+    own = split.label_names
+    has_names = split.codes or getattr(split.dataset.features[split.label_column], "names", None)
+    if not has_names or own == tuple(names):
+        return split
+    if sorted(own) != sorted(names) or len(set(own)) < len(own):
+        lack, more = ([n for n in one if n not in other][:20] for one, other in ((names, own), (own, names)))
+        raise DataError(
+            "The classes of the data are not those of the network.",
+            seen=f"missing in the data: {lack}; unknown to the network: {more}; {len(own)} and {len(names)} classes",
+            do="give the data set that the network was trained for, with classes of the same names, each once",
+        )
+    place = {name: label for label, name in enumerate(names)}
+    codes = split.codes or {label: label for label in range(len(own))}
+    codes = {value: place[own[label]] for value, label in codes.items()}
+    return replace(split, label_names=tuple(names), codes=codes)
 
 
 def check_classes(data: Split | TensorData, num_classes: int) -> None:
@@ -97,30 +157,33 @@ def check_classes(data: Split | TensorData, num_classes: int) -> None:
         raise DataError("Network and data disagree.", seen=f"{num_classes} outputs, {count} classes", do=do)
 
 
-def decode(split: Split, *, size: int, channels: int = 3, workers: int | None = None) -> TensorData:
-    """Decode every image once, to uint8 (N, channels, size, size).
+def decode(
+    split: Split, *, size: int | Sequence[int], channels: int = 3, workers: int | None = None, **preparation: Any
+) -> TensorData:
+    """Decode every image once, to uint8 (N, channels, height, width), as `as_mode` and timm's evaluation prepare it.
 
-    With 3 channels grey is replicated; with 1, colours become their ITU-R 601 luma. Palettes are looked up, alpha is
-    dropped. Another size is resized by PIL, bilinear, to the square. ``workers`` counts processes; by default, on
-    Linux, one per usable core, at most 8, from 4,096 images on, else none.
+    Args:
+        split: of images.
+        size: of the square, or (height, width).
+        channels: 3, or 1 for grey.
+        workers: processes; by default, on Linux, one per usable core, at most 8, from 4,096 images on, else none.
+        preparation: more keys of a data configuration; by default the whole image is resized, bilinear.
 
     Raises:
-        DataError: an image cannot be decoded or has more than 8 bits a value; a label is missing or out of range.
+        DataError: an image cannot be decoded; a label is missing or out of range.
+        ConfigError: the size, the channels or the preparation is not usable.
     """
-    if channels not in (1, 3):
-        raise ConfigError("Images decode to 1 or 3 channels.", seen=f"channels={channels}", do="pass 1 or 3")
-    labels = _labels(split.dataset, split.label_column, len(split.label_names))
+    height, width = (size, size) if isinstance(size, int) else size
+    how = {"crop_pct": 1.0, "crop_mode": "squash", **preparation, "input_size": [channels, height, width]}
+    items = _Items(split, evaluation_transform(how), channels)
+    labels = _labels(split)
     if workers is None:  # not threads: PIL holds the interpreter. Only Linux starts processes without a new import.
         workers = min(len(os.sched_getaffinity(0)), 8) if sys.platform == "linux" and len(labels) >= 4096 else 0
-    items = _Items(split, Compose([Resize((size, size)), PILToTensor()]), "RGB" if channels == 3 else "L")
-    length = max(1, 2**20 // (channels * size**2))  # 1 MiB a batch fits the small shared memory of a container
-    images = torch.empty((len(labels), channels, size, size), dtype=torch.uint8)
-    try:
-        for here, (pixels, _) in zip(images.split(length), DataLoader(items, length, num_workers=workers), strict=True):
+    length = max(1, 2**20 // (channels * height * width))  # 1 MiB a batch fits the small shared memory of a container
+    images = torch.empty((len(labels), channels, height, width), dtype=torch.uint8)
+    with _naming_images():
+        for here, pixels in zip(images.split(length), DataLoader(items, length, num_workers=workers), strict=True):
             here.copy_(pixels)
-    except ValueError as error:  # its last line, after a worker's traceback; its own would keep the workers waiting
-        seen, do = str(error).splitlines()[-1], "repair or remove the image; it needs 8 bits a value"
-        raise DataError("An image cannot be decoded.", seen=seen, do=do) from error.with_traceback(None)
     return TensorData(images, labels, split.label_names)
 
 
@@ -135,12 +198,10 @@ def epoch_order(n: int, data_seed: int, epoch: int, crop_padding: int = 0) -> tu
     return order, flips, torch.randint(2 * crop_padding + 1, (n, 2), generator=generator, device="cpu")
 
 
-def steps_per_epoch(
-    n: int, batch_size: int, world: int = 1, accumulation: int = 1, drop_remainder: bool = False
-) -> int:
-    """Return how many optimiser steps ``batches`` makes of n images; raise DataError or ConfigError if none."""
+def steps_per_epoch(n: int, batch_size: int, world: int = 1, accumulation: int = 1) -> int:
+    """Return how many optimiser steps an epoch of n images has; raise DataError or ConfigError if none."""
     parts = world * accumulation
-    steps = n // batch_size + (not drop_remainder and n % batch_size >= parts) if batch_size >= parts > 0 else 0
+    steps = n // batch_size + (n % batch_size >= parts) if batch_size >= parts > 0 else 0
     if steps < 1:
         error = DataError if 0 < parts <= batch_size else ConfigError
         seen = f"{n} images, {batch_size=}, {world=}, {accumulation=}"
@@ -151,15 +212,15 @@ def steps_per_epoch(
 def batches(
     data: TensorData, *, batch_size: int, data_seed: int, epoch: int, flip: bool, crop_padding: int,
     mean: Sequence[float], std: Sequence[float], rank: int = 0, world: int = 1, accumulation: int = 1,
-    drop_remainder: bool = False, memory_format: torch.memory_format = torch.contiguous_format, first_step: int = 0,
+    memory_format: torch.memory_format = torch.contiguous_format, first_step: int = 0,
 ) -> Iterator[Batch]:  # fmt: skip
     """Iterate over process ``rank``'s micro-batches of one epoch, from ``first_step`` on, made on the data's device.
 
     A global batch is the ``batch_size`` images of one optimiser step over all processes and accumulation steps. It is
     cut into world * accumulation contiguous parts, equal but for one image; process r gets part a * world + r in
     accumulation step a. Hence each process gets equally many micro-batches, and the parts join to the single process's
-    batch bit for bit. The last global batch of an epoch may be smaller; it is left out if ``drop_remainder``, or if it
-    has less than one image a part. The global mean loss is the sum of ``loss_sum / global_count`` over all parts.
+    batch bit for bit. The last global batch of an epoch may be smaller; it is left out if it has less than one image a
+    part. The global mean loss is the sum of ``loss_sum / global_count`` over all parts.
 
     ``crop_padding`` pads this many black pixels (before normalisation) on each side and crops the old size at random;
     ``flip`` mirrors half of the images. ``mean`` and ``std`` are per channel, of values in 0..1. Source: the paper's
@@ -168,17 +229,13 @@ def batches(
     Raises:
         ConfigError: an argument does not fit the others or the data; DataError: there are too few images for a step.
     """
-    steps = steps_per_epoch(len(data), batch_size, world, accumulation, drop_remainder)
-    parts, scale = world * accumulation, _scaler(data, mean, std, rank, world)
+    scale = _scaler(data, mean, std, rank, world)
     order, flips, offsets = (t.to(data.images.device) for t in epoch_order(len(data), data_seed, epoch, crop_padding))
-    for first in range(first_step * batch_size, steps * batch_size, batch_size):
-        count = min(batch_size, len(data) - first)
-        for part in range(rank, parts, world):
-            here = slice(first + part * count // parts, first + (part + 1) * count // parts)
-            images = data.images.index_select(0, order[here])
-            if flip or crop_padding:
-                images = _crop_and_flip(images, flips[here] & flip, offsets[here], crop_padding)
-            yield Batch(scale(images).contiguous(memory_format=memory_format), data.labels[order[here]], count)
+    for here, count in _parts(len(data), batch_size, rank, world, accumulation, first_step):
+        images = data.images.index_select(0, order[here])
+        if flip or crop_padding:
+            images = _crop_and_flip(images, flips[here] & flip, offsets[here], crop_padding)
+        yield Batch(scale(images).contiguous(memory_format=memory_format), data.labels[order[here]], count)
 
 
 def eval_batches(
@@ -192,73 +249,121 @@ def eval_batches(
     ``accelerator.gather(predictions)[: batch.global_count]`` is the predictions for just these images, in order.
     """
     scale = _scaler(data, mean, std, rank, world)
-    for first in range(0, len(data), batch_size):
-        count = min(batch_size, len(data) - first)
-        share = -(-count // world)
-        here = torch.arange(rank * share, (rank + 1) * share, device=data.images.device).clamp(max=count - 1) + first
+    for here, count in _shares(len(data), batch_size, rank, world):
+        here = here.to(data.images.device)
         yield Batch(scale(data.images[here]).contiguous(memory_format=memory_format), data.labels[here], count)
 
 
 def stream(
-    split: Split, transform: Callable[[Image.Image], Tensor], *, batch_size: int, data_seed: int, shuffle: bool,
-    workers: int = 0, drop_remainder: bool = False,
-) -> DataLoader[tuple[Tensor, int]]:  # fmt: skip
-    """Return a loader of [images, labels] that decodes as it goes; ``accelerator.prepare`` shards it.
+    split: Split, transform: Callable[[Image.Image], Tensor], *, batch_size: int, epoch: int | None, data_seed: int = 0,
+    channels: int = 3, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = 0, first_step: int = 0,
+) -> Iterator[Batch]:  # fmt: skip
+    """Return process ``rank``'s micro-batches of one epoch, on the CPU, of images that are decoded as they are needed.
 
-    ``transform`` takes an RGB PIL image, as ``timm.data.create_transform``'s do. ``batch_size`` is the loader's: one
-    process's once prepared. The order follows from data_seed and ``loader.sampler.set_epoch(epoch)``, which a prepared
-    loader calls; what ``transform`` draws for an image follows from data_seed, the epoch and the image's row alone, so
-    that an epoch may be entered at any batch. ValueError: a broken image.
+    They hold the same images as those of `batches`, in the same order; or, where ``epoch`` is None, of `eval_batches`.
+    ``transform`` makes a tensor of an image that `as_mode` has prepared. In a training epoch its draws, by the global
+    generators of Python, NumPy and torch on the CPU, follow from data_seed, epoch and the image's row: neither the
+    number of processes nor that of ``workers`` changes them, nor does ``first_step``, before which no image is decoded.
+
+    Raises:
+        DataError: a label is missing; there are too few images for a step; while it runs: an image cannot be decoded.
     """
-    _labels(split.dataset, split.label_column, len(split.label_names))
-    items, seed = _SeededItems(split, transform, "RGB", data_seed), _seed(data_seed, "stream") % 2**32
-    return DataLoader(
-        items, batch_size, num_workers=workers, drop_last=drop_remainder, pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed), sampler=_RowsOfEpoch(items, 1, 0, shuffle, seed),
-        worker_init_fn=_leave_signals,
+    labels = _labels(split)
+    if epoch is None:
+        parts = list(_shares(len(labels), batch_size, rank, world))
+    else:
+        order, cut = epoch_order(len(labels), data_seed, epoch)[0], (batch_size, rank, world, accumulation, first_step)
+        parts = [(order[part], count) for part, count in _parts(len(labels), *cut)]
+    items = _Items(split, transform, channels, None if epoch is None else (data_seed, epoch))
+    loader = DataLoader(
+        items, batch_sampler=[here.tolist() for here, _ in parts], num_workers=workers, worker_init_fn=_leave_signals,
+        pin_memory=torch.cuda.is_available(), generator=torch.Generator(),  # its own: it draws once an epoch
     )  # fmt: skip
+    return _streamed(loader, [(labels[here], count) for here, count in parts])
 
 
-class _Items(Dataset[tuple[Tensor, int]]):
-    """``(transform(image), label)`` by row of a split; the image is in PIL mode ``mode``, RGB or L."""
+def _streamed(loader: DataLoader[Tensor], shown: list[tuple[Tensor, int]]) -> Iterator[Batch]:
+    with _naming_images():
+        for images, (labels, count) in zip(loader, shown, strict=True):
+            yield Batch(images, labels, count)
 
-    def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor], mode: str) -> None:
-        self.rows = split.dataset.select_columns([split.image_column, split.label_column]).with_format("arrow")
-        self.transform, self.mode, self.feature = transform, mode, split.dataset.features[split.image_column]
+
+def _parts(
+    n: int, batch_size: int, rank: int, world: int, accumulation: int, first_step: int
+) -> Iterator[tuple[slice, int]]:
+    """Yield process ``rank``'s parts of the global batches of n images in training, and the size of each batch."""
+    steps, parts = steps_per_epoch(n, batch_size, world, accumulation), world * accumulation
+    for first in range(first_step * batch_size, steps * batch_size, batch_size):
+        count = min(batch_size, n - first)
+        for part in range(rank, parts, world):
+            yield slice(first + part * count // parts, first + (part + 1) * count // parts), count
+
+
+def _shares(n: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
+    """Yield process ``rank``'s equal shares of n images in order, the last image repeated, and the batches' sizes."""
+    for first in range(0, n, batch_size):
+        count = min(batch_size, n - first)
+        share = -(-count // world)
+        yield torch.arange(rank * share, (rank + 1) * share).clamp(max=count - 1) + first, count
+
+
+class _UndecodedError(ValueError):
+    """An image cannot be decoded: one message, so that torch raises it again when it comes from a worker."""
+
+
+@contextmanager
+def _naming_images() -> Generator[None, None, None]:
+    """Say in three parts which image cannot be decoded."""
+    try:
+        yield
+    except _UndecodedError as error:
+        seen = str(error).rpartition("_UndecodedError: ")[2]  # after the traceback of a worker
+        do = "repair, convert or remove the image"
+        # Without its own traceback, for which workers would wait.
+        raise DataError("An image cannot be decoded.", seen=seen, do=do) from error.with_traceback(None)
+
+
+class _Items(Dataset[Tensor]):
+    """``transform(image)`` by row of a split; its draws follow from ``drawn`` and the row, if given."""
+
+    def __init__(
+        self,
+        split: Split,
+        transform: Callable[[Image.Image], Tensor],
+        channels: int,
+        drawn: tuple[int, int] | None = None,
+    ) -> None:
+        self.rows = split.dataset.select_columns([split.image_column]).with_format("arrow")
+        self.feature = split.dataset.features[split.image_column]
+        self.transform, self.channels, self.drawn = transform, channels, drawn
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        encoded, label = self.rows[index].to_pylist()[0].values()
+    def __getitem__(self, index: int) -> Tensor:
+        (encoded,) = self.rows[index].to_pylist()[0].values()
         try:
-            image = self.feature.decode_example(encoded)
-            if image.mode[0] in "IF":
-                raise ValueError(f"mode {image.mode}")  # PIL would clip 16 bits to 8 without a word
-            image = image.convert("RGBA") if image.mode == "P" else image  # or PIL warns of transparent palettes
+            image = as_mode(self.feature.decode_example(encoded), self.channels)
         except Exception as error:  # PIL raises OSError, ValueError, SyntaxError and more, by format
-            raise ValueError(f"image {index}: {error}") from error
-        return self.transform(image.convert(self.mode)), label
+            path = f" ({encoded['path']})" if isinstance(encoded, dict) and encoded.get("path") else ""
+            raise _UndecodedError(f"image {index}{path}: {' '.join(str(error).split())}") from error
+        with _drawn_from(_seed(*self.drawn, index)) if self.drawn else nullcontext():
+            return self.transform(image)
 
 
-class _SeededItems(_Items):
-    """The same by (epoch, row): what the transform draws follows from these and the data seed."""
-
-    def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor], mode: str, data_seed: int) -> None:
-        super().__init__(split, transform, mode)
-        self.data_seed = data_seed
-
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:  # type: ignore[override]
-        epoch, index = place
-        with drawn_from(_seed(self.data_seed, epoch, "row", index)):
-            return super().__getitem__(index)
-
-
-class _RowsOfEpoch(DistributedSampler[Any]):
-    """Pairs (epoch, row), in the order of the epoch: workers learn of the epoch in this way alone."""
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, row) for row in super().__iter__())
+@contextmanager
+def _drawn_from(seed: int) -> Generator[None, None, None]:
+    """Let the global generators on the CPU start from a seed, and leave them as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would change those of GPUs too
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def _leave_signals(_: int) -> None:
@@ -285,20 +390,47 @@ def _column(dataset: Any, role: str, given: str | None) -> str:
     types = {name: type(feature).__name__ for name, feature in dataset.features.items()}
     types |= {name: dataset.features[name].dtype for name in types if types[name] == "Value"}
     typed = [name for name in types if types[name] == kind]
-    integers = [name for name in types if "int" in types[name] and role == "label" and name in (*usual, given)]
-    found = typed or integers if given is None else [name for name in typed + integers if name == given]
+    plain = [name for name in types if role == "label" and ("int" in types[name] or types[name] in NAMED)]
+    plain = [name for name in plain if name in (*usual, given)]
+    found = typed or plain if given is None else [name for name in typed + plain if name == given]
     found = found if len(found) < 2 else [name for name in found if name in usual] or found
     if len(found) != 1:
-        what, do = f"{len(found)} columns can be {role}_column={given!r}.", f"pass {role}_column=, of type {kind}"
+        what = f"{len(found)} columns can be {role}_column={given!r}."
+        do = f"pass {role}_column=, of type {kind}" + (", integer or string" if role == "label" else "")
         raise DataError(what, seen=f"columns {types}", do=do)
     return found[0]
 
 
-def _labels(dataset: Any, column: str, count: int | None = None) -> Tensor:
-    """Return all labels, int64 (N,), after a check that there are some and that each is in 0..count-1."""
+def _classes(name: str, train: Any, test: Any, column: str) -> tuple[tuple[str, ...], dict[Any, int] | None]:
+    """Return the names of the classes in the order of their labels, and the label of each value that is no label."""
+    names, others = (getattr(split.features[column], "names", None) for split in (train, test))
+    if names != others:
+        raise DataError(f"{name}: the splits' classes differ.", seen=f"{names}; {others}", do="choose equal ones")
+    if names:
+        return tuple(names), None
+    if train.features[column].dtype not in NAMED:
+        return tuple(map(str, range(max(_integers(train, column).tolist(), default=-1) + 1))), None
+    values, there = (sorted({*split.unique(column)} - {None}) for split in (train, test))
+    if unseen := [value for value in there if value not in values]:
+        do = "give every class some images to train on"
+        raise DataError(f"{name}: the splits' classes differ.", seen=f"in the test split alone: {unseen[:20]}", do=do)
+    return tuple(map(str, values)), {value: label for label, value in enumerate(values)}
+
+
+def _integers(dataset: Any, column: str) -> Tensor:
     values = dataset.select_columns(column).with_format("arrow")[:][column].cast("int64")
-    labels = torch.tensor(values.fill_null(-1).to_numpy())
-    if not len(labels) or labels.min() < 0 or (count and labels.max() >= count):
+    return torch.tensor(values.fill_null(-1).to_numpy())
+
+
+def _labels(split: Split) -> Tensor:
+    """Return all labels, int64 (N,), after a check that there are some and that each is a class."""
+    dataset, column, count = split.dataset, split.label_column, len(split.label_names)
+    if split.codes is None:
+        labels = _integers(dataset, column)
+    else:
+        values = dataset.select_columns(column).with_format("arrow")[:][column].to_pylist()
+        labels = torch.tensor([split.codes.get(value, -1) for value in values], dtype=torch.int64)
+    if not len(labels) or labels.min() < 0 or labels.max() >= count:
         seen = f"{len(labels)} rows, labels {labels.unique()[:20].tolist()} (-1: none), {count} classes"
         raise DataError(f"Not every row has a label in {column!r}.", seen=seen, do="choose a split with all labels")
     return labels
@@ -320,9 +452,7 @@ def _scaler(data: TensorData, mean: Sequence[float], std: Sequence[float], rank:
     if not (len(mean) == len(std) == data.images.shape[1] and 0 <= rank < world):
         seen = f"{data.images.shape[1]} channels, {len(mean)} means, {len(std)} stds, rank {rank} of {world}"
         raise ConfigError("Batches cannot be made.", seen=seen, do="give a mean and a std per channel, rank < world")
-    pair = torch.tensor([mean, std], dtype=torch.float32, device=data.images.device).mul_(255).view(2, -1, 1, 1)
-    # Not one multiply-add: fused, it may round by an element's place in the tensor, and ranks would differ.
-    return lambda images: images.float().sub_(pair[0]).div_(pair[1])
+    return normaliser(mean, std, data.images.device)
 
 
 def _seed(*parts: int | str) -> int:

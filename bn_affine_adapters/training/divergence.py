@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.tensors import bare
-from ..norms.find import COPIES
+from ..norms import COPIES
+from ..settings import bare
 from .checkpoint import trained_tensors
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..adapter.layer import BNOnlyLayer
 from ..norms.find import head_layers, is_norm, plain_modules
+from ..seed.generator import OwnGenerator
 from .feed import Feed
 
 FEW = 4  # images on which the two ways are compared
@@ -110,11 +111,9 @@ def head_input(network: nn.Module, head: nn.Module, images: Tensor) -> Tensor | 
 
 def _difference(network: nn.Module, head: nn.Module, images: Tensor, feed: Feed) -> str | None:
     """Return how features differ between training on a batch and evaluation on each image; None if they do not."""
-    cuda = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), feed.accelerator.autocast():
-        before = _generators(cuda)
+    with OwnGenerator() as generator, feed.accelerator.autocast():
         together = head_input(network.train(), head, images)
-        drawn = any(not torch.equal(a, b) for a, b in zip(before, _generators(cuda), strict=True))
+        drawn = generator.drawn
         network.eval()
         alone = [head_input(network, head, image[None]) for image in images]
     if drawn:
@@ -126,10 +125,6 @@ def _difference(network: nn.Module, head: nn.Module, images: Tensor, feed: Feed)
     if not difference < (TOLERANCE if feed.accelerator.mixed_precision == "no" else TOLERANCE_MIXED):
         return f"features differ by {difference:.2g} of their norm between training and evaluation"
     return None
-
-
-def _generators(cuda: list[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
 
 
 def _excess(network: nn.Module, head: nn.Module, images: Tensor, feed: Feed) -> str | None:

@@ -3,55 +3,47 @@
 The one place that knows whether the images lie in memory on the device or stream from workers.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import create_transform
 from torch import Tensor, nn
 
 from ..errors import BNAdapterError, DataError
-from .data import Batch, Split, TensorData, batches, decode, eval_batches, load_splits, steps_per_epoch, stream
+from ..model.images import completed, evaluation_transform, normaliser
+from .data import (
+    Batch,
+    Split,
+    TensorData,
+    batches,
+    decode,
+    eval_batches,
+    load_splits,
+    numbered,
+    steps_per_epoch,
+    stream,
+)
+from .options import DataOptions
 
 EVAL_BATCH = 512
 
 
-@dataclass
-class DataOptions:
-    """Which data, how they are decoded, augmented and batched."""
+def own_options(data_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the `DataOptions` that prepare images as a network's own data configuration says, with timm's defaults.
 
-    # The data: "digits", a Hub id or a folder
-    dataset: str = "digits"
-    dataset_config: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-    held_out: int = 0  # images taken out of the training split and tested on instead of the test split
-    image_column: str | None = None
-    label_column: str | None = None
-    data_seed: int = 0
-    streaming: bool = False  # decode in workers with timm's transforms, instead of once into memory
-    workers: int = 4  # of the loader, where streaming
-    image_size: int = 32
-    mean: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_MEAN))
-    std: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_STD))
-    flip: bool = False
-    crop_padding: int = 0  # in memory: zero padding before a random crop
-    crop_scale: list[float] = field(default_factory=lambda: [0.1, 1.0])  # streaming: RandomResizedCrop
-    crop_ratio: list[float] = field(default_factory=lambda: [0.8, 1.25])
-    test_crop: float = 0.875  # streaming: centre crop over resized side
-    batch_size: int = 128  # images an optimiser step, over all processes and accumulation steps
-    accumulation: int = 1
-    channels_last: bool = True
-
-
-def own_options(data_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `DataOptions` that a network's own data configuration, as timm has it, says: size, mean and std."""
-    own: dict[str, Any] = {key: list(data_config[key]) for key in ("mean", "std") if key in data_config}
-    return own | ({"image_size": data_config["input_size"][-1]} if "input_size" in data_config else {})
+    Raises:
+        ConfigError: the data configuration is not usable.
+    """
+    if not data_config:
+        return {}
+    own = completed(data_config)
+    (_, height, width), crop_pct = own.pop("input_size"), own.pop("crop_pct")
+    return {**own, "test_crop": crop_pct, "image_size": height if height == width else [height, width]}
 
 
 class Feed:
@@ -67,21 +59,34 @@ class Feed:
 
         Raises:
             DataError: the data set, a split or a column is missing, or there are too few images for one step.
+            ConfigError: it is not clear how images are prepared.
         """
+        completed(options.data_config)
         self.options, self.accelerator = options, accelerator
         self.format = torch.channels_last if options.channels_last else torch.contiguous_format
         with accelerator.main_process_first():  # the cache of `datasets` is written once
             self.train, self.test = _load(options)
-        if options.held_out:
-            self.train, self.test = hold_out(self.train, options.held_out)
+        if not options.held_out and self.test.name != options.test_split:
+            said = f"no split {options.test_split}: tested on {self.test.name}, {len(self.test):,} images"
+            accelerator.print(f"{options.dataset} has {said}", file=sys.stderr)
         self.label_names = self.train.label_names
         self.steps = steps_per_epoch(
-            len(self.train.dataset),
+            len(self.train),
             batch_size=options.batch_size,
             world=accelerator.num_processes,
             accumulation=options.accumulation,
-            drop_remainder=options.streaming,
         )
+
+    def number_classes(self, names: Sequence[str]) -> None:
+        """Number the classes in the order of a network's names; those of plain integers stay as they are.
+
+        Raises:
+            DataError: the data have other classes.
+        """
+        self.train, self.test = numbered(self.train, names), numbered(self.test, names)
+        self.label_names = self.train.label_names
+        for decoded in ("_train_tensors", "_test_tensors"):
+            self.__dict__.pop(decoded, None)
 
     def load(self) -> None:
         """Decode the images now, where they lie in memory."""
@@ -89,14 +94,19 @@ class Feed:
             _ = self._train_tensors, self._test_tensors
 
     @property
+    def share(self) -> dict[str, Any]:
+        """This process, and how many there are."""
+        return {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
+
+    @property
     def common(self) -> dict[str, Any]:
         """What training and test batches in memory have in common."""
-        accelerator, o = self.accelerator, self.options
-        share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-        return {"mean": o.mean, "std": o.std, "memory_format": self.format, **share}
+        return {"mean": self.options.mean, "std": self.options.std, "memory_format": self.format, **self.share}
 
     def _decoded(self, split: Split) -> TensorData:
-        return decode(split, size=self.options.image_size).to(self.accelerator.device)
+        how = self.options.data_config
+        channels, *size = how.pop("input_size")
+        return decode(split, size=size, channels=channels, **how).to(self.accelerator.device)
 
     @cached_property
     def _train_tensors(self) -> TensorData:
@@ -106,55 +116,35 @@ class Feed:
     def _test_tensors(self) -> TensorData:
         return self._decoded(self.test)
 
-    def _loader(self, split: Split, training: bool) -> Any:
-        o, world = self.options, self.accelerator.num_processes
-        common = {"input_size": (3, o.image_size, o.image_size), "mean": o.mean, "std": o.std}
-        if training:
-            change = {"scale": o.crop_scale, "ratio": o.crop_ratio, "hflip": 0.5 * o.flip, "color_jitter": None}
-        else:
-            change = {"crop_pct": o.test_crop}
-        transform = create_transform(**common, **change, is_training=training, interpolation="bilinear")
-        loader = stream(
-            split,
-            transform,
-            batch_size=max(1, o.batch_size // (world * o.accumulation)),
-            data_seed=o.data_seed,
-            shuffle=training,
-            workers=o.workers,
-            drop_remainder=training,
-        )
-        return self.accelerator.prepare(loader)
+    def _streamed(self, split: Split, **how: Any) -> Iterator[Batch]:
+        """Yield a split's micro-batches, normalised and on the device."""
+        o, device = self.options, self.accelerator.device
+        normalise = normaliser(o.mean, o.std, device)
+        for images, labels, count in stream(split, **how, channels=len(o.mean), workers=o.workers, **self.share):
+            pixels = normalise(images.to(device, non_blocking=True))
+            yield Batch(pixels.contiguous(memory_format=self.format), labels.to(device), count)
 
-    @cached_property
-    def _train_loader(self) -> Any:
-        return self._loader(self.train, training=True)
-
-    @cached_property
-    def _test_loader(self) -> Any:
-        return self._loader(self.test, training=False)
+    def _augmentation(self) -> Callable[[Any], Tensor]:
+        """Return timm's training transform, to uint8 pixels."""
+        o = self.options
+        change = {"scale": o.crop_scale, "ratio": o.crop_ratio, "hflip": 0.5 * o.flip, "color_jitter": None}
+        size = tuple(o.data_config["input_size"])
+        return create_transform(size, is_training=True, interpolation=o.interpolation, normalize=False, **change)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Yield this process's micro-batches of one training epoch, from its step ``first`` on."""
         o = self.options
+        cut: dict[str, Any] = {
+            "batch_size": o.batch_size,
+            "data_seed": o.data_seed,
+            "epoch": epoch,
+            "accumulation": o.accumulation,
+            "first_step": first,
+        }
         if o.streaming:
-            self._train_loader.set_epoch(epoch)
-            loader = self._train_loader
-            if first:  # skipped images are not decoded
-                loader = self.accelerator.skip_first_batches(loader, first * o.accumulation)
-            for images, labels in islice(loader, (self.steps - first) * o.accumulation):
-                yield Batch(images.to(memory_format=self.format), labels, o.batch_size)
+            yield from self._streamed(self.train, transform=self._augmentation(), **cut)
         else:
-            yield from batches(
-                self._train_tensors,
-                batch_size=o.batch_size,
-                data_seed=o.data_seed,
-                epoch=epoch,
-                flip=o.flip,
-                crop_padding=o.crop_padding,
-                accumulation=o.accumulation,
-                first_step=first,
-                **self.common,
-            )
+            yield from batches(self._train_tensors, flip=o.flip, crop_padding=o.crop_padding, **cut, **self.common)
 
     def reordered(self, data_seed: int) -> "Feed":
         """Return a feed of the same images, decoded once, in the order of another data seed."""
@@ -186,29 +176,12 @@ class Feed:
 
     def evaluation(self) -> Iterator[Batch]:
         """Yield this process's share of the test split, in order; `global_count` of all shares are real."""
-        if not self.options.streaming:
+        o = self.options
+        if o.streaming:
+            how = {"transform": evaluation_transform(o.data_config), "epoch": None}
+            yield from self._streamed(self.test, batch_size=max(1, o.batch_size // o.accumulation), **how)
+        else:
             yield from eval_batches(self._test_tensors, batch_size=EVAL_BATCH, **self.common)
-            return
-        left = len(self.test.dataset)
-        for images, labels in self._test_loader:
-            count = min(left, len(labels) * self.accelerator.num_processes)
-            left -= count
-            yield Batch(images.to(memory_format=self.format), labels, count)
-
-
-def hold_out(split: Split, count: int) -> tuple[Split, Split]:
-    """Return (what is left of a split, ``count`` images taken out of it): the same ones for every data seed.
-
-    Raises:
-        DataError: the split has no more than ``count`` images.
-    """
-    total = len(split.dataset)
-    if not 0 < count < total:
-        do = "hold out some images, and leave some to train on"
-        raise DataError("So many images cannot be held out.", seen=f"{count} of {total}", do=do)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-    out, left = (sorted(part.tolist()) for part in (order[:count], order[count:]))
-    return replace(split, dataset=split.dataset.select(left)), replace(split, dataset=split.dataset.select(out))
 
 
 def _load(options: DataOptions) -> tuple[Split, Split]:
@@ -220,6 +193,7 @@ def _load(options: DataOptions) -> tuple[Split, Split]:
             config_name=options.dataset_config,
             image_column=options.image_column,
             label_column=options.label_column,
+            held_out=options.held_out,
         )
     except (OSError, ValueError) as error:  # what `datasets` raises for a name or folder that it cannot read
         if isinstance(error, BNAdapterError):
@@ -241,6 +215,8 @@ def side_by_side(feeds: Sequence[Feed], epoch: int, first: int = 0) -> Iterator[
 @torch.no_grad()
 def accuracy(model: nn.Module, feed: Feed, between: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Return {"top1": %, "top5": %} of a network over the whole test split, over all processes.
+
+    The network is set to evaluation mode. Give `evaluation_copy(network)` of a network that others use.
 
     Args:
         model: the network.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..adapter.config import BNOnlyConfig
+from ..adapter.method import BNOnlyConfig
 from ..errors import ConfigError, DivergedError
 from ..norms.statistics import sync_norms_
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -25,12 +25,11 @@ from .feed import Feed, accuracy, side_by_side
 from .generators import generator_states, restore_generators
 from .network import build_network, configuration
 from .optimizer import create_optimizer
-from .recipe import Recipe, members
+from .recipe import CHECKPOINT, Recipe, members
 from .schedule import lr_at
 from .stacked import Stacked
 from .stopping import Stopping
 
-CHECKPOINT = "checkpoint.pt"  # in the output folder
 FIRST = 20  # losses of so many first steps are kept
 LOOK = 50  # steps after which losses on another device than the CPU are looked at, since that waits for the device
 
@@ -158,6 +157,10 @@ def resume(training: Training) -> None:
     what = training.network, training.optimizer, accelerator.scaler
     history, training.generators = load_checkpoint(training.checkpoint, training.recipe, *what)
     training.kept = True
+    names = list(training.replicates[0].feed.label_names)
+    if names != (trained := history.get("label_names", names)):
+        do = "name the classes of the data as before; to start again, overwrite=true resume=false"
+        raise ConfigError("The checkpoint was trained on other classes.", seen=f"{trained} -> {names}", do=do)
     training.seconds += history["seconds"]
     training.step, training.skipped = history.get("step", 0), history.get("skipped", 0)
     training.losses = own_losses(history.get("losses", []), accelerator)
@@ -209,6 +212,7 @@ def checkpoint(training: Training) -> None:
         "step": training.step,
         "losses": [part for part, _ in parts],
         "skipped": training.skipped,
+        "label_names": list(training.replicates[0].feed.label_names),
         "replicates": [replicate.history for replicate in training.replicates],
     }
     if accelerator.is_main_process:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..adapter.config import BNOnlyConfig
+from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import create
 from ..errors import ConfigError
 from ..model.loading import get_bn_only_model
@@ -32,18 +32,12 @@ def configuration(recipe: Recipe, feed: Feed) -> BNOnlyConfig:
         seed=recipe.seed,
         weight_init=recipe.weight_init,
         norm_init=recipe.norm_init,
+        layer_scale=recipe.layer_scale,
         architecture=recipe.model.partition(".")[0] if recipe.condition in FULL_CONDITIONS else None,
         model_args={"num_classes": len(feed.label_names), **recipe.model_args},
         label_names=list(feed.label_names),
         lean=recipe.lean,  # type: ignore[arg-type]  # checked by the configuration
-        data_config={
-            "input_size": [3, recipe.image_size, recipe.image_size],
-            "mean": recipe.mean,
-            "std": recipe.std,
-            "interpolation": "bilinear",
-            "crop_pct": recipe.test_crop if recipe.streaming else 1.0,
-            "crop_mode": "center" if recipe.streaming else "squash",  # as the images were prepared here
-        },
+        data_config=recipe.data_config,
         **{"running_statistics": recipe.running_statistics, **CONDITIONS.get(recipe.condition, {})},
     )
 
@@ -91,7 +85,7 @@ def forward_cost(recipe: Recipe) -> float:
     model = create(recipe.model.partition(".")[0], recipe.model_args, "meta").eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, recipe.image_size, recipe.image_size, device="meta"))
+            model(torch.empty(1, *recipe.data_config["input_size"], device="meta"))
     except (RuntimeError, ValueError, AssertionError):  # most often: it has no pixel left after its last stride
         return float("inf")
     return float(counter.get_total_flops())
@@ -103,8 +97,8 @@ def measured_step(recipe: Recipe, feed: Feed) -> tuple[int, float]:
     network = build_network(recipe, config, feed).to(device).to(memory_format=feed.format).train()
     optimizer = create_optimizer(recipe, network)
     model = torch.compile(network, mode=recipe.compile, dynamic=False) if recipe.compile else network
-    size = recipe.batch_size // recipe.accumulation
-    images = torch.randn(size, 3, recipe.image_size, recipe.image_size, device=device).to(memory_format=feed.format)
+    size, shape = recipe.batch_size // recipe.accumulation, recipe.data_config["input_size"]
+    images = torch.randn(size, *shape, device=device).to(memory_format=feed.format)
     labels = torch.randint(len(feed.label_names), (size,), device=device)
     dtype = torch.float16 if recipe.precision == "fp16" else torch.bfloat16
     seconds: list[float] = []

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from timm.optim import list_optimizers
-
 from ..errors import BNAdapterError, ConfigError, check_choice, check_keys
-from .feed import DataOptions
+from ..seed.draws import LAYER_SCALES
+from ..settings import CROP_MODES, INTERPOLATIONS, as_channels
+from ..sharing.paths import ELSEWHERE
+from .options import DataOptions
 
 Options = TypeVar("Options")
 
@@ -49,6 +50,7 @@ class Recipe(DataOptions):
     condition: str = "bn"
     weight_init: str = "kaiming_normal"
     norm_init: str | None = None
+    layer_scale: str = "constructor"  # or "one", "train": the gains of residual branches in ConvNeXt and others
     running_statistics: str = "update"
     # The optimiser
     optimizer: str = "sgd"  # without Nesterov; or one of timm's: adamw, lamb, muon, ...
@@ -79,11 +81,17 @@ class Recipe(DataOptions):
     eval_every: int = 1  # epochs; the last is always evaluated
     results: str | None = None  # a .jsonl file to append the result line to
 
+    def __post_init__(self) -> None:
+        """Take the average of mean and std where the network has another number of channels."""
+        super().__post_init__()
+        channels = self.model_args.get("in_chans", 3)
+        self.mean, self.std = as_channels(self.mean, channels), as_channels(self.std, channels)
+
 
 # The values that a number, or each number of a list, may have.
 RANGES = {
     "held_out": "[0, inf)", "workers": "[0, inf)", "image_size": "[1, inf)", "mean": "(-inf, inf)", "std": "(0, inf)",
-    "crop_padding": "[0, inf)", "crop_scale": "(0, inf)", "crop_ratio": "(0, inf)", "test_crop": "(0, inf)",
+    "crop_padding": "[0, inf)", "crop_scale": "(0, inf)", "crop_ratio": "(0, inf)", "test_crop": "[0.1, 2]",
     "batch_size": "[1, inf)", "accumulation": "[1, inf)",
     "epochs": "[1, inf)", "lr": "[0, inf)", "milestones": "[0, inf)", "lr_decay": "[0, inf)",
     "warmup_epochs": "[0, inf)", "sgd_momentum": "[0, 1)", "weight_decay": "[0, inf)",
@@ -92,6 +100,9 @@ RANGES = {
 }  # fmt: skip
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "condition": (*CONDITIONS, *FULL_CONDITIONS),
+    "layer_scale": LAYER_SCALES,
+    "interpolation": INTERPOLATIONS,
+    "crop_mode": (None, *CROP_MODES),
     "schedule": ("multistep", "cosine"),
     "precision": ("no", "bf16", "fp16"),
     "compile": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
@@ -104,15 +115,19 @@ ELEMENTWISE = ("sgd", "momentum", "nesterov", "adam", "adamw")  # each value's u
 # What decides on which images, and in what precision, an adapter is tested.
 TEST_KEYS = (
     "dataset", "dataset_config", "train_split", "test_split", "held_out", "image_column", "label_column", "streaming",
-    "test_crop", "pretrained", "pretrained_file", "precision",
+    "pretrained", "pretrained_file", "precision",
 )  # fmt: skip
-# Where and how a run is done, not what comes out of it.
+# What decides what is computed is every key but these, which say where and how a run is done: a new key is part of the
+# recipe unless it is named here. The first ones are not recorded in result lines.
 WHERE_ONLY = {
     "output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every", "replicates",
     "checkpoint_every_steps", "timeout",
 }  # fmt: skip
+# Recorded; the results agree to rounding, or would have been none: too many steps were not finite.
+ROUNDING_ONLY = {"eval_every", "compile", "channels_last", "skip_nonfinite_steps"}
 
-SAME_RUN = ("eval_every", "compile", "skip_nonfinite_steps")  # keys of a result line that make no other run
+CHECKPOINT = "checkpoint.pt"  # in the output folder
+PATHS = ("dataset", "pretrained_file")  # may name a folder or file of this machine
 
 
 def find_config(name: str, folder: str = "") -> Path:
@@ -165,13 +180,15 @@ def read(options: type[Options], *sources: Path | Sequence[str] | Mapping[str, A
             if not isinstance(layer, Mapping):
                 raise ConfigError(f"{source} is a list, not keys with values.", seen=str(layer)[:80], do=do)
             check_keys(dict(layer), names, what)
-            layers.append(layer)
+            # YAML reads the bare word no as false.
+            layers.append({**layer, "precision": "no"} if layer.get("precision") is False else layer)
         merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(options), *layers))
         return options(**merged)  # type: ignore[arg-type]  # OmegaConf promises no str keys
     except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:  # a TypeError: a list for a mapping
         if isinstance(error, BNAdapterError):
             raise
-        raise ConfigError(f"{what} cannot be read.", seen=str(error).splitlines()[0], do=do) from error
+        seen, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+        raise ConfigError(f"{what} cannot be read.", seen=f"{key}: {seen}" if key else seen, do=do) from error
 
 
 def read_recipe(arguments: Sequence[str], default: Path) -> Recipe:
@@ -238,6 +255,8 @@ def check_values(recipe: Recipe) -> None:
 
 def check_optimizer(recipe: Recipe) -> None:
     """Raise ConfigError for an optimiser that timm does not have, or an argument that it must not get."""
+    from timm.optim import list_optimizers
+
     # AdaHessian takes second derivatives, which the loop does not compute.
     check_choice("optimizer", recipe.optimizer, [name for name in list_optimizers() if name != "adahessian"])
     for key in recipe.optimizer_args:
@@ -253,7 +272,7 @@ def check_optimizer(recipe: Recipe) -> None:
 def recorded(recipe: Recipe) -> dict[str, Any]:
     """Return what of a recipe decides its result; a local folder is named without its path."""
     kept = {key: value for key, value in asdict(recipe).items() if key not in WHERE_ONLY}
-    for key in ("dataset", "pretrained_file"):
+    for key in PATHS:
         if kept[key] and Path(kept[key]).exists():
             kept[key] = Path(kept[key]).name
     return kept
@@ -290,6 +309,9 @@ def words(settings: Mapping[str, Any]) -> list[str]:
 def command(recipe: Recipe, default: Recipe) -> str:
     """Return the line that trains a recipe again, from the keys in which it differs from the script's default."""
     usual, own = recorded(default), recorded(recipe)
+    for key in PATHS:
+        if own[key] != getattr(recipe, key):
+            own[key] = f"{ELSEWHERE}{own[key]}"
     return shlex.join(["bn-adapters", "train", *words({k: v for k, v in own.items() if v != usual[k]})])
 
 
@@ -300,18 +322,24 @@ def validate_command(recipe: Recipe, adapter: str) -> str:
     return shlex.join(["bn-adapters", "validate", adapter, *words(changed)])
 
 
-def run_key(recorded: Mapping[str, Any]) -> str:
-    """Return what tells one run from another: the settings of a result line that are not the defaults, as JSON.
+def computed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a result line's recipe that decide what is computed, in their order.
 
-    How often it was evaluated, whether it was compiled, how many steps might have been skipped and where the data set
-    was found make no other run; a key that a later version adds, at its default, makes none either.
+    A key that the line lacks was added later, and has its default. Of a data set only the name counts.
+    """
+    own = {**json.loads(json.dumps(asdict(Recipe()))), **recorded}
+    own["dataset"] = Path(own["dataset"]).name
+    if own["norm_init"] == "uniform" and own["seed"] is not None:
+        own["norm_init"] = None  # which means it
+    return {key: value for key, value in own.items() if key not in WHERE_ONLY | ROUNDING_ONLY}
+
+
+def run_key(recorded: Mapping[str, Any]) -> str:
+    """Return what tells one run from another: what is `computed`, without the defaults, as JSON.
 
     >>> run_key({"model": "cifar_resnet14", "seed": 1, "eval_every": 5, "dataset": "uoft-cs/cifar10"})
     '{"dataset": "cifar10", "seed": 1}'
     """
-    usual = json.loads(json.dumps(asdict(Recipe())))
-    own = {**recorded, "dataset": Path(recorded.get("dataset", usual["dataset"])).name}
-    if own.get("norm_init") == "uniform" and own.get("seed", 0) is not None:
-        own["norm_init"] = None  # which means it
-    own = {key: value for key, value in own.items() if key not in SAME_RUN and value != usual.get(key)}
+    usual = computed({})
+    own = {key: value for key, value in computed(recorded).items() if key not in usual or value != usual[key]}
     return json.dumps(dict(sorted(own.items())))

@@ -8,35 +8,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
-import torch
-from torch import nn
-
-from ..adapter.rebuild import versions
-from ..errors import BNAdapterError, ConfigError, DivergedError, NetworkError
-from ..model.loading import load_bn_only_model
-from ..model.peft_model import BNOnlyPeftModel
-from ..sharing.folder import check_files, read_config
+from ..errors import DIVERGED, BNAdapterError, ConfigError, DivergedError, NetworkError
+from ..sharing.folder import check_files, read_settings
 from ..sharing.hub import fetch
-from .data import check_classes
-from .feed import DataOptions, Feed, own_options
+from .advice import as_command_line
+from .options import AdapterOptions
 from .recipe import Options, read
 
-DIVERGED = 3  # the exit status of a run that diverged
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..model.peft_model import BNOnlyPeftModel
+    from .feed import Feed
+
 PACKAGE = Path(__file__).parents[1]
-
-
-@dataclass
-class AdapterOptions(DataOptions):
-    """The keys of a script that loads an adapter: the adapter, its base if it has one, and the data."""
-
-    adapter: str = "runs/digits/adapter"
-    pretrained: bool = False
-    pretrained_file: str | None = None
 
 
 @contextmanager
@@ -65,20 +53,14 @@ def run_script(command: Callable[[list[str]], None], extra: str = "train") -> No
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(DIVERGED)
     except BNAdapterError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(as_command_line(error, keys=True))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
 
-def table(rows: dict[str, str]) -> str:
-    """Return a short summary for people: a name and what it is on each line."""
-    return "\n".join(f"{name:12}  {text}" for name, text in rows.items())
-
-
-def accuracy_text(options: Any, top1: float, images: int) -> str:
+def accuracy_text(dataset: str, split: str, top1: float, images: int) -> str:
     """Return an accuracy as people read it, with the images that it was measured on."""
-    split = f"{options.held_out} of {options.train_split}" if options.held_out else options.test_split
-    return f"{top1:.2f} % top-1 on {Path(options.dataset).name}/{split} ({images:,} images)"
+    return f"{top1:.2f} % top-1 on {Path(dataset).name}/{split} ({images:,} images)"
 
 
 def read_options(
@@ -109,31 +91,41 @@ def read_options(
 
 def data_options(adapter: str) -> dict[str, Any]:
     """Return the data options in an adapter's own configuration."""
+    from .feed import own_options
+
     check_files(folder := fetch(adapter))
-    return own_options(read_config(folder).data_config or {})
+    return own_options(read_settings(folder).data_config)
 
 
-def load_adapter(options: AdapterOptions, feed: Feed) -> BNOnlyPeftModel:
+def load_adapter(options: AdapterOptions, feed: "Feed") -> "BNOnlyPeftModel":
     """Rebuild and verify an adapter's network for a test split, on its device.
 
-    An adapter without a seed is loaded on the weights of ``pretrained_file``, or on timm's if ``pretrained``.
+    An adapter without a seed is loaded on the weights of ``pretrained_file``, or on timm's if ``pretrained``. The
+    classes of the feed are numbered as the adapter names them.
 
     Raises:
-        DataError: the network has another number of classes than the data.
+        DataError: the network has other classes than the data, or another number of them.
     """
-    config = read_config(fetch(options.adapter))
+    from ..model.loading import load_bn_only_model
+    from .data import check_classes
+
+    config = read_settings(fetch(options.adapter))
+    if config.label_names:
+        feed.number_classes(config.label_names)
     check_classes(feed.test, config.model_args.get("num_classes", len(feed.label_names)))
     given = config.seed is None and (options.pretrained or options.pretrained_file)
     base = timm_network(str(config.architecture), config.model_args, True, options.pretrained_file) if given else None
     return load_bn_only_model(options.adapter, base, device=feed.accelerator.device)
 
 
-def timm_network(name: str, arguments: dict[str, Any], pretrained: bool, file: str | None = None) -> nn.Module:
+def timm_network(name: str, arguments: dict[str, Any], pretrained: bool, file: str | None = None) -> "nn.Module":
     """Return a network of timm, with the weights of ``file`` instead of timm's download if it is given.
 
     Raises:
         NetworkError: timm cannot create it, or cannot download or read its weights.
     """
+    import timm
+
     overlay = {"pretrained_cfg_overlay": {"file": file}} if file else {}
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments, **overlay)
@@ -165,6 +157,10 @@ def commit(package: Path = PACKAGE) -> str | None:
 
 def provenance(accelerator: Any) -> dict[str, Any]:
     """Return what a run ran on: hardware, versions, and this package's commit, if it is a checkout."""
+    import torch
+
+    from ..adapter.rebuild import versions
+
     cuda = accelerator.device.type == "cuda"
     return {
         "hardware": {

@@ -25,14 +25,12 @@ from subprocess import SubprocessError
 from typing import IO, Any, NamedTuple
 
 import click
-import torch
 
 from ..errors import ConfigError, NetworkError
 from ..sharing.folder import naming_full_disk
 from ..sharing.results import strict_json
-from .feed import DataOptions, Feed
 from .lines import mend, read_results, write_line
-from .network import measured_step
+from .options import DataOptions
 from .recipe import Recipe, run_key, words
 from .scripts import cores, run_script
 from .sweeps import PlannedRun, Sweep, epochs_done, planned_runs, read_sweep, result_of
@@ -89,9 +87,11 @@ async def work(run: PlannedRun, analyse: bool) -> Outcome:
 
 def analysis_arguments(run: PlannedRun) -> list[str]:
     """Return the arguments that analyse what a run saved, on the data that it was tested on."""
+    from .feed import own_options
+
     saved = run.folder / ("adapter" if (run.folder / "adapter").is_dir() else "network")
     usual = {**asdict(DataOptions()), "pretrained": False, "pretrained_file": None}
-    saved_with_it = ("image_size", "mean", "std")
+    saved_with_it = own_options(DataOptions().data_config)
     data = {key: getattr(run.recipe, key) for key in usual if key not in saved_with_it}
     changed = {key: value for key, value in data.items() if value != usual[key]}
     return words({"adapter": str(saved), "output": str(run.folder / "analysis.json"), **changed})
@@ -197,6 +197,7 @@ def finished(path: Path) -> dict[str, bool]:
 
 def dry_run(runs: list[PlannedRun], done: Mapping[str, bool]) -> dict[str, Any]:
     """Return all runs with their state, and the hours that are left of each by a step measured here."""
+    import torch
     from accelerate import Accelerator
 
     accelerator = Accelerator()
@@ -225,6 +226,9 @@ def dry_run(runs: list[PlannedRun], done: Mapping[str, bool]) -> dict[str, Any]:
 
 def measured_cost(recipe: Recipe, accelerator: Any) -> tuple[int, int, float]:
     """Return the parameters that train, the steps of an epoch, and the seconds of a step."""
+    from .feed import Feed
+    from .network import measured_step
+
     feed = Feed(recipe, accelerator)
     try:
         trained, seconds = measured_step(recipe, feed)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .checkpoint import read_checkpoint
-from .network import forward_cost
-from .recipe import Recipe, config_files, find_config, read, read_recipe, recorded, run_key, words
+from .recipe import CHECKPOINT, Recipe, config_files, find_config, read, read_recipe, recorded, run_key, words
 
 # The sweep sets these keys itself.
 OWN = {"model", "replicates", "output_dir", "overwrite", "resume", "checkpoint_every", "results"}
@@ -81,6 +79,8 @@ def planned_runs(sweep: Sweep, arguments: list[str], output: Path, threads: int 
     Raises:
         ConfigError: a recipe is not usable, sets a key that the sweep sets itself, or two runs are the same.
     """
+    from .network import forward_cost
+
     runs: dict[str, PlannedRun] = {}
     first = next(iter(sweep.conditions))
     costs = {name: forward_cost(planned_run(sweep, arguments, output, first, name).recipe) for name in sweep.networks}
@@ -137,5 +137,9 @@ def result_of(run: PlannedRun) -> dict[str, Any] | None:
 
 def epochs_done(run: PlannedRun) -> int:
     """Return the number of whole epochs in a run's checkpoint; raise CheckpointError if it is none."""
-    path = run.folder / "checkpoint.pt"
-    return len(read_checkpoint(path)["run"]["replicates"][0]["epochs"]) if path.exists() else 0
+    path = run.folder / CHECKPOINT
+    if not path.exists():
+        return 0
+    from .checkpoint import read_checkpoint
+
+    return len(read_checkpoint(path)["run"]["replicates"][0]["epochs"])

@@ -16,33 +16,31 @@ Keys with their defaults and the range of numbers:
 import atexit
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
-from torch import nn
-
-from ..deploy.exporting import export_network
 from ..errors import BNAdapterError, ConfigError, LostProcessError, OutputFolderError, check_choice
-from ..model.peft_model import BNOnlyPeftModel
 from ..sharing.folder import SCRATCH, naming_full_disk, write_file, written_whole
 from ..sharing.results import RESULTS_NAME, strict_json
 from . import recipe as recipes
 from .lines import RESULT, append, append_once, recorded_in
 from .lock import NAME as LOCK
 from .lock import locked
-from .loop import CHECKPOINT, Replicate, Training, build, fit, prepare
-from .network import count
-from .recipe import CONFIGS, Recipe, help_text, members, recorded, run_key
-from .scripts import accuracy_text, cores, provenance, run_script, table
+from .recipe import CHECKPOINT, CONFIGS, Recipe, help_text, members, recorded, run_key
+from .scripts import accuracy_text, cores, provenance, run_script
 from .stopping import Stopping
+from .tables import text_table
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from .loop import Replicate, Training
 
 DEFAULT = CONFIGS / "digits.yaml"
 
@@ -52,19 +50,16 @@ def read_recipe(arguments: list[str]) -> Recipe:
     return recipes.read_recipe(arguments, DEFAULT)
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
-    """Train, evaluate and save; return the result line, of several replicates the first one's."""
-    return train(recipe)[0].result
-
-
-def train(recipe: Recipe) -> list[Replicate]:
+def train(recipe: Recipe) -> "list[Replicate]":
     """Train, evaluate and save; return the replicates, each with its result line.
 
     Raises:
         BNAdapterError: it cannot be done, or diverged; the disk is full; another process is lost.
         SystemExit: a signal, or the end of the launcher, stopped it, after it wrote a checkpoint.
     """
-    stopping = Stopping()  # before the data are read: the launcher may die while they are
+    stopping = Stopping()  # before torch and the data are read: the launcher may die while they are
+    from .loop import build, fit, prepare
+
     accelerator = start(recipe)
     with naming_lost_process(recipe, accelerator), naming_full_disk(Path(recipe.output_dir)):
         replicates = build(recipe, accelerator)
@@ -80,7 +75,7 @@ def train(recipe: Recipe) -> list[Replicate]:
     return replicates
 
 
-def finish(training: Training) -> None:
+def finish(training: "Training") -> None:
     """Save what was trained, and write the result lines."""
     accelerator = training.accelerator
     for replicate in training.replicates:
@@ -92,7 +87,7 @@ def finish(training: Training) -> None:
 
 
 @contextmanager
-def naming_lost_process(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
+def naming_lost_process(recipe: Recipe, accelerator: "Accelerator") -> Iterator[None]:
     """Turn what gloo and NCCL say of a process that has ended, or does not answer, into LostProcessError."""
     try:
         yield
@@ -109,8 +104,10 @@ def naming_lost_process(recipe: Recipe, accelerator: Accelerator) -> Iterator[No
 
 
 @contextmanager
-def alone(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
+def alone(recipe: Recipe, accelerator: "Accelerator") -> Iterator[None]:
     """Keep other runs out of the output folders, for all processes; refuse folders that hold another run."""
+    from accelerate.utils import broadcast_object_list
+
     with ExitStack() as stack:
         refusal = None
         if accelerator.is_main_process:
@@ -128,8 +125,13 @@ def alone(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
         yield
 
 
-def start(recipe: Recipe) -> Accelerator:
+def start(recipe: Recipe) -> "Accelerator":
     """Return the accelerator; set the threads and the seed of this process; refuse an output folder in use."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
+
     trackers = [str(tracker) for tracker in get_available_trackers()]
     check_choice("tracker", recipe.tracker, (None, "all", *trackers))  # Accelerate itself trains without a missing one
     accelerator = Accelerator(
@@ -154,8 +156,16 @@ def check_output(recipe: Recipe) -> None:
         raise OutputFolderError(
             f"{output} exists and is not empty.",
             seen=", ".join(names[:5]),
-            do="choose another output_dir=, or overwrite=true, or resume=true",
+            do=_how_to_go_on(output),
         )
+
+
+def _how_to_go_on(output: Path) -> str:
+    saved = output / "adapter"
+    if not saved.is_dir():
+        return "add resume=true to go on from a checkpoint, overwrite=true to begin again, or another output_dir="
+    use = shlex.join(["bn-adapters", "validate", str(saved)])
+    return f"{use} measures what was trained; to train again, add overwrite=true or another output_dir="
 
 
 def check_finished(recipe: Recipe) -> None:
@@ -175,8 +185,10 @@ def check_finished(recipe: Recipe) -> None:
                 )
 
 
-def announce(recipe: Recipe, first: Replicate, accelerator: Accelerator) -> None:
+def announce(recipe: Recipe, first: "Replicate", accelerator: "Accelerator") -> None:
     """Tell what trains, and start the trackers."""
+    from .network import count
+
     shown = "{}: {:,} of {:,} parameters train".format(recipe.condition, *count(first.network))
     accelerator.print(shown, file=sys.stderr)
     if recipe.lean:
@@ -193,16 +205,19 @@ def leave_stdout() -> None:
     sys.stdout = sys.stderr
 
 
-def result_line(replicate: Replicate, training: Training) -> dict[str, Any]:
+def result_line(replicate: "Replicate", training: "Training") -> dict[str, Any]:
     """Return the result line of a finished run; its seconds are its share of those that trained together."""
+    from .network import count
+
     recipe, epochs, together = replicate.recipe, replicate.epochs, len(training.replicates)
+    tested = replicate.feed.test.name
     trained, total = count(replicate.network)
     seconds = training.seconds / together
     ran_on = provenance(training.accelerator)
     ran_on["hardware"]["side_by_side"] = together
     return {
         **{key: round(value, 4) for key, value in epochs[-1].items()},
-        **({"split": f"{recipe.held_out} held out of {recipe.train_split}"} if recipe.held_out else {}),
+        **({"split": tested} if tested != recipe.test_split else {}),
         "trained": trained,
         "parameters": total,
         **({"skipped_steps": training.skipped} if recipe.skip_nonfinite_steps else {}),
@@ -216,8 +231,11 @@ def result_line(replicate: Replicate, training: Training) -> dict[str, Any]:
     }
 
 
-def save(network: nn.Module, replicate: Replicate) -> None:
+def save(network: "nn.Module", replicate: "Replicate") -> None:
     """Write the adapter, or a network that trained whole as a timm checkpoint, with the result line for its card."""
+    from ..deploy.exporting import export_network
+    from ..model.peft_model import BNOnlyPeftModel
+
     result, output = replicate.result, Path(replicate.recipe.output_dir)
     kind = "adapter" if isinstance(network, BNOnlyPeftModel) else "network"
     with written_whole(output / kind) as files:
@@ -231,7 +249,7 @@ def save(network: nn.Module, replicate: Replicate) -> None:
     result |= {kind: str(output / kind)}
 
 
-def write_result(replicate: Replicate, recipe: Recipe) -> None:
+def write_result(replicate: "Replicate", recipe: Recipe) -> None:
     """Keep the result line in the output folder, and at the end of a file of results.
 
     A run that was killed after it had appended its line, and resumes, appends no second one.
@@ -243,20 +261,20 @@ def write_result(replicate: Replicate, recipe: Recipe) -> None:
     write_file(Path(replicate.recipe.output_dir, RESULT), (strict_json(result) + "\n").encode())
 
 
-def summary(replicate: Replicate) -> str:
+def summary(replicate: "Replicate") -> str:
     """Return what a person wants to know of a finished run."""
     result, recipe, feed = replicate.result, replicate.recipe, replicate.feed
     kind = "adapter" if "adapter" in result else "network"
     share = 100 * result["trained"] / result["parameters"]
     rows = {
-        "accuracy": accuracy_text(recipe, result["top1"], len(feed.test.dataset)),
+        "accuracy": accuracy_text(recipe.dataset, feed.test.name, result["top1"], len(feed.test)),
         "trained": f"{result['trained']:,} of {result['parameters']:,} parameters ({share:.2f} %)",
         kind: f"{result[kind]}, {result[f'{kind}_bytes'] / 1000:,.1f} kB",
         "time": f"{result['seconds']:.1f} s",
     }
     if kind == "adapter":
         rows["next"] = recipes.validate_command(recipe, result["adapter"])
-    return table(rows)
+    return text_table([*rows.items()])
 
 
 def command(arguments: list[str]) -> None:
@@ -264,6 +282,8 @@ def command(arguments: list[str]) -> None:
     if {"-h", "--help"} & {*arguments}:
         print(__doc__, help_text(), sep="\n")
         return
+    from accelerate import PartialState
+
     replicates = train(read_recipe([word for word in arguments if word != "--json"]))
     if PartialState().is_main_process:
         for replicate in replicates:

@@ -13,11 +13,9 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import optuna
-from optuna.trial import TrialState
 
 from ..errors import ConfigError, check_keys
 from ..sharing.results import strict_json
@@ -25,6 +23,9 @@ from .lines import append
 from .recipe import Recipe, find_config, read, read_recipe, recorded, words
 from .scripts import run_script
 from .sweeps import packaged
+
+if TYPE_CHECKING:
+    import optuna
 
 TRAIN = [sys.executable, "-m", "bn_affine_adapters.training.train"]
 
@@ -69,7 +70,7 @@ def recipe(tuning: Tuning, arguments: list[str]) -> Recipe:
     return read_recipe(["--config", tuning.config, *words(tuning.set), *arguments], Path(tuning.config))
 
 
-def suggest(trial: optuna.Trial, space: dict[str, Any]) -> dict[str, Any]:
+def suggest(trial: "optuna.Trial", space: dict[str, Any]) -> dict[str, Any]:
     """Choose a value of every key: from a list, or between low and high, log-uniform if the space says so."""
     return {
         key: trial.suggest_categorical(key, values)
@@ -79,8 +80,10 @@ def suggest(trial: optuna.Trial, space: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_trial(trial: optuna.Trial, tuning: Tuning, arguments: list[str], output: Path, own: dict[str, Any]) -> float:
+def run_trial(trial: "optuna.Trial", tuning: Tuning, arguments: list[str], output: Path, own: dict[str, Any]) -> float:
     """Train with the trial's settings, add its result line, return the accuracy on the images held out, in %."""
+    import optuna
+
     folder, chosen = output / f"trial-{trial.number}", suggest(trial, tuning.space)
     folder.mkdir(parents=True, exist_ok=True)
     command = [*TRAIN, "--config", tuning.config, *words({**tuning.set, **chosen}), *arguments]
@@ -108,12 +111,15 @@ def inside(settings: dict[str, Any], space: dict[str, Any]) -> bool:
     return all(v in a if isinstance(a, list) else a["low"] <= v <= a["high"] for v, a in values)
 
 
-def open_study(name: str, output: Path, tuning: Tuning, start: Recipe) -> optuna.Study:
+def open_study(name: str, output: Path, tuning: Tuning, start: Recipe) -> "optuna.Study":
     """Open the study, or create it with the recipe's own settings as its first trial; repeat a killed trial first.
 
     Raises:
         ConfigError: the study there has another recipe or another space.
     """
+    import optuna
+    from optuna.trial import TrialState
+
     output.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name=name, storage=f"sqlite:///{output / 'study.db'}", direction="maximize", load_if_exists=True
@@ -135,8 +141,11 @@ def open_study(name: str, output: Path, tuning: Tuning, start: Recipe) -> optuna
     return study
 
 
-def summary(study: optuna.Study, tuning: Tuning, arguments: list[str]) -> dict[str, Any]:
+def summary(study: "optuna.Study", tuning: Tuning, arguments: list[str]) -> dict[str, Any]:
     """Return the best trial, the importance of each key, and the command that trains its settings by the recipe."""
+    import optuna
+    from optuna.trial import TrialState
+
     done = study.get_trials(states=[TrialState.COMPLETE])
     model = {key: value for key, value in tuning.set.items() if key == "model"}
     several = len(done) > 1 and len({trial.value for trial in done}) > 1
@@ -158,6 +167,8 @@ def summary(study: optuna.Study, tuning: Tuning, arguments: list[str]) -> dict[s
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="By default runs/tune/NAME.")
 def command(file: str, changes: tuple[str, ...], trials: int | None, output: Path | None) -> None:
     """Run the trials that are left, and print the best."""
+    from optuna.trial import TrialState
+
     tuning, arguments = read_tuning(file), list(changes)
     start = recipe(tuning, arguments)
     name = Path(file).stem

@@ -16,13 +16,13 @@ Keys and their defaults:
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from accelerate import Accelerator, PartialState
-
+from ..errors import check_choice
 from ..sharing.results import strict_json
-from .feed import Feed, accuracy
-from .scripts import AdapterOptions, accuracy_text, data_options, load_adapter, run_script, table
+from .options import AdapterOptions
+from .recipe import CHOICES
+from .scripts import accuracy_text, data_options, load_adapter, run_script
 from .scripts import read_options as read
+from .tables import text_table
 
 
 @dataclass
@@ -34,24 +34,35 @@ class Options(AdapterOptions):
 
 def read_options(arguments: list[str]) -> Options:
     """Merge the adapter's own data configuration with the key=value arguments."""
-    return read(arguments, Options, "bn-adapters validate", __doc__, data_options)
+    options = read(arguments, Options, "bn-adapters validate", __doc__, data_options)
+    check_choice("precision", options.precision, CHOICES["precision"])
+    return options
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Rebuild, verify, evaluate; return the accuracy, the number of images and the adapter's seed."""
+    """Rebuild, verify, evaluate; return the accuracy, on which images, and the adapter's seed."""
+    import torch
+    from accelerate import Accelerator
+
+    from ..norms.copies import evaluation_copy
+    from .feed import Feed, accuracy
+
     accelerator = Accelerator(mixed_precision=options.precision)
     feed = Feed(options, accelerator)
     model = load_adapter(options, feed).to(memory_format=feed.format)
     with torch.inference_mode():
-        scores = accuracy(model, feed)
+        scores = accuracy(evaluation_copy(model), feed)
     seed = model.peft_config[model.active_adapter].seed
-    return {**{k: round(v, 4) for k, v in scores.items()}, "images": len(feed.test.dataset), "seed": seed}
+    tested = {"split": feed.test.name, "images": len(feed.test), "seed": seed}
+    return {**{k: round(v, 4) for k, v in scores.items()}, **tested}
 
 
 def command(arguments: list[str]) -> None:
     """Measure as the arguments ask; print a summary, or with ``--json`` the result line."""
     options = read_options([word for word in arguments if word != "--json"])
     result = run(options)
+    from accelerate import PartialState
+
     if PartialState().is_main_process:
         print(strict_json(result) if "--json" in arguments else summary(options, result))
 
@@ -59,12 +70,8 @@ def command(arguments: list[str]) -> None:
 def summary(options: Options, result: dict[str, Any]) -> str:
     """Return what a person wants to know."""
     weights = "pretrained weights" if result["seed"] is None else f"the weights of seed {result['seed']}"
-    return table(
-        {
-            "accuracy": accuracy_text(options, result["top1"], result["images"]),
-            "adapter": f"{options.adapter}, on {weights}, verified",
-        }
-    )
+    accuracy = accuracy_text(options.dataset, result["split"], result["top1"], result["images"])
+    return text_table([("accuracy", accuracy), ("adapter", f"{options.adapter}, on {weights}, verified")])
 
 
 def main() -> None:

@@ -20,3 +20,8 @@ class Examples(griffe.Extension):
         """Change the docstring of one object."""
         if obj.docstring:
             obj.docstring.value = fenced(obj.docstring.value)
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Show the docstring of `Settings`, which has the fields, at `BNOnlyConfig`."""
+        if pkg.name == "bn_affine_adapters":
+            pkg["adapter.method.BNOnlyConfig"].docstring = pkg["settings.Settings"].docstring

@@ -14,9 +14,9 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
-from bn_affine_adapters.adapter.config import BN_ONLY, FORBIDDEN_ARGS, FORMAT_VERSION, PEFT_KEYS, RUN_TIME
 from bn_affine_adapters.errors import ConfigError, FormatVersionError, UnknownKeyError
 from bn_affine_adapters.seed.rules import WEIGHT_INITS
+from bn_affine_adapters.settings import BN_ONLY, FORBIDDEN_ARGS, FORMAT_VERSION, PEFT_KEYS, RUN_TIME
 
 FULL = dict(
     seed=2**64 - 1,
@@ -31,6 +31,8 @@ FULL = dict(
     running_statistics="frozen",
     architecture="resnet18",
     model_args={"num_classes": 7, "output_stride": 8, "layers": [2, 2, 2, 2], "drop_rate": 0.25, "global_pool": None},
+    layer_scale="train",
+    layer_scales=["layer1.0.gamma"],
     head_layers=["fc"],
     control_layers=["conv1"],
     data_config={"input_size": [3, 32, 32], "mean": [0.5, 0.4, 0.3], "interpolation": "bilinear", "crop_pct": 0.875},
@@ -40,6 +42,9 @@ FULL = dict(
     backbone_digests="12345678" * 3,
     frozen_fingerprint="ef" * 32,
     layout_hash="01" * 32,
+    traits_fingerprint="23" * 32,
+    traits_digests="4567" * 3,
+    tensors_digest="89" * 32,
     versions={"torch": "2.15.0", "timm": "1.0.31"},
 )
 CONFIGS = {
@@ -65,7 +70,7 @@ def test_the_defaults_are_the_issues():
     assert (config.train_gamma, config.train_beta, config.train_head) == (True, True, False)
     assert (config.running_statistics, config.verify) == ("update", "full")
     assert (config.norm_layers, config.extra_trainable_modules, config.model_args) == (None, [], {})
-    assert (config.peft_type, config.format_version, config.init_scheme) == ("BN_ONLY", 1, "bnaffine-init-v1")
+    assert (config.peft_type, config.format_version, config.init_scheme) == ("BN_ONLY", 2, "bnaffine-init-v1")
     assert BNOnlyConfig(seed=0).norm_init == "uniform"
     assert BNOnlyConfig(seed=0, norm_init="ones").norm_init == "ones"
 
@@ -195,6 +200,8 @@ BAD = {
     "train_head": [1, "head", None],
     "control": ["two", "", 2, True, ["two_weights"]],
     "extra_trainable_modules": ["fc", [1], [None], 5],
+    "layer_scale": ["two", "", 1, True, ["one"]],
+    "layer_scales": ["gamma", [1], 5],
     "norm_layers": ["bn1", [1], [["bn1"]], 5],
     "running_statistics": ["freeze", None, False],
     "architecture": [5, ["resnet18"], True],
@@ -210,6 +217,9 @@ BAD = {
     "backbone_digests": [5, b"ab", ["ab"]],
     "frozen_fingerprint": [5, b"ab", ["ab"]],
     "layout_hash": [5, b"ab", ["ab"]],
+    "traits_fingerprint": [5, b"ab", ["ab"]],
+    "traits_digests": [5, b"ab", ["ab"]],
+    "tensors_digest": [5, b"ab", ["ab"]],
     "versions": [None, [], "2.15", {"torch": object()}],
     "verify": ["none", None, True, "FULL"],
     "lean": ["smaller", True, "", 1],
@@ -218,7 +228,7 @@ BAD = {
 
 def test_bad_values_are_tried_for_every_field():
     assert set(BAD) == OURS
-    assert sum(map(len, BAD.values())) == 100
+    assert sum(map(len, BAD.values())) == 117
 
 
 @pytest.mark.parametrize(
@@ -296,7 +306,7 @@ def test_a_key_of_a_newer_peft_would_be_noticed():
 
 
 def test_a_key_that_only_a_newer_peft_writes_is_let_through(tmp_path, monkeypatch):
-    monkeypatch.setattr("bn_affine_adapters.adapter.config.PEFT_KEYS", PEFT_KEYS | {"key_of_a_newer_peft"})
+    monkeypatch.setattr("bn_affine_adapters.settings.PEFT_KEYS", PEFT_KEYS | {"key_of_a_newer_peft"})
     config = BNOnlyConfig.from_pretrained(write(tmp_path, key_of_a_newer_peft=[1, 2]))
     assert config == BNOnlyConfig(seed=0)
 

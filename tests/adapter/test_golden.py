@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bn_affine_adapters import load_bn_only_model
-from bn_affine_adapters.adapter.config import FORMAT_VERSION
+from bn_affine_adapters.settings import FORMAT_VERSION
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VERSIONS = range(1, FORMAT_VERSION + 1)

@@ -11,9 +11,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Peft
 from torch import nn
 
 from bn_affine_adapters import BNOnlyConfig, BNOnlyPeftModel, get_bn_only_model
-from bn_affine_adapters.adapter.config import BN_ONLY, PEFT_KEYS
 from bn_affine_adapters.adapter.layer import BNOnlyLayer
 from bn_affine_adapters.adapter.tuner import BNOnlyTuner
+from bn_affine_adapters.settings import BN_ONLY, PEFT_KEYS
 
 ANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 

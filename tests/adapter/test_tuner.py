@@ -8,11 +8,13 @@ import peft
 import pytest
 import timm
 import torch
+from conftest import each_once
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import nn
 
 from bn_affine_adapters import BNOnlyConfig, BNOnlyPeftModel, get_bn_only_model, load_bn_only_model, shortcut_convs
+from bn_affine_adapters.adapter.layer import adapter_layers
 from bn_affine_adapters.errors import AdapterError, AdapterNameError, ConfigError, FingerprintError
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -43,6 +45,11 @@ def two_adapters(train_step):
 
 def state(model):
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def adapter_state(model, name):
+    found = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: tensor.clone() for key, tensor in found.items()}
 
 
 def moved(model, before):
@@ -209,15 +216,90 @@ def test_merge_and_unload_after_merge_adapter_keeps_what_was_trained(train_step)
         assert torch.equal(model.merge_and_unload()(IMAGES), answer)
 
 
-def test_saving_while_merged_saves_the_adapter_or_refuses(tmp_path, train_step):
-    model = train_step(wrapped())
-    answer = model(IMAGES)
+OWNED = {
+    "bn": {},
+    "bn+head": {"train_head": True},
+    "a whole module": {"extra_trainable_modules": ["blocks.0"]},
+    "two weights": {"control": "two_weights", "train_gamma": False, "train_beta": False},
+    "input affine": {"control": "input_affine"},
+}
+MERGED = {
+    "merge_adapter": lambda model: model.merge_adapter(),
+    "by name": lambda model: model.merge_adapter(["default"]),
+    "safely": lambda model: model.merge_adapter(safe_merge=True),
+    "over another": lambda model: merge_over_another(model),
+}
+
+
+def merge_over_another(model):
+    model.merge_adapter(["two"])
+    with pytest.warns(UserWarning, match="merged"):
+        model.merge_adapter(["default"])
+
+
+@each_once(owned=OWNED, merge=MERGED)
+def test_every_path_reaches_the_adapters_own_tensors_while_it_is_merged(owned, merge, tmp_path, train_step):
+    model = train_step(wrapped(**owned))
+    model.add_adapter("two", BNOnlyConfig(seed=0, **owned))
+    mine, all_of_it, answer = adapter_state(model, "default"), state(model), model(IMAGES)
+    theirs = adapter_state(model, "two")
+    merge(model)
+    assert torch.equal(model(IMAGES), answer)
+    assert not moved(model, all_of_it)
+    for name, expected in {"default": mine, "two": theirs}.items():
+        found = adapter_state(model, name)
+        assert found.keys() == expected.keys()
+        assert len(found) > 10
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    model.save_pretrained(tmp_path)
+    saved = load_bn_only_model(tmp_path)
+    assert torch.equal(saved(IMAGES), answer)
+    # What is loaded while merged is loaded into the adapter, and the base stays.
+    doubled = {key: tensor * 2 if "num_batches" not in key else tensor for key, tensor in mine.items()}
+    peft.set_peft_model_state_dict(model, doubled)
+    ours = {
+        key.replace(".bn_only_layers.", ".bn_only_layers.default.") for key in mine if doubled[key].ne(mine[key]).any()
+    }
+    assert moved(model, all_of_it) == ours != set()
+    model.load_adapter(tmp_path, "default")
+    assert not moved(model, all_of_it)
+    model.load_state_dict(all_of_it)
+    assert torch.equal(model(IMAGES), answer)
+    model.unmerge_adapter()
+    assert not moved(model, all_of_it)
+    assert torch.equal(model(IMAGES), answer)
+
+
+def test_a_training_step_while_merged_trains_the_adapter(train_step):
+    model, same = wrapped(), wrapped()
     model.merge_adapter()
-    try:
-        model.save_pretrained(tmp_path)
-    except AdapterError:
-        return
-    assert torch.equal(load_bn_only_model(tmp_path)(IMAGES), answer)
+    train_step(model)
+    train_step(same)
+    assert not moved(model, state(same))
+
+
+def test_a_merged_adapter_runs_on_every_layer_even_where_another_is_active(train_step):
+    model = two_adapters(train_step)  # adapter two owns fewer layers
+    answer = model(IMAGES)
+    model.set_adapter("default")
+    model.merge_adapter(["two"])
+    assert torch.equal(model(IMAGES), answer)
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_merging_no_adapter_or_a_broken_one_is_refused_before_anything_changes(how, refused):
+    model = wrapped()
+    with refused(AdapterError, "typo", "default"):
+        getattr(model, how)(adapter_names=["typo"])
+    with refused(AdapterError, "default"):
+        getattr(model, how)(adapter_names="default")
+    layers = list(adapter_layers(model))
+    nn.init.constant_(layers[-1].weight, torch.nan)
+    with refused(AdapterError, layers[-1].canonical_name, "finite"):
+        getattr(model, how)(safe_merge=True)
+    assert len(layers) == 15
+    assert not any(layer.merged for layer in layers)
+    assert list(adapter_layers(model)) == layers
 
 
 def test_unload_gives_the_redrawn_network_back(train_step):
@@ -545,7 +627,8 @@ def test_a_cast_network_keeps_its_dtype_and_the_fingerprint_of_its_seed(dtype, t
 
 def test_a_change_of_a_cast_network_is_still_noticed(tmp_path):
     base = timm.create_model(NAME).bfloat16()
-    get_bn_only_model(copy.deepcopy(base), BNOnlyConfig()).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="belongs to weights that nobody else can have"):
+        get_bn_only_model(copy.deepcopy(base), BNOnlyConfig()).save_pretrained(tmp_path)
     assert type(load_bn_only_model(tmp_path, copy.deepcopy(base))) is BNOnlyPeftModel
     with torch.no_grad():
         base.blocks[0].conv1.weight.view(torch.int16)[0, 0, 0, 0] ^= 1  # the last bit of one value

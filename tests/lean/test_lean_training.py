@@ -367,11 +367,11 @@ TINY = ("image_size=8", "batch_size=128", "epochs=1", "threads=1", "lr=0.01")
 
 def test_the_recipe_trains_lean_with_the_losses_of_plain_and_records_it(train, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        lean = train.run(train.read_recipe([*TINY, "lean=exact", f"output_dir={tmp_path / 'lean'}"]))
+        lean = train.train(train.read_recipe([*TINY, "lean=exact", f"output_dir={tmp_path / 'lean'}"]))[0].result
     assert "lean exact: 15 norm layers, 15 convolutions" in caplog.text
     assert json.loads((tmp_path / "lean" / "result.json").read_text())["recipe"] == lean["recipe"]
     AcceleratorState._reset_state(reset_partial_state=True)
-    plain = train.run(train.read_recipe([*TINY, f"output_dir={tmp_path / 'plain'}"]))
+    plain = train.train(train.read_recipe([*TINY, f"output_dir={tmp_path / 'plain'}"]))[0].result
     assert len(lean["first_losses"]) == 12
     assert lean["first_losses"] == pytest.approx(plain["first_losses"], rel=1e-3)
     assert lean["epochs"][-1]["top1"] == pytest.approx(plain["epochs"][-1]["top1"], abs=1)

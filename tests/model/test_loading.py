@@ -21,6 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters.adapter.checks import infer
+from bn_affine_adapters.adapter.rebuild import check_rebuild
+from bn_affine_adapters.adapter.traits import traits
 from bn_affine_adapters.errors import (
     AdapterFileError,
     AdapterTensorError,
@@ -38,7 +41,7 @@ from bn_affine_adapters.errors import (
 from bn_affine_adapters.norms.find import norm_layers
 from bn_affine_adapters.seed import draws
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error", "ignore:This adapter belongs to weights")
 NAME = "test_resnet"
 FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
 
@@ -115,6 +118,35 @@ def test_creation_arguments_travel(name, arguments, given, tmp_path):
         **({"img_size": 64} if "img_size" in arguments else {}),
     }.items()
     assert reload_is_exact(model, tmp_path, size=64, channels=arguments.get("in_chans", 3))
+
+
+SMALL_HIERA = {"embed_dim": 24, "stages": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("hiera_tiny_224", SMALL_HIERA), ("sam2_hiera_tiny", {**SMALL_HIERA, "global_att_blocks": [2]})],
+)
+def test_a_network_whose_constructor_truncates_normals_loads(name, arguments, tmp_path):
+    model = get_bn_only_model(timm.create_model(name, **arguments), BNOnlyConfig(seed=0, model_args=arguments))
+    model.save_pretrained(tmp_path)
+    stale = [torch.full((size,), 9.0) for size in range(64, 64_000, 64)]
+    del stale  # the constructor gets this memory, whose values are out of bounds
+    assert same_state(load_bn_only_model(tmp_path).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded by timm", "not recorded"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("name", ["resnet18", "tresnet_m", "crossvit_9_240"])
+def test_the_channels_of_an_image_are_inferred_whatever_the_stem_does_to_them(name, channels, recorded):
+    with torch.device("meta"):
+        model = timm.create_model(name, in_chans=channels)
+    if not recorded:
+        vars(model).pop("_model_args", None)  # as before timm 1.0.31
+    config = BNOnlyConfig(seed=0)
+    infer(model, config, None)
+    assert config.model_args.get("in_chans", 3) == channels
+    check_rebuild(traits(model), config)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +288,22 @@ def test_rebuilding_is_fast_and_needs_little_more_memory_than_the_network(name, 
 
 
 # -- the frozen weights are verified
+
+
+@pytest.mark.parametrize("classes", [1000, 5])
+def test_another_number_of_classes_is_named_as_the_cause(classes, folder, refused):
+    with refused(FingerprintError, f"num_classes={classes}", "num_classes=3", "its head") as caught:
+        load_bn_only_model(folder, timm.create_model(NAME, num_classes=classes))
+    assert caught.value.do == f"pass timm.create_model('{NAME}', num_classes=3)"
+
+
+def test_versions_are_the_advice_only_if_they_differ(edit, refused):
+    fault = {"backbone_fingerprint": "0" * 64}
+    with refused(FingerprintError, "versions then and now: the same", "report this") as caught:
+        load_bn_only_model(edit(**fault))
+    assert "install" not in caught.value.do
+    with refused(FingerprintError, "timm 0.1 -> ", "install the versions"):
+        load_bn_only_model(edit(**fault, versions=lambda versions: {**versions, "timm": "0.1"}))
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +469,7 @@ def test_a_broken_folder_is_refused(fault, folder, refused):
 # What every door refuses, and how much of it: test_trust. Here is what the error says, and that nothing changes.
 
 CONFIG_FAULTS = {
-    "newer-format": ({"format_version": 2, "wings": True}, FormatVersionError, ["format_version 2", "pip install -U"]),
+    "newer-format": ({"format_version": 3, "wings": True}, FormatVersionError, ["format_version 3", "pip install -U"]),
     "unknown-key": ({"train_gama": True}, UnknownKeyError, ["'train_gama'", "'train_gamma'"]),
     "other-method": ({"peft_type": "LN_TUNING"}, AdapterFileError, ["'LN_TUNING'"]),
     "no-method": ({"peft_type": None}, AdapterFileError, ["peft_type=None"]),

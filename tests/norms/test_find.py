@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -358,3 +359,14 @@ def test_a_name_that_is_not_there_is_an_error_with_the_nearest(name, near):
     assert repr(name) in caught.value.what
     assert "norm_layers" in caught.value.what
     assert (near or "modules") in caught.value.seen
+
+
+@pytest.mark.slow
+def test_the_networks_that_the_readme_excepts_have_no_norm_layer():
+    free = [n for n in timm.list_models() if n.startswith("nf_") or "nfnet" in n]
+    free += ["vgg11", "vgg13", "vgg16", "vgg19"]
+    for name in free:
+        with torch.device("meta"), pytest.raises(NoNormLayerError):
+            norm_layers(timm.create_model(name))
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"the {len(free)} networks without one: {len(free) - 4} NFNets" in text

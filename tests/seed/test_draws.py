@@ -47,6 +47,7 @@ def test_the_vectors_have_as_many_cases_as_their_specification():
     counts = {key: len(GOLDEN[key]) for key in ("codes", "weights")}
     assert counts == {"codes": 5, "weights": 6}
     known = {"spec", "normal_table_sha256", Q_SHOWN, "codes", "weights", "resnet50", "gamma_unit", "bias"}
+    known |= {"by_class"}  # read by test_rules.py
     assert set(GOLDEN) == known, "the vectors hold a part that no test reads"
 
 
@@ -66,6 +67,20 @@ def test_a_machine_with_another_normal_distribution_is_refused(monkeypatch):
     monkeypatch.setattr(draws, "NormalDist", Skewed)
     with pytest.raises(RuntimeError, match=draws.NORMAL_TABLE_SHA256):
         draws.quantiles.__wrapped__()
+
+
+def test_the_sine_table_is_exact():
+    found = draws.sines().tolist()
+    assert found == [round(2**20 * math.sin(math.tau * (c + 0.5) / 65536)) for c in range(65536)]
+    # No rounding depends on the last digits of this machine's sine: each is a hundred thousand of them from a half.
+    parts = [2**20 * math.sin(math.tau * (c + 0.5) / 65536) for c in range(65536)]
+    assert min(abs(part - math.floor(part) - 0.5) for part in parts) > 1e5 * 2**20 * 2**-53
+
+
+def test_a_machine_with_other_sines_is_refused(monkeypatch):
+    monkeypatch.setattr(draws, "SINE_TABLE_SHA256", "0" * 64)
+    with pytest.raises(RuntimeError, match="0" * 64):
+        draws.sines.__wrapped__()
 
 
 @pytest.mark.parametrize("case", GOLDEN["codes"], ids=lambda case: f"{case['seed']}-{case['name']}-{case['chunk']}")

@@ -1,9 +1,11 @@
 """A redrawn network holds its specification's bits in every tensor, however it lies in memory; or nothing changes."""
 
 import hashlib
+import json
 import math
 import random
 from functools import cache
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -26,6 +28,8 @@ from bn_affine_adapters.seed.rules import (
     parameter_rules,
     rule_for,
 )
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "init-v1.json").read_text(encoding="utf-8"))
 
 # The rules, written a second time from shared/init-v1's specification.
 
@@ -410,6 +414,100 @@ def test_a_norm_layer_is_drawn_alone_as_with_its_network():
     assert torch.equal(alone.bias, model.blocks[0].bn1.bias)
 
 
+# Parameters that only one class has.
+
+
+def rotated(seed, name, shape, temperature):
+    """Return the frequencies of mixed rotary embeddings: the specification's, an angle at a time."""
+    codes = np.frombuffer(hashlib.shake_128(f"bnaffine-init-v1\n{seed}\n0\n{name}".encode()).digest(2**10), "<u2")
+    out, steps = torch.empty(shape), shape[-1] // 2
+    for at, (depth, head) in enumerate(np.ndindex(shape[1:3])):
+        angle = math.tau * (int(codes[at]) + 0.5) / 65536
+        sine, cosine = (round(2**20 * part(angle)) / 2**20 for part in (math.sin, math.cos))
+        for i in range(steps):
+            m = np.float32(round(2**20 * temperature ** (-i / steps)) / 2**20)
+            values = [m * np.float32(v) for v in (cosine, -sine, sine, cosine)]
+            for place, value in zip(((0, i), (0, i + steps), (1, i), (1, i + steps)), values, strict=True):
+                out[place[0], depth, head, place[1]] = float(value)
+    return out
+
+
+BY_CLASS = {  # a module, its parameter's name, shape, and how it is drawn
+    "recurrent": (lambda: nn.LSTM(4, 8), "weight_ih_l0", (32, 4), ("uniform", math.sqrt(1 / 8))),
+    "recurrent bias": (lambda: nn.GRU(4, 8), "bias_hh_l0", (24,), ("uniform", math.sqrt(1 / 8))),
+    "experts": (
+        lambda: timm.layers.CondConv2d(4, 6, 3, num_experts=2), "weight", (2, 216), ("normal", math.sqrt(2 / 36)),
+    ),
+    "experts' bias": (
+        lambda: timm.layers.CondConv2d(4, 6, 3, num_experts=2, bias=True), "bias", (2, 6), ("uniform", 1 / 6),
+    ),
+    "rotations": (lambda: timm.layers.RotaryEmbeddingMixed(32, 2, 4, 100.0), "freqs", (2, 2, 4, 4), None),
+    "lambda": (
+        lambda: pytest.importorskip("timm.layers.diff_attention").DiffAttention(32, 2),
+        "lambda_k2", (8,), ("normal", 0.1),
+    ),
+    "state decay": (
+        lambda: pytest.importorskip("timm.models.efficientvim").HSMSSD(8, state_dim=16), "A", (16,), ("unit", 15.0),
+    ),
+    "additive query": (
+        lambda: timm.models.swiftformer.EfficientAdditiveAttention(8, 4), "w_g", (4, 1), ("normal", 1.0),
+    ),
+}  # fmt: skip
+
+
+def redrawn(kind, seed=0, name="mixer", **arguments):
+    create, attribute, shape, rule = BY_CLASS[kind]
+    model = reinit_(nn.ModuleDict({name: create()}), seed, **arguments)
+    found = model[name].get_parameter(attribute).detach()
+    assert tuple(found.shape) == shape
+    return found, f"{name}.{attribute}", shape, rule
+
+
+@pytest.mark.parametrize("kind", BY_CLASS)
+def test_a_parameter_of_one_class_is_drawn_as_its_constructor_does(kind):
+    found, name, shape, rule = redrawn(kind, seed=4)
+    expected = rotated(4, name, shape, 100.0) if rule is None else drawn(4, name, shape, *rule)
+    assert torch.equal(found, expected + (1 if kind == "state decay" else 0))
+    create, attribute = BY_CLASS[kind][:2]
+    torch.manual_seed(0)
+    usual = torch.stack([create().get_parameter(attribute).detach() for _ in range(200)])
+    many = torch.stack([redrawn(kind, seed)[0] for seed in range(200)])
+    if not kind.startswith("expert"):  # He's standard deviation instead of the constructor's, as for a convolution
+        assert (many.mean() - usual.mean()).abs() < 0.1 * usual.std()
+        assert 0.9 < many.std() / usual.std() < 1.1
+
+
+@pytest.mark.parametrize("kind", BY_CLASS)
+def test_a_parameter_of_one_class_is_the_golden_one(kind):
+    case = GOLDEN["by_class"][kind]
+    found, name, shape, _ = redrawn(kind)
+    assert (case["name"], tuple(case["shape"])) == (name, shape)
+    values = found.numpy().astype("<f4")
+    assert values.reshape(-1)[:4].view("<u4").tolist() == [int(bits, 16) for bits in case["first4_f32_bits"]]
+    assert hashlib.sha256(values.tobytes()).hexdigest() == case["sha256_le_f32"]
+    assert GOLDEN["by_class"].keys() == BY_CLASS.keys()
+
+
+@pytest.mark.parametrize("weight_init", WEIGHT)
+def test_experts_are_drawn_by_weight_init(weight_init):
+    found, name, shape, _ = redrawn("experts", weight_init=weight_init)
+    assert torch.equal(found, drawn(0, name, shape, *WEIGHT[weight_init](36)))
+
+
+def test_orthogonal_experts_have_no_rule():
+    with pytest.raises(ReinitError, match=r"mixer\.weight has no rule"):
+        redrawn("experts", weight_init="orthogonal")
+
+
+def test_a_users_class_of_the_same_name_keeps_its_constant():
+    class HSMSSD(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A = nn.Parameter(torch.full((4,), 3.0))
+
+    assert reinit_(nn.Sequential(nn.LayerNorm(4), HSMSSD()), 0)[1].A.tolist() == [3.0] * 4
+
+
 # Networks that cannot be redrawn are left as they were.
 
 
@@ -439,12 +537,8 @@ def parametrised():
 
 
 WITHOUT_RULE = {
-    "LSTM": (lambda: with_batch_norm(nn.LSTM(4, 4)), "2.weight_ih_l0"),
-    "GRU": (lambda: with_batch_norm(nn.GRU(4, 4)), "2.weight_ih_l0"),
     "MultiheadAttention": (lambda: with_batch_norm(nn.MultiheadAttention(4, 2)), "2.in_proj_weight"),
     "Bilinear": (lambda: with_batch_norm(nn.Bilinear(4, 4, 4)), "2.weight"),
-    "CondConv2d": (lambda: with_batch_norm(timm.layers.CondConv2d(4, 4, 3, num_experts=2)), "2.weight"),
-    "one of timm's": (lambda: build("efficientnet_cc_b0_4e"), "blocks.4.0.conv_pw.weight"),
     "custom parameter": (Custom, "mixing"),
     "two of a name": (TwoOfAName, "conv.weight"),
     "parametrised": (parametrised, "0.weight"),
@@ -543,7 +637,37 @@ def test_constants_only_flags_what_is_random(kind):
     assert not RANDOM[kind]().isnan().any(), "outside the context nothing is flagged"
 
 
+# Torch's trunc_normal_ draws again until all values are within bounds: first by normals, then by uniforms.
+BOUNDS = [(0.0, -2.0, 2.0), (0.0, 3.0, 4.0), (0.0, -2.0, -1.0), (5.0, -2.0, 2.0)]
+
+
+@pytest.mark.filterwarnings("ignore:mean is more than 2 std")
+@pytest.mark.parametrize(("mean", "low", "high"), BOUNDS)
+@pytest.mark.parametrize("initialise", [nn.init.trunc_normal_, timm.layers.trunc_normal_], ids=["torch's", "timm's"])
+def test_a_truncated_normal_ends_in_memory_with_stale_values(initialise, mean, low, high):
+    with constants_only():
+        tensor = initialise(torch.full((64, 64), 9.0), mean, 1.0, low, high)
+    assert tensor[0, 0].isnan()
+
+
+def test_any_other_loop_that_waits_for_random_values_is_an_error():
+    draws = 0
+
+    def draw_again(tensor):
+        nonlocal draws
+        while not (tensor == tensor.square()).any() and draws < 100_000:
+            draws += 1
+            tensor.normal_()
+
+    with constants_only(), pytest.raises(ReinitError, match="waits for random values") as caught:
+        draw_again(torch.full((8, 8), 9.0))
+    assert "custom" in caught.value.do
+    assert draws == 10_000
+
+
 CONSTANT = {
+    "scaled": lambda: torch.ones(3).mul_(0.5).add_(2).clamp_(max=2.2),
+    "compared": lambda: (torch.arange(3.0) < 1).float(),
     "zeros": lambda: torch.zeros(3),
     "full": lambda: torch.full((3,), 1e-6),
     "constant_": lambda: nn.init.constant_(torch.empty(3), 0.5),

@@ -32,7 +32,7 @@ TINY = ("epochs=2", "image_size=8", "threads=1")
 def trained(tmp_path_factory):
     """The folder of an adapter after a real short training, and its result line."""
     train = import_module("bn_affine_adapters.training.train")
-    result = train.run(train.read_recipe([*TINY, f"output_dir={tmp_path_factory.mktemp('card') / 'run'}"]))
+    result = train.train(train.read_recipe([*TINY, f"output_dir={tmp_path_factory.mktemp('card') / 'run'}"]))[0].result
     return Path(result["adapter"]), result
 
 
@@ -50,8 +50,10 @@ def test_the_card_of_a_real_training_is_the_golden_one(folder, trained):
     result = trained[1]
     values = {"top1": round(result["top1"], 2), "top5": round(result["top5"], 2), "command": result["command"]}
     made_with = ", ".join(f"{name} {number}" for name, number in sorted(versions().items()))
+    card = (folder / CARD_NAME).read_text()
+    values["digest"] = re.search(r"bn-adapters:end (\w+)", card)[1]
     golden = Template((GOLDEN / "card.md").read_text()).substitute(values, made_with=made_with)
-    assert (folder / CARD_NAME).read_text() == golden
+    assert card == golden
     assert "More Information Needed" not in golden
 
 
@@ -174,6 +176,92 @@ def test_a_base_on_the_hub_is_named_as_what_was_adapted(folder):
     assert "base_model" not in metadata(render("me/x", read_config(folder), read_tensors(folder)))
 
 
+# -- a card that is there
+
+
+OURS = re.compile(r"<!-- bn-adapters:begin.*?-->\n.*<!-- bn-adapters:end \w+ -->\n", re.DOTALL)
+BY_HAND = """license: mit
+language: [en, de]
+tags: [mine, timm]
+datasets: imagenet-1k
+metrics: [f1]
+model-index:
+- name: x
+  results:
+  - {task: {type: image-classification}, dataset: {name: d, type: d}, metrics: [{type: f1, value: 7.5}]}
+"""
+
+
+def test_what_a_person_wrote_around_the_section_and_into_the_metadata_stays(folder):
+    write_card(folder, "me/x", tags=["own"])
+    card = folder / CARD_NAME
+    data = {**metadata(card.read_text()), **yaml.safe_load(BY_HAND)}
+    section = OURS.search(card.read_text())[0]
+    card.write_text(f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n# Mine\n\n{section}\n## Thanks\n\nto you\n")
+    line = {"recipe": {"dataset": "uoft-cs/cifar10", "seed": 0}, "top1": 69.5}
+    write_card(folder, "me/y", results=[line])
+    text = card.read_text()
+    before, after = OURS.split(text)
+    assert (before.partition("\n---\n")[2], after) == ("# Mine\n\n", "\n## Thanks\n\nto you\n")
+    assert "69.5 %" in OURS.search(text)[0]
+    assert OURS.search(text)[0].count("# me/y") == 1
+    now = metadata(text)
+    assert (now["license"], now["language"]) == ("mit", ["en", "de"])
+    assert set(now["tags"]) == {"timm", "peft", "bn-only", "image-classification", "mine"}
+    assert now["datasets"] == ["uoft-cs/cifar10", "imagenet-1k"]
+    assert set(now["metrics"]) == {"f1", "accuracy"}
+    values = [result["metrics"][0]["value"] for entry in now["model-index"] for result in entry["results"]]
+    assert sorted(values) == sorted(
+        [7.5, 69.5, round(scores(json.loads((folder / RESULTS_NAME).read_text()))[0].top1, 2)]
+    )
+    write_card(folder, "me/y")
+    assert card.read_text() == text, "written once more, it is the same"
+
+
+def test_a_section_that_was_edited_is_not_overwritten(folder, refused):
+    write_card(folder, "me/x")
+    card = folder / CARD_NAME
+    card.write_text(edited := card.read_text().replace("## Limits", "It fails at night.\n\n## Limits"))
+    with refused(ConfigError, "edited by hand", "above or below the marks"):
+        write_card(folder, "me/x")
+    assert card.read_text() == edited
+    card.write_text(edited.replace("It fails at night.\n\n", "  \n").replace("\n", "\r\n"))
+    write_card(folder, "me/x", license="mit")  # spaces and ends of lines are no edit
+    assert metadata(card.read_text())["license"] == "mit"
+
+
+def test_a_card_without_marks_is_kept_above_the_section_unless_it_is_ours(folder):
+    write_card(folder, "me/x")
+    card, text = folder / CARD_NAME, (folder / CARD_NAME).read_text()
+    without = re.sub("<!-- bn-adapters.*?-->\n", "", text)
+    card.write_text(without)
+    write_card(folder, "me/x")
+    assert card.read_text() == text, "what an earlier version wrote gets marks"
+    card.write_text("# My own words\n")
+    with pytest.warns(UserWarning, match="its text is kept"):
+        write_card(folder, "me/x")
+    assert card.read_text().partition("\n---\n")[2] == f"# My own words\n\n{OURS.search(text)[0]}"
+    assert metadata(card.read_text()) == metadata(text)
+
+
+def test_metadata_that_cannot_be_read_is_not_overwritten(folder, refused):
+    (folder / CARD_NAME).write_text(text := "---\nlicense: [mit\n---\nmine\n")
+    with refused(ConfigError, "metadata", "mend the YAML"):
+        write_card(folder, "me/x")
+    assert (folder / CARD_NAME).read_text() == text
+
+
+def test_an_earlier_base_and_earlier_accuracies_do_not_stay(folder):
+    base = {"base_model": "timm/x", "base_model_relation": "adapter", "metrics": ["accuracy"]}
+    write_card(folder, "me/x")
+    (folder / RESULTS_NAME).unlink()
+    text = (folder / CARD_NAME).read_text()
+    (folder / CARD_NAME).write_text(text.replace("---\n", f"---\n{yaml.safe_dump(base)}", 1))
+    write_card(folder, "me/x")
+    now = metadata((folder / CARD_NAME).read_text())
+    assert not {"base_model", "base_model_relation", "metrics", "model-index"} & now.keys()
+
+
 def test_markdown_is_escaped():
     assert md("a|b*c_[d](e)<f>`g`\nh") == "a\\|b\\*c\\_\\[d\\](e)\\<f\\>\\`g\\` h"
 
@@ -215,6 +303,13 @@ def test_the_index_of_cards_names_every_card_with_its_own_accuracy():
         metric = metadata(cards[name])["model-index"][0]["results"][0]["metrics"][0]
         assert (metric["value"], metric["args"]["n"]) == (score.top1, score.n)
         assert (CARDS / name / FIGURE_NAME).is_file()
+
+
+def test_a_command_with_a_folder_of_its_own_says_so(folder):
+    line = {"dataset": "d", "top1": 2, "command": "bn-adapters train dataset=PATH/TO/birds"}
+    text = render("me/x", read_config(folder), read_tensors(folder), [line])
+    assert "`PATH/TO/` stands for the folder of your own copy:\n\n```bash\nbn-adapters train dataset=PATH/TO" in text
+    assert "stands for" not in render("me/x", read_config(folder), read_tensors(folder), [{**line, "command": "x"}])
 
 
 def test_a_command_is_printed_as_it_was_run(folder):

@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,10 +29,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load as parse
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.adapter.limits import BUILD_SECONDS
 from bn_affine_adapters.adapter.rebuild import verify
+from bn_affine_adapters.adapter.tensors import digest_of
+from bn_affine_adapters.settings import bare
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc/self")
 
@@ -208,7 +212,9 @@ def mutate(originals, case):
     """Return the bytes of a configuration and of a safetensors file."""
     base, _, on_config, on_text, on_header, on_bytes = case
     config, tensors = originals[base]
-    content = json.loads(config)
+    weights, content = mutated_tensors(tensors, on_header, on_bytes), json.loads(config)
+    with suppress(Exception):  # as a stranger does who writes both files; what cannot be read has no digest
+        content["tensors_digest"] = digest_of({bare(name): tensor for name, tensor in parse(weights).items()})
     for op in on_config:
         change_config(content, *op)
     text = json.dumps(content)
@@ -217,6 +223,11 @@ def mutate(originals, case):
     text = text.encode()
     for op in on_text:
         text = change_bytes(text, *op)
+    return text, weights
+
+
+def mutated_tensors(tensors, on_header, on_bytes):
+    """Return the bytes of a safetensors file."""
     size = int.from_bytes(tensors[:8], "little")
     header, data, added = json.loads(tensors[8 : 8 + size]), tensors[8 + size :], 0
     for op in on_header:
@@ -229,7 +240,7 @@ def mutate(originals, case):
     weights = ((len(head) + added) % 2**64).to_bytes(8, "little") + head + data
     for op in on_bytes:
         weights = change_bytes(weights, *op)
-    return text, weights
+    return weights
 
 
 # -- loading, in a process of its own

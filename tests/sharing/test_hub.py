@@ -1,6 +1,7 @@
 """An adapter goes to the Hub in one commit and comes back bit for bit, through the client that everybody has."""
 
 import base64
+import copy
 import json
 import logging
 import pickle
@@ -38,7 +39,9 @@ from bn_affine_adapters.errors import (
     NoSpaceError,
     TooLargeError,
 )
+from bn_affine_adapters.sharing.card import write_card
 from bn_affine_adapters.sharing.hub import push_folder
+from bn_affine_adapters.sharing.paths import local_paths, without_paths
 
 NAME, REPO = "test_resnet", "alice/x"
 PAIR = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
@@ -745,6 +748,126 @@ def test_a_folders_own_card_is_pushed_as_it_is(versions, hub, alice, repo, tmp_p
     (folder / "README.md").write_text("# My own words\n")
     push_folder(folder, REPO, token=alice)
     assert hub.content(repo().tree()["README.md"]).decode() == "# My own words\n"
+
+
+@pytest.mark.parametrize("kind", ["seed", "given weights"])
+def test_no_path_of_this_machine_is_pushed(kind, hub, alice, repo, tmp_path):
+    network = timm.create_model(NAME, num_classes=3)
+    network.name_or_path = str(tmp_path)  # as Transformers' networks have it
+    labels = ["/m/01g317", "a", "b"]  # a name of Open Images is no path
+    base = copy.deepcopy(network) if kind == "given weights" else None
+    model = get_bn_only_model(network, BNOnlyConfig(seed=None if base else 1, label_names=labels))
+    line = {"dataset": str(tmp_path / "birds"), "top1": 50.0, "adapter": str(tmp_path / "run" / "adapter")}
+    line |= {"recipe": {"pretrained_file": str(tmp_path / "w.safetensors"), "seed": 1}}
+    line |= {"command": f"bn-adapters train dataset={tmp_path}/birds"}
+    model.push_to_hub(REPO, token=alice, results=[line])
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path), "PEFT's own is not changed"
+    texts = {name: hub.content(file) for name, file in repo().tree().items()}
+    assert {CONFIG_NAME, "README.md", "results.json", SAFETENSORS_WEIGHTS_NAME} <= texts.keys()
+    assert not [name for name, text in texts.items() if str(tmp_path).encode() in text]
+    config = json.loads(texts[CONFIG_NAME])
+    assert (config["base_model_name_or_path"], config["label_names"]) == (None, labels)
+    assert b"bn-adapters train dataset=birds" in texts["README.md"]
+    assert json.loads(texts["results.json"])[0]["recipe"]["pretrained_file"] == "w.safetensors"
+    assert torch.equal(load_bn_only_model(REPO, base)(images()), model.eval()(images()))
+
+
+def test_a_path_in_an_older_folder_is_not_pushed(versions, hub, alice, repo, tmp_path, refused):
+    folder = Path(shutil.copytree(versions[0].folder, tmp_path / "old"))
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path)}))
+    push_folder(folder, REPO, token=alice)
+    assert json.loads(hub.content(repo().tree()[CONFIG_NAME])) == config
+    (folder / CONFIG_NAME).write_text(json.dumps({**config, "data_config": {"file": f"file:{tmp_path}/x"}}))
+    with refused(ConfigError, str(tmp_path), "leave it out"):
+        push_folder(folder, REPO, token=alice)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("{here}/a/b.png and 'c'", "b.png and 'c'"),
+        ("local-dir:{here}/net", "local-dir:net"),
+        ("~/x", "x"),
+        ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
+        ("/m/01g317", "/m/01g317"),
+        ("/" + "n" * 300, "/" + "n" * 300),
+        ("24/7 and/or me/cifar10 runs/x .. a / b", "24/7 and/or me/cifar10 runs/x .. a / b"),
+    ],
+)
+def test_what_is_a_path_of_this_machine(text, kept, tmp_path):
+    assert without_paths({"a": [text.format(here=tmp_path)], "b": 1}) == {"a": [kept], "b": 1}
+    assert bool(local_paths([text.format(here=tmp_path)])) == (text != kept)
+
+
+def card_on(hub, repo):
+    return hub.content(repo().tree()["README.md"]).decode()
+
+
+def edit_card(hub, repo, alice, text):
+    HfApi(token=alice).upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=REPO)
+    assert card_on(hub, repo) == text
+
+
+@pytest.mark.parametrize("door", ["model", "folder"])
+def test_a_second_push_keeps_what_a_person_wrote_into_the_card(door, versions, hub, alice, repo):
+    def send(adapter, **options):
+        if door == "model":
+            return push(adapter, token=alice, card=True, **options)
+        return push_folder(adapter.folder, REPO, token=alice, **options)
+
+    send(versions[0], license="mit", tags=["mine"])
+    edit_card(hub, repo, alice, card_on(hub, repo).replace("---\n", "---\nlanguage: en\n", 1) + "\n## Thanks\n")
+    send(versions[1], results=RESULTS)
+    text = card_on(hub, repo)
+    assert text.endswith("-->\n\n## Thanks\n")
+    assert text.count("## Load it") == 1
+    assert "## Results" in text
+    meta, errors, _ = front_matter(text)
+    assert not errors
+    assert (meta["license"], meta["language"]) == ("mit", "en")
+    assert "mine" in meta["tags"]
+
+
+def test_a_license_chosen_on_the_hub_stays(versions, hub, alice, repo):
+    HfApi(token=alice).create_repo(REPO)
+    edit_card(hub, repo, alice, "---\nlicense: apache-2.0\n---\n")
+    push(versions[0], token=alice, card=True)
+    assert front_matter(card_on(hub, repo))[0]["license"] == "apache-2.0"
+    push(versions[0], token=alice, card=True, license="mit")
+    assert front_matter(card_on(hub, repo))[0]["license"] == "mit"
+
+
+def test_a_folders_card_does_not_replace_text_that_was_written_on_the_hub(
+    versions, hub, alice, repo, tmp_path, refused
+):
+    folder = Path(shutil.copytree(versions[0].folder, tmp_path / "own"))
+    write_card(folder, REPO)
+    push_folder(folder, REPO, token=alice)
+    edit_card(hub, repo, alice, card_on(hub, repo).replace("---\n\n<!--", "---\n\n# Above\n\n<!--"))
+    push_folder(folder, REPO, token=alice)  # the folder's card is our section alone
+    assert card_on(hub, repo).count("# Above\n") == 1
+    (folder / "README.md").write_text("# Other words\n")
+    with refused(HubConflictError, "'# Above'", "delete this file"):
+        push_folder(folder, REPO, token=alice)
+    (folder / "README.md").write_text("# Above\n\n# Other words\n")
+    push_folder(folder, REPO, token=alice)
+    assert card_on(hub, repo).endswith("# Above\n\n# Other words\n")
+    assert "bn-only" in front_matter(card_on(hub, repo))[0]["tags"], "the metadata of the Hub stays"
+
+
+def test_a_card_that_changes_during_the_push_is_not_overwritten(versions, hub, alice, repo, refused, monkeypatch):
+    push(versions[0], token=alice, card=True)
+    upload_folder = HfApi.upload_folder
+
+    def meanwhile(self, **options):
+        edit_card(hub, repo, alice, card_on(hub, repo) + "\nmine\n")
+        return upload_folder(self, **options)
+
+    monkeypatch.setattr(HfApi, "upload_folder", meanwhile)
+    with refused(HubConflictError, "HTTP 412", "then try again"):
+        push_folder(versions[1].folder, REPO, token=alice)
+    assert card_on(hub, repo).endswith("\nmine\n")
 
 
 def test_a_failed_push_names_what_was_asked_for(versions, hub, alice):

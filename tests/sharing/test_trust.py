@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model, load_bn_only_model, predict
 from bn_affine_adapters.adapter.limits import BUILD_SECONDS
+from bn_affine_adapters.adapter.tensors import digest_of
 from bn_affine_adapters.errors import (
     AdapterFileError,
     AdapterTensorError,
@@ -35,6 +36,7 @@ from bn_affine_adapters.errors import (
     UnknownArchitectureError,
     UnknownKeyError,
 )
+from bn_affine_adapters.settings import bare
 from bn_affine_adapters.sharing.card import write_card
 from bn_affine_adapters.sharing.folder import MAX_BYTES, MAX_TENSORS
 
@@ -122,7 +124,8 @@ def edit_tensors(folder, change):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    return folder
+    # As a stranger would, who writes both files.
+    return edit(folder, tensors_digest=digest_of({bare(name): tensor for name, tensor in tensors.items()}))
 
 
 def load(folder):

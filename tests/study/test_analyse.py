@@ -96,7 +96,7 @@ def test_a_network_without_relus_has_no_dead_channels_but_all_else(tmp_path, cap
 
 
 def test_two_processes_are_refused(monkeypatch, refused):
-    monkeypatch.setattr(analyse, "Accelerator", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("accelerate.Accelerator", lambda: SimpleNamespace(num_processes=2))
     with refused(ConfigError, "2 processes"):
         analyse.run(analyse.Options())
 
@@ -107,7 +107,7 @@ def test_it_refuses_what_it_cannot_use(plain, tmp_path, refused):
     with refused(AdapterFileError, "the folder holds nothing"):
         analyse.read_options([f"adapter={tmp_path}"])
     with refused(ConfigError, "bn-adapters analyse cannot be read", "bn-adapters analyse --help"):
-        analyse.read_options([f"adapter={GOLDEN}", "image_size=large"])
+        analyse.read_options([f"adapter={GOLDEN}", "batch_size=large"])
     options = analyse.read_options([f"adapter='{plain}'"])
     (broken := tmp_path / "broken").mkdir()
     for file in plain.iterdir():

@@ -318,7 +318,7 @@ def test_counts_are_exact_beyond_what_float32_holds():
     assert dead_activations(nn.Sequential(nn.ReLU()), [x])["0"] == {"zeros": [4097**2], "total": 4097**2}
 
 
-def test_modes_are_given_back_and_hooks_removed_whatever_happens():
+def test_neither_modes_nor_hooks_of_the_network_change_while_it_is_counted():
     model = network("test_resnet").train()
     model.bn1.eval()
     before, modes = bits(model), [m.training for m in model.modules()]
@@ -326,7 +326,8 @@ def test_modes_are_given_back_and_hooks_removed_whatever_happens():
 
     def failing():
         yield torch.randn(2, 3, 32, 32)
-        assert not any(m.training for m in model.modules())
+        assert [m.training for m in model.modules()] == modes
+        assert not any(m._forward_hooks for m in model.modules())
         raise KeyError("mine")
 
     dead_activations(model, [torch.randn(2, 3, 32, 32)])
@@ -395,10 +396,24 @@ def test_the_papers_depth_line_is_about_18_percent_steeper_than_its_width_line()
 
 def test_points_on_a_line_give_the_line():
     found = depth_width_slopes(points([(2**i, 10 + 3 * i) for i in range(4)], [[2**i, 2 * i] for i in (3, 3, 9)]))
-    assert found["depth"] == pytest.approx({"slope": 3, "intercept": 10, "n": 4})
-    assert found["width"] == pytest.approx({"slope": 2, "intercept": 0, "n": 3})
+    assert found["depth"] == pytest.approx({"slope": 3, "error": 0, "intercept": 10, "n": 4}, abs=1e-7)
+    assert found["width"] == pytest.approx({"slope": 2, "error": 0, "intercept": 0, "n": 3}, abs=1e-7)
     assert found["ratio"] == pytest.approx(1.5)
     assert depth_width_slopes(points(DEPTH, [(2, 50), (4, 50)]))["ratio"] is None
+
+
+def test_slopes_and_their_ratio_have_standard_errors():
+    found = depth_width_slopes(points(DEPTH, WIDTH))
+    slopes, errors = [], []
+    for line, group in {"depth": DEPTH, "width": WIDTH}.items():
+        x, y = np.array(group).T
+        (slope, _), covariance = np.polyfit(np.log2(x), y, 1, cov=True)
+        assert found[line]["error"] == pytest.approx(covariance[0, 0] ** 0.5)
+        slopes.append(slope)
+        errors.append(covariance[0, 0] ** 0.5)
+    draws = np.random.default_rng(0).normal(slopes, errors, (100_000, 2))
+    assert found["error"] == pytest.approx((draws[:, 0] / draws[:, 1]).std(), rel=0.05)
+    assert depth_width_slopes(points(DEPTH, WIDTH[:2]))["error"] is None  # two points have no residual
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import socket
 import sys
 from pathlib import Path
 
+# Modules that a run imports only when it needs them.
+NEEDED = ("bn_affine_adapters.training.loop", "bn_affine_adapters.deploy.exporting", "evaluate", "sklearn.datasets")
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def start(arguments, log, processes=1):
     """Start the processes of a run, as `recipes/train.py` and torchrun would; what they print goes to a file."""
-    CONTEXT.set_forkserver_preload(["bn_affine_adapters.training.train", "evaluate", "sklearn.datasets", "forked"])
+    CONTEXT.set_forkserver_preload([*NEEDED, "forked"])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     started = []

@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader
 from conftest import each_once
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -32,12 +31,14 @@ from bn_affine_adapters.training.data import (
     epoch_order,
     eval_batches,
     load_splits,
+    numbered,
     steps_per_epoch,
     stream,
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN = {"data_seed": 3, "epoch": 1, "mean": MEAN, "std": STD, "flip": False, "crop_padding": 0}
+PLAIN_PIXELS = {"mean": (0,) * 3, "std": (1,) * 3, "crop_padding": 0}  # values in 0..1
 FULL = {**PLAIN, "flip": True, "crop_padding": 2}
 
 
@@ -178,18 +179,19 @@ def test_a_broken_image_is_named(digits, refused, workers):
     broken = replace(split, dataset=datasets.Dataset.from_dict(cells, features=split.dataset.features))
     with refused(DataError, "image 2"):
         decode(broken, size=8, workers=workers)
-    message = ""
-    try:
-        list(stream(broken, T.to_tensor, batch_size=2, data_seed=0, shuffle=False, workers=workers))
-    except ValueError as error:  # without its traceback, which torch's workers would wait for
-        message = str(error.with_traceback(None))
-    assert "image 2" in message
+    with refused(DataError, "image 2"):
+        list(stream(broken, T.pil_to_tensor, batch_size=2, epoch=None, workers=workers))
 
 
-def test_16_bit_images_are_refused_instead_of_clipped(digits, refused):
-    deep = Image.fromarray(np.asarray(digits[1].dataset[0]["image"]).astype(np.uint16) * 257)
-    with refused(DataError, "image 0", "mode I;16", "8 bits"):
-        decode(coded(digits[1], [deep]), size=8)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_file_is_named_by_its_path(digits, refused, tmp_path, workers):
+    for i in range(4):
+        (tmp_path / f"train/{i % 2}").mkdir(parents=True, exist_ok=True)
+        digits[1].dataset[i]["image"].save(tmp_path / f"train/{i % 2}/{i}.png")
+    (tmp_path / "train/1/3.png").write_bytes(b"no image")
+    train, _ = load_splits(str(tmp_path), held_out=1)
+    with refused(DataError, str(Path("1", "3.png"))):
+        decode(train, size=8, workers=workers)
 
 
 def test_a_folder_of_image_files_is_a_data_set(digits, tmp_path):
@@ -226,7 +228,7 @@ def test_integer_labels_are_classes_up_to_the_largest_in_train(digits, folder, r
     [
         (lambda rows: rows.remove_columns("label"), {}, ["label_column", "image", "ClassLabel"]),
         (lambda rows: rows.remove_columns("image"), {}, ["image_column", "label"]),
-        (lambda rows: rows.cast_column("label", datasets.Value("string")), {}, ["label_column", "string"]),
+        (lambda rows: rows.cast_column("label", datasets.Value("float32")), {}, ["label_column", "float32", "string"]),
         (lambda rows: rows, {"label_column": "digit"}, ["'digit'", "image", "label"]),
         (lambda rows: rows, {"image_column": "label"}, ["image_column='label'"]),
         (lambda rows: rows.rename_column("label", "page").cast_column("page", datasets.Value("int64")), {}, ["page"]),
@@ -262,7 +264,7 @@ def test_splits_of_different_columns_or_classes_are_refused(digits, refused, mon
 def test_a_split_without_labels_is_refused(digits, refused, label):
     rows = digits[1].dataset
     unlabelled = rows.remove_columns("label").add_column("label", [label] * len(rows), feature=rows.features["label"])
-    for use in (lambda s: decode(s, size=8), lambda s: stream(s, T.to_tensor, batch_size=2, data_seed=0, shuffle=True)):
+    for use in (lambda s: decode(s, size=8), lambda s: stream(s, T.pil_to_tensor, batch_size=2, epoch=0)):
         with refused(DataError, "-1: none", "'label'"):
             use(replace(digits[1], dataset=unlabelled))
 
@@ -318,9 +320,9 @@ def test_the_parts_of_all_processes_join_to_the_single_batch_bit_for_bit(held_ou
         assert {part.global_count for rank in parts for part in rank} == {batch.global_count} == {sum(counts)}
 
 
-def test_the_last_batch_is_kept_unless_dropped_or_too_small_to_share(held_out):
+def test_the_last_batch_is_kept_unless_too_small_to_share(held_out):
     assert steps_per_epoch(50_000, 128) * 160 == 62_560
-    cases = [({}, 5), ({"world": 3}, 5), ({"world": 2, "accumulation": 2}, 4), ({"drop_remainder": True}, 4)]
+    cases = [({}, 5), ({"world": 3}, 5), ({"world": 2, "accumulation": 2}, 4)]
     for share, steps in cases:
         made = list(batches(held_out, batch_size=89, **share, **PLAIN))
         assert len(made) == steps * share.get("accumulation", 1)
@@ -382,7 +384,7 @@ def test_gathered_and_cut_predictions_are_all_images_in_order(held_out, world, b
         ({"accumulation": 0}, ConfigError, "accumulation=0"),
         ({"rank": 1}, ConfigError, "rank 1 of 1"),
         ({"mean": (0.5,)}, ConfigError, "1 means"),
-        ({"batch_size": 400, "drop_remainder": True}, DataError, "359 images"),
+        ({"batch_size": 400, "world": 400}, DataError, "359 images"),
     ],
 )
 def test_batches_that_cannot_be_cut_are_refused(held_out, refused, wrong, kind, word):
@@ -391,72 +393,211 @@ def test_batches_that_cannot_be_cut_are_refused(held_out, refused, wrong, kind, 
 
 
 def test_two_channels_are_refused(digits, refused):
-    with refused(ConfigError, "channels=2"):
+    with refused(ConfigError, "input_size=[2, 8, 8]"):
         decode(digits[1], size=8, channels=2)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_gives_the_decoded_images_in_an_order_of_its_data_seed(digits, held_out, workers):
-    loader = stream(digits[1], T.pil_to_tensor, batch_size=100, data_seed=5, shuffle=True, workers=workers)
-    epochs = []
-    for epoch in (0, 1, 0):
-        loader.sampler.set_epoch(epoch)
-        images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
-        order = torch.tensor([row for _, row in loader.sampler])
-        assert torch.equal(images, held_out.images[order])
-        assert torch.equal(labels, held_out.labels[order])
-        epochs.append(order.tolist())
-    assert epochs[0] == epochs[2] != epochs[1]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(359))
-
-
-def test_an_unshuffled_stream_is_in_order_and_may_drop_the_remainder(digits, held_out):
-    loader = stream(digits[1], T.pil_to_tensor, batch_size=100, data_seed=5, shuffle=False, drop_remainder=True)
-    assert torch.equal(torch.cat([images for images, _ in loader]), held_out.images[:300])
-
-
-def test_a_stream_of_timm_transforms_survives_pickling_and_repeats(digits):
-    transform = create_transform((3, 16, 16), is_training=True, auto_augment="rand-m9")
-    runs = []
-    for _ in range(2):
-        loader = stream(digits[1], transform, batch_size=64, data_seed=5, shuffle=True, workers=2)
-        pickle.loads(pickle.dumps(loader.dataset))
-        runs.append(next(iter(loader)))
-    assert runs[0][0].shape == (64, 3, 16, 16)
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_what_a_stream_draws_for_an_image_follows_from_its_row_and_the_epoch_alone(workers, digits):
-    transform = create_transform((3, 16, 16), is_training=True, auto_augment="rand-m9")
-    found = []
-    for size, here in ((64, workers), (50, 0)):
-        loader = stream(digits[1], transform, batch_size=size, data_seed=5, shuffle=True, workers=here)
-        loader.sampler.set_epoch(3)
-        states = random.getstate(), torch.get_rng_state()
-        found.append(torch.cat([images for images, _ in loader]))
-        assert random.getstate() == states[0]
-        assert torch.equal(torch.get_rng_state(), states[1])
-    assert torch.equal(*found)
-    before = [row for _, row in loader.sampler]
-    loader.sampler.set_epoch(4)
-    same_rows = [before.index(row) for _, row in loader.sampler]
-    assert not torch.equal(torch.cat([images for images, _ in loader]), found[0][same_rows])
-
-
-def test_accelerate_shards_a_stream_and_sets_its_epoch(digits):
-    share = {}
-    for rank in range(2):
-        loader = stream(digits[1], T.pil_to_tensor, batch_size=50, data_seed=5, shuffle=True)
-        prepared = prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False)
+@each_once(world=[1, 2, 3], accumulation=[1, 4], batch_size=[100, 10], workers=[0, 2])
+def test_a_stream_has_the_micro_batches_of_memory(digits, held_out, world, accumulation, batch_size, workers):
+    cut = {"batch_size": batch_size, "data_seed": 5, "accumulation": accumulation, "world": world}
+    for rank in range(world):
         for epoch in (0, 1):
-            prepared.set_epoch(epoch)
-            share[rank, epoch] = torch.cat([labels for indices, labels in prepared])
-            assert loader.sampler.epoch == epoch
-    for epoch in (0, 1):
-        dealt = torch.cat([share[rank, epoch].split(50)[i] for i in range(4) for rank in range(2)])[:359]
-        loader.sampler.set_epoch(epoch)
-        assert dealt.tolist() == [digits[1].dataset["label"][row] for _, row in loader.sampler]
+            known = batches(held_out, epoch=epoch, rank=rank, **cut, **{**PLAIN_PIXELS, "flip": False})
+            shown = stream(digits[1], T.pil_to_tensor, epoch=epoch, rank=rank, workers=workers, **cut)
+            found = 0
+            for ours, theirs in zip(shown, known, strict=True):
+                assert torch.equal(ours.images, (theirs.images * 255).round())
+                assert torch.equal(ours.labels, theirs.labels)
+                assert ours.global_count == theirs.global_count
+                found += 1
+            assert found == steps_per_epoch(359, batch_size, world, accumulation) * accumulation
+
+
+@each_once(world=[1, 2], workers=[0, 2], first_step=[1, 3, 4])
+def test_an_epoch_is_entered_at_any_step(digits, held_out, world, workers, first_step):
+    """Both kinds of feeds; a stream decodes no image of the steps before."""
+    cut = {"batch_size": 100, "data_seed": 5, "epoch": 2, "accumulation": 2, "world": world}
+    transform, decoded = create_transform((3, 16, 16), is_training=True, auto_augment="rand-m9"), []
+
+    def counted(image):
+        decoded.append(image)
+        return transform(image)
+
+    for rank in range(world):
+        here = {**cut, "rank": rank}
+        memory = [
+            list(batches(held_out, flip=True, **here, **PLAIN_PIXELS, first_step=step)) for step in (0, first_step)
+        ]
+        streams = [list(stream(digits[1], transform, **here, workers=workers, first_step=s)) for s in (0, first_step)]
+        for whole, rest in (memory, streams):
+            assert len(rest) == 2 * (4 - first_step)
+            for ours, theirs in zip(rest, whole[2 * first_step :], strict=True):
+                assert torch.equal(ours.images, theirs.images)
+                assert torch.equal(ours.labels, theirs.labels)
+                assert ours.global_count == theirs.global_count
+        decoded.clear()
+        shown = sum(len(batch.labels) for batch in stream(digits[1], counted, **here, first_step=first_step))
+        assert len(decoded) == shown
+
+
+@each_once(world=[1, 2, 3], workers=[0, 2])
+def test_a_stream_in_order_has_the_shares_of_memory(digits, held_out, world, workers):
+    for rank in range(world):
+        known = eval_batches(held_out, batch_size=100, mean=[0] * 3, std=[1] * 3, rank=rank, world=world)
+        shown = stream(digits[1], T.pil_to_tensor, batch_size=100, epoch=None, rank=rank, world=world, workers=workers)
+        for ours, theirs in zip(shown, known, strict=True):
+            assert torch.equal(ours.images, (theirs.images * 255).round())
+            assert torch.equal(ours.labels, theirs.labels)
+            assert ours.global_count == theirs.global_count
+
+
+def augmented(split, workers=0, world=1, accumulation=1, epoch=0, data_seed=5):
+    """Return {row shown: its augmented image} of an epoch, over all processes; rows by their place in the epoch."""
+    transform = create_transform((3, 16, 16), is_training=True, auto_augment="rand-m9", normalize=False)
+    cut = {"batch_size": 60, "data_seed": data_seed, "epoch": epoch, "accumulation": accumulation, "world": world}
+    order = epoch_order(len(split), data_seed, epoch)[0]
+    ranks = [list(stream(split, transform, rank=rank, workers=workers, **cut)) for rank in range(world)]
+    images, _ = joined(ranks)
+    return dict(zip(order.tolist(), images, strict=False))
+
+
+def test_augmentation_follows_from_the_seed_the_epoch_and_the_image(digits):
+    """No number of processes, workers or accumulation steps changes it; another epoch, data seed or image does."""
+    few = replace(digits[1], dataset=digits[1].dataset.select([0] * 120))  # one image: what differs was drawn
+    first = augmented(few)
+    assert len(first) == 120
+    for other in (augmented(few), augmented(few, workers=2), augmented(few, workers=1, world=2, accumulation=2)):
+        assert other.keys() == first.keys()
+        assert all(torch.equal(image, other[row]) for row, image in first.items())
+    assert len({image.numpy().tobytes() for image in first.values()}) > 110
+    for other in (augmented(few, epoch=1), augmented(few, data_seed=6)):
+        assert sum(torch.equal(image, other[row]) for row, image in first.items()) < 5
+
+
+def test_augmentation_leaves_the_global_generators_alone(digits):
+    def state():
+        return random.getstate(), torch.get_rng_state().tolist(), repr(np.random.get_state())
+
+    before = state()
+    assert augmented(digits[1])
+    assert state() == before
+
+
+def test_a_stream_survives_pickling(digits):
+    transform = create_transform((3, 16, 16), is_training=True)
+    items = data._Items(digits[1], transform, 3, (5, 0))
+    assert torch.equal(pickle.loads(pickle.dumps(items))[3], items[3])
+
+
+def test_string_labels_are_classes_in_sorted_order(digits, folder, refused):
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+    def named(rows):
+        names = [words[label] for label in rows["label"]]
+        return rows.remove_columns("label").add_column("label", names)
+
+    train, test = load_splits(folder(train=named(digits[0].dataset), test=named(digits[1].dataset)))
+    assert train.label_names == test.label_names == tuple(sorted(words))
+    decoded = decode(test, size=8)
+    assert [decoded.label_names[i] for i in decoded.labels] == [words[i] for i in digits[1].dataset["label"]]
+    streamed = torch.cat([b.labels for b in stream(test, T.pil_to_tensor, batch_size=100, epoch=None)])
+    assert torch.equal(streamed, decoded.labels)
+    few = named(digits[0].dataset.filter(lambda row: row["label"] not in (3, 5)))
+    with refused(DataError, "five", "three"):
+        load_splits(folder(train=few, test=named(digits[1].dataset)))
+    missing = named(digits[0].dataset).map(lambda row, i: {"label": row["label"] if i else None}, with_indices=True)
+    with refused(DataError, "-1: none"):
+        load_splits(folder(train=missing, test=named(digits[1].dataset)))
+
+
+def test_a_csv_of_metadata_names_the_classes(digits, tmp_path):
+    for split, rows in zip(("train", "test"), digits, strict=True):
+        (tmp_path / split).mkdir()
+        lines = ["file_name,label,checked,page"]
+        for i in range(12):
+            rows.dataset[i]["image"].save(tmp_path / split / f"{i}.png")
+            lines.append(f"{i}.png,{'odd' if rows.dataset[i]['label'] % 2 else 'even'},{i % 2 == 0},{i}")
+        (tmp_path / split / "metadata.csv").write_text("\n".join(lines) + "\n")
+    train, test = load_splits(str(tmp_path))
+    assert train.label_names == ("even", "odd")
+    assert decode(test, size=8).labels.tolist() == [label % 2 for label in digits[1].dataset["label"][:12]]
+    checked, _ = load_splits(str(tmp_path), label_column="checked")
+    assert checked.label_names == ("False", "True")
+    assert decode(checked, size=8).labels.tolist() == [1, 0] * 6
+
+
+@pytest.mark.parametrize("kind", ["class labels", "strings"])
+def test_classes_are_numbered_by_name(digits, refused, kind):
+    names = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay"]
+    rows = digits[1].dataset.cast_column("label", datasets.ClassLabel(names=names))
+    codes = None
+    if kind == "strings":
+        rows = rows.remove_columns("label").add_column("label", [names[i] for i in rows["label"]])
+        codes = {name: label for label, name in enumerate(names)}
+    split = Split(rows, "image", "label", tuple(names), "test", codes)
+    other = names[::-1]
+    again = numbered(split, other)
+    assert again.label_names == tuple(other)
+    labels = decode(again, size=8).labels
+    assert torch.equal(labels, 9 - digits[1].dataset.with_format("torch")["label"][:])
+    assert torch.equal(torch.cat([b.labels for b in stream(again, T.pil_to_tensor, batch_size=9, epoch=None)]), labels)
+    assert torch.equal(decode(numbered(again, names), size=8).labels, 9 - labels), "and back"
+    assert numbered(split, names) is split
+    with refused(DataError, "missing in the data: ['yak']", "unknown to the network: ['jay']"):
+        numbered(split, [*names[:-1], "yak"])
+    with refused(DataError, "missing in the data: []", "unknown to the network: ['jay']"):
+        numbered(split, names[:-1])
+    with refused(DataError, "missing in the data: []", "unknown to the network: ['bee']"):
+        numbered(split, ["ant", "ant", *names[2:]])
+
+
+def test_plain_integers_have_no_names_to_go_by(digits):
+    rows = digits[1].dataset.cast_column("label", datasets.Value("int64"))
+    split = Split(rows, "image", "label", tuple("0123456789"), "test")
+    assert numbered(split, [f"class {i}" for i in range(10)]) is split
+
+
+def picture_folder(digits, where, *splits, classes=("cat", "dog"), count=10):
+    for split in splits:
+        for name in classes:
+            (where / split / name).mkdir(parents=True)
+            for i in range(count):
+                digits[0].dataset[i]["image"].save(where / split / name / f"{i}.png")
+    return str(where)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_split_is_tested_on_where_there_is_no_test_split(digits, tmp_path, name):
+    path = picture_folder(digits, tmp_path, "train", name)
+    for asked in ("test", name, "validation"):
+        train, test = load_splits(path, test_split=asked)
+        assert (len(train), len(test), test.name) == (20, 20, "validation")
+        assert test.label_names == ("cat", "dog")
+
+
+def test_the_test_split_goes_before_a_validation_split(digits, tmp_path):
+    path = picture_folder(digits, tmp_path, "train", "val", "test")
+    assert load_splits(path)[1].name == "test"
+    assert load_splits(path, test_split="val")[1].name == "validation"
+
+
+def test_a_fifth_is_held_out_of_a_folder_of_classes_alone(digits, tmp_path, refused):
+    path = picture_folder(digits, tmp_path, "")
+    train, test = load_splits(path)
+    assert (len(train), len(test)) == (16, 4)
+    assert test.name == "4 held out of train"
+    assert train.label_names == test.label_names == ("cat", "dog")
+    paths = [
+        {cell["path"] for cell in s.dataset.cast_column("image", datasets.Image(decode=False))["image"]}
+        for s in (train, test)
+    ]
+    assert len(paths[0] | paths[1]) == 20
+    assert not paths[0] & paths[1]
+    assert load_splits(path)[1].dataset["image"][0].filename == test.dataset["image"][0].filename, "the same each time"
+    assert len(load_splits(path, held_out=7)[1]) == 7
+    for asked in ("val", "page"):
+        with refused(DataError, f"lacks ['{asked}']", "splits ['train']"):
+            load_splits(path, test_split=asked)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: is its batch that of the CPU?")

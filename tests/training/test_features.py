@@ -45,7 +45,7 @@ def each_run_begins_as_in_a_process_of_its_own(monkeypatch):
 
 def run(train, output, *arguments):
     AcceleratorState._reset_state(reset_partial_state=True)
-    return train.run(train.read_recipe([*TINY, f"output_dir={output}", *arguments]))
+    return train.train(train.read_recipe([*TINY, f"output_dir={output}", *arguments]))[0].result
 
 
 def tensors(result):

@@ -78,6 +78,13 @@ def test_a_recipe_that_cannot_be_used_is_refused(arguments, error, match):
     assert caught.value.do
 
 
+def test_precision_no_can_be_given(tmp_path):
+    assert read_recipe(["imagenet"]).precision == "bf16"
+    assert read_recipe(["imagenet", "precision=no"]).precision == "no"
+    (tmp_path / "mine.yaml").write_text("precision: no\nepochs: 3\n")
+    assert read_recipe([str(tmp_path / "mine.yaml")]) == replace(Recipe(), epochs=3)
+
+
 def test_every_number_has_a_range():
     kinds = (int, float, list)
     numbers = {f.name for f in fields(Recipe) if isinstance(getattr(Recipe(), f.name), kinds)}
@@ -145,6 +152,17 @@ def test_the_command_in_a_result_line_means_the_same_recipe(tmp_path):
     assert recorded(read_recipe(line[2:])) == recorded(recipe)
 
 
+def test_a_command_for_others_says_where_a_file_of_this_machine_is_to_be_put(tmp_path):
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "w.safetensors").touch()
+    given = [f"dataset={tmp_path}/birds", f"pretrained_file={tmp_path}/w.safetensors", "pretrained=true", "seed=null"]
+    recipe = read_recipe(given)
+    line = shlex.split(recipes.command(recipe, read_recipe([])))
+    assert {"dataset=PATH/TO/birds", "pretrained_file=PATH/TO/w.safetensors"} < {*line}
+    assert recorded(recipe)["dataset"] == "birds", "a run is known by the name"
+    assert "dataset=me/birds" in recipes.command(read_recipe(["dataset=me/birds"]), read_recipe([]))
+
+
 def test_the_next_command_tests_on_the_same_images():
     assert validate_command(read_recipe([]), "runs/digits/adapter") == "bn-adapters validate runs/digits/adapter"
     recipe = read_recipe(["cifar10", "held_out=500", "precision=bf16"])
@@ -175,7 +193,7 @@ def test_help_lists_every_key_its_default_and_range(capsys):
 
 def test_choices_are_keys_and_allow_the_default():
     assert all(getattr(Recipe(), key) in choices for key, choices in CHOICES.items())
-    assert len(CHOICES) == 5
+    assert len(CHOICES) == 8
 
 
 def test_accelerate_launches_the_module():

@@ -21,7 +21,6 @@ from test_lines import LINE
 
 from bn_affine_adapters.errors import BNAdapterError, ConfigError, NetworkError, UnknownKeyError
 from bn_affine_adapters.training import sweep as sweeping
-from bn_affine_adapters.training import sweeps
 from bn_affine_adapters.training.lines import TIMES, read_results
 from bn_affine_adapters.training.recipe import CONFIGS, read_recipe, recorded, run_key
 from bn_affine_adapters.training.sweeps import planned_runs, read_sweep
@@ -402,7 +401,9 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_run_of_a_packaged_sweep_has_a_recipe(name, monkeypatch):
-    monkeypatch.setattr(sweeps, "forward_cost", lambda recipe: 0)  # the deep networks take long to build
+    monkeypatch.setattr(
+        "bn_affine_adapters.training.network.forward_cost", lambda recipe: 0
+    )  # the deep networks take long to build
     sweep = read_sweep(name)
     runs = planned_runs(replace(sweep, replicates=1), [], Path("runs"))  # the others differ in their seeds alone
     assert len(runs) == len(sweep.conditions) * len(sweep.networks)

@@ -23,7 +23,8 @@ from bn_affine_adapters import reinit_
 from bn_affine_adapters.errors import AdapterFileError, ConfigError, DataError, OutputFolderError, UnknownKeyError
 from bn_affine_adapters.norms.find import norm_layers
 from bn_affine_adapters.training import loop
-from bn_affine_adapters.training.feed import Feed, accuracy, hold_out
+from bn_affine_adapters.training.data import hold_out
+from bn_affine_adapters.training.feed import Feed, accuracy
 from bn_affine_adapters.training.network import build_network, configuration, count
 from bn_affine_adapters.training.recipe import CONDITIONS, FULL_CONDITIONS
 
@@ -51,7 +52,7 @@ def each_run_begins_as_in_a_process_of_its_own():
 
 
 def tiny(train, output, *arguments):
-    return train.run(train.read_recipe([*TINY, f"output_dir={output}", *arguments]))
+    return train.train(train.read_recipe([*TINY, f"output_dir={output}", *arguments]))[0].result
 
 
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
@@ -67,7 +68,7 @@ def files(adapter):
 @pytest.mark.slow  # .ci/run has the same of the README's command
 def test_the_default_job_passes_92_percent_with_1120_parameters(train, tmp_path):
     # One thread: with several, other tests beside it would hold each of them up. .ci/run times the job by itself.
-    result = train.run(train.read_recipe([f"output_dir={tmp_path / 'run'}", "threads=1"]))
+    result = train.train(train.read_recipe([f"output_dir={tmp_path / 'run'}", "threads=1"]))[0].result
     assert result["trained"] == 1_120
     assert result["top1"] >= 92
 
@@ -77,20 +78,20 @@ def test_a_person_sees_a_summary_and_a_program_one_line_of_json(train, validate,
     train.command([*TINY, f"output_dir={folder}"])
     result = json.loads((folder / "result.json").read_text())
     assert capsys.readouterr().out.splitlines() == [
-        f"accuracy      {result['top1']:.2f} % top-1 on digits/test (359 images)",
-        "trained       1,120 of 175,258 parameters (0.64 %)",
-        f"adapter       {folder}/adapter, {(folder / 'adapter' / ADAPTER[1]).stat().st_size / 1000:.1f} kB",
-        f"time          {result['seconds']:.1f} s",
-        f"next          bn-adapters validate {folder}/adapter",
+        f"accuracy  {result['top1']:.2f} % top-1 on digits/test (359 images)",
+        "trained   1,120 of 175,258 parameters (0.64 %)",
+        f"adapter   {folder}/adapter, {(folder / 'adapter' / ADAPTER[1]).stat().st_size / 1000:.1f} kB",
+        f"time      {result['seconds']:.1f} s",
+        f"next      bn-adapters validate {folder}/adapter",
     ]
     validate.command([f"{folder}/adapter"])
     assert capsys.readouterr().out.splitlines() == [
-        f"accuracy      {result['top1']:.2f} % top-1 on digits/test (359 images)",
-        f"adapter       {folder}/adapter, on the weights of seed 0, verified",
+        f"accuracy  {result['top1']:.2f} % top-1 on digits/test (359 images)",
+        f"adapter   {folder}/adapter, on the weights of seed 0, verified",
     ]
     validate.command(["--json", f"adapter={folder}/adapter"])
     found = json.loads(capsys.readouterr().out)
-    assert found == {"top1": result["top1"], "top5": result["top5"], "images": 359, "seed": 0}
+    assert found == {"top1": result["top1"], "top5": result["top5"], "split": "test", "images": 359, "seed": 0}
     AcceleratorState._reset_state(reset_partial_state=True)
     train.command([*TINY, f"output_dir={folder}", "overwrite=true", "--json"])
     assert json.loads(capsys.readouterr().out) == json.loads((folder / "result.json").read_text())
@@ -197,9 +198,9 @@ def test_a_run_that_was_stopped_resumes_to_the_result_of_one_never_stopped(kind,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_epoch", stop_after(1, loop.train_epoch))
         with pytest.raises(KeyboardInterrupt):
-            train.run(recipe)
+            train.train(recipe)
     AcceleratorState._reset_state(reset_partial_state=True)
-    resumed = train.run(recipe)
+    resumed = train.train(recipe)[0].result
     assert resumed["epochs"] == whole["epochs"]
     if kind != "condition=all":
         assert files(resumed["adapter"]) == files(whole["adapter"])
@@ -313,14 +314,39 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch(train, tmp_
     assert parts["first_losses"] == pytest.approx(whole["first_losses"], rel=1e-4)
 
 
-def test_streamed_images_train_like_those_in_memory(train, tmp_path):
-    # The same images without augmentation, in another order; a stream drops the last, smaller batch.
-    whole = ("streaming=true", "workers=1", "crop_scale=[1.0,1.0]", "crop_ratio=[1.0,1.0]", "test_crop=1.0")
-    memory, streamed = (tiny(train, tmp_path / str(i), "epochs=3", *more) for i, more in enumerate(((), whole)))
-    losses = [[epoch["loss"] for epoch in result["epochs"]] for result in (memory, streamed)]
-    assert losses[1] == sorted(losses[1], reverse=True)
-    assert losses[1] == pytest.approx(losses[0], abs=0.4)
-    assert streamed["images_per_second"] > 0
+# The images as they are: what streams is then what lies in memory.
+STREAMED = ("streaming=true", "workers=1", "crop_scale=[1.0,1.0]", "crop_ratio=[1.0,1.0]", "test_crop=1.0")
+
+
+def test_streamed_images_train_the_adapter_of_those_in_memory(train, tmp_path):
+    # 1,438 images in batches of 128 leave 30 for the last one.
+    memory, streamed = (tiny(train, tmp_path / str(i), "epochs=2", *more) for i, more in enumerate(((), STREAMED)))
+    assert streamed["epochs"] == memory["epochs"]
+    ours, theirs = (files(result["adapter"])["adapter_model.safetensors"] for result in (streamed, memory))
+    assert ours == theirs
+
+
+def test_streamed_parts_of_unequal_size_give_the_gradient_of_the_whole_batch(train, tmp_path):
+    # Frozen statistics, so that the parts of a batch do not depend on each other. Ten images in four parts: 2, 3, 2, 3.
+    options = ("running_statistics=frozen", "lr=0.001", "held_out=1238", "batch_size=10", *STREAMED)
+    whole, parts = (tiny(train, tmp_path / str(n), *options, f"accumulation={n}") for n in (1, 4))
+    assert parts["first_losses"] == pytest.approx(whole["first_losses"], rel=1e-4)
+    ours, theirs = (load_file(Path(result["adapter"], ADAPTER[1])) for result in (parts, whole))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow  # tests/training/test_data.py has what their parts hold
+def test_two_processes_stream_the_augmented_images_of_one(train, tmp_path):
+    options = ("lr=0.01", "image_size=16", "held_out=1000", "streaming=true", "workers=1", "flip=true")
+    process = launch(*options, "accumulation=3", f"output_dir={tmp_path / 'two'}", processes=2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    alone = tiny(train, tmp_path / "one", *options)
+    both = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert both["hardware"]["processes"] == 2
+    # Batch statistics are those of a third of a batch.
+    assert both["first_losses"] == pytest.approx(alone["first_losses"], rel=0.05)
 
 
 def test_a_data_set_that_cannot_be_found_is_one_clear_error(train, tmp_path):

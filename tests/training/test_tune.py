@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from bn_affine_adapters.errors import ConfigError, UnknownKeyError
-from bn_affine_adapters.study.claims import tuned
+from bn_affine_adapters.study.findings import tuned
 from bn_affine_adapters.training import tune
 from bn_affine_adapters.training.lines import read_results
 from bn_affine_adapters.training.recipe import CONFIGS
@@ -42,7 +42,7 @@ def test_trials_are_trained_on_the_rest_and_a_second_call_goes_on(file, refused)
     assert [line["own"] for line in lines] == [True, False], "the first trial has the recipe's own settings"
     assert (lines[0]["recipe"]["lr"], lines[0]["recipe"]["norm_init"]) == (0.3, "uniform")
     assert 0.1 <= lines[1]["recipe"]["lr"] <= 1.0
-    assert tuned(lines).count(f"own settings {lines[0]['top1']:.2f} %") == 1
+    assert tuned(lines).count(f"own settings reach {lines[0]['top1']:.2f} %") == 1
     assert (both["trials"], both["top1"]) == (2, max(line["top1"] for line in lines))
     best = next(line["recipe"] for line in lines if line["top1"] == both["top1"])
     assert {key: best[key] for key in both["best"]} == both["best"]

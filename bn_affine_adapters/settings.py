@@ -1,17 +1,29 @@
-"""BNOnlyConfig: everything that rebuilds a network from an adapter, as a PEFT configuration."""
+"""The settings of an adapter: everything that rebuilds a network from it, as adapter_config.json holds it, checked.
+
+Needs neither torch nor PEFT, so that a file can be looked at without them.
+"""
 
 import json
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from peft import PeftConfig
+from .errors import ConfigError, FormatVersionError, check_choice, check_keys
+from .norms import SCALE_SUFFIX
+from .seed.draws import LAYER_SCALES, NORM_INITS, SCHEME, WEIGHT_INITS, check_seed
 
-from ..errors import ConfigError, FormatVersionError, check_choice, check_keys
-from ..seed.draws import SCHEME
-from ..seed.rules import NORM_INITS, WEIGHT_INITS, check_seed
+FORMAT_VERSION = 2
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # owner/name, of a repository or a data set
+# PEFT's names of an adapter's files, and of what stands before the names of its tensors
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"  # a pickle
+PEFT_PREFIX = "base_model.model."
 
-FORMAT_VERSION = 1
+
 CUSTOM = "custom"  # the architecture of a network that timm cannot build: loads only with model=
 
 
@@ -37,6 +49,9 @@ BN_ONLY = MethodName("BN_ONLY")
 PEFT_KEYS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 }  # fmt: skip
+VERIFY = ("full", "sampled", "off")
+LEAN = (None, "exact", "rounded", "smallest")
+# What timm does with images: it takes an unknown crop_mode for "center", and fails late on another interpolation.
 RUN_TIME = ("verify", "lean")  # settings of this run, never written to adapter_config.json
 
 # Creation arguments that would load something, or build something other than a classifier.
@@ -50,11 +65,20 @@ FORBIDDEN_ARGS = {
 MAX_DEPTH = 8
 MAX_VALUES = 1_000
 MAX_CLASSES = 2**40  # so that no shape overflows; `limits` refuses what is too large for the memory
-NAME_LISTS = ("extra_trainable_modules", "norm_layers", "head_layers", "control_layers", "label_names")
+# Bounds on the network that a file asks for: see adapter/limits.py.
+MAX_PARAMETERS = 200_000_000  # 800 MB in float32
+MAX_TENSORS = 20_000  # in a constructor and in an adapter's file; cifar_resnet866, the deepest, has 4,337 and 4,335
+LIFT = "load_bn_only_model(..., max_parameters=N), or None for no limit, if you trust whoever made it"
+# How images are prepared, in timm's words
+CROP_MODES = ("center", "border", "squash")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+NAME_LISTS = (
+    "extra_trainable_modules", "norm_layers", "head_layers", "layer_scales", "control_layers", "label_names",
+)  # fmt: skip
 
 
 @dataclass
-class BNOnlyConfig(PeftConfig):
+class Settings:
     """Configure which parameters of a network train, and how the rest is redrawn.
 
     Settings that are None are inferred from the network when it is wrapped, and saved.
@@ -67,6 +91,9 @@ class BNOnlyConfig(PeftConfig):
             "symmetric" (gamma U(-1, 1)), "ones_beta_one", or "keep" (default without a seed).
         train_gamma: train the norm layers' scale.
         train_beta: train the norm layers' shift.
+        layer_scale: the gains of residual branches (LayerScale): "one" redraws them as 1 and "constructor" as what the
+            constructor sets, often 1e-6, frozen either way; "train" trains them from there. By default "one" with a
+            seed, and "constructor" without one, which keeps the values given.
         train_head: train what timm's `get_classifier()` returns.
         control: parameters per channel of every convolution that train as well: "two_weights" (chosen from the seed;
             the paper's control, with train_gamma and train_beta off) or "input_affine" (scale and shift of its input).
@@ -77,6 +104,7 @@ class BNOnlyConfig(PeftConfig):
         architecture: a name registered in timm, or "custom" for a network that only your own code builds.
         model_args: creation arguments of the architecture. num_classes, in_chans and img_size are inferred.
         head_layers: exact names of the head's modules; inferred.
+        layer_scales: exact names of the parameters that layer_scale is for; inferred.
         control_layers: exact names of the convolutions under control; inferred: all outside head and extra modules.
         data_config: timm's data configuration: input_size (C, H, W), mean, std, interpolation, crop_pct.
         label_names: the classes' names in the order of the logits.
@@ -87,6 +115,9 @@ class BNOnlyConfig(PeftConfig):
         backbone_digests: the first 8 digits of each of those tensors' sha256, in the order of sorted names.
         frozen_fingerprint: sha256 over a drawn head that does not train and norm layers outside the adapter, if any.
         layout_hash: sha256 over the backbone's names and shapes.
+        traits_fingerprint: sha256 over the classes and settings of all modules.
+        traits_digests: the first 4 digits of each module's own, in the order of sorted names.
+        tensors_digest: sha256 over the adapter's tensors, written when it is saved.
         versions: of the libraries that made the adapter.
         verify: "full", "sampled" or "off": how the frozen network is compared when an adapter is loaded. Not saved.
         lean: "exact", "rounded" or "smallest": train in less memory and time, see `bn_affine_adapters.lean`. Not saved.
@@ -95,15 +126,26 @@ class BNOnlyConfig(PeftConfig):
         UnknownKeyError: a key does not exist.
         ConfigError: a value is not usable.
 
+    >>> from bn_affine_adapters import BNOnlyConfig
     >>> BNOnlyConfig(seed=0).norm_init, BNOnlyConfig().norm_init
     ('uniform', 'keep')
     """
 
+    # PEFT's own, in its order.
+    task_type: Any = None
+    peft_type: Any = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    # Ours.
     seed: int | None = None
     weight_init: str = "kaiming_normal"
     norm_init: str | None = None
     train_gamma: bool = True
     train_beta: bool = True
+    layer_scale: str | None = None
     train_head: bool = False
     control: str | None = None
     extra_trainable_modules: list[str] = field(default_factory=list)
@@ -112,6 +154,7 @@ class BNOnlyConfig(PeftConfig):
     architecture: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     head_layers: list[str] | None = None
+    layer_scales: list[str] | None = None
     control_layers: list[str] | None = None
     data_config: dict[str, Any] | None = None
     label_names: list[str] | None = None
@@ -122,36 +165,42 @@ class BNOnlyConfig(PeftConfig):
     backbone_digests: str | None = None
     frozen_fingerprint: str | None = None
     layout_hash: str | None = None
+    traits_fingerprint: str | None = None
+    traits_digests: str | None = None
+    tensors_digest: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     verify: Literal["full", "sampled", "off"] = "full"
     lean: Literal["exact", "rounded", "smallest"] | None = None
 
     built_here = False  # True if the network was just built from this configuration: not built again to compare
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "BNOnlyConfig":
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Refuse unknown keys before the dataclass does, naming the nearest one."""
         check_keys(kwargs, {f.name for f in fields(cls)}, "BNOnlyConfig")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check every value and fill in the defaults that depend on the seed."""
-        self.task_type = None
-        super().__post_init__()
-        self.peft_type = BN_ONLY
         # PEFT chooses its model class by task type: this one stands for BNOnlyPeftModel in its registry.
-        self.task_type = BN_ONLY
+        self.peft_type = self.task_type = BN_ONLY
         if self.norm_init is None:
             self.norm_init = "keep" if self.seed is None else "uniform"
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Check every value: when the configuration is made, and again when a network is wrapped with it.
+
+        Raises:
+            ConfigError: a value is not usable.
+        """
         if self.seed is not None:
-            check_seed(self.seed)
+            self.seed = check_seed(self.seed)
         check_choice("weight_init", self.weight_init, WEIGHT_INITS)
         check_choice("norm_init", self.norm_init, NORM_INITS)
+        check_choice("layer_scale", self.layer_scale, (None, *LAYER_SCALES))
         check_choice("running_statistics", self.running_statistics, ("update", "frozen"))
-        check_choice("verify", self.verify, ("full", "sampled", "off"))
-        check_choice("lean", self.lean, (None, "exact", "rounded", "smallest"))
+        check_choice("verify", self.verify, VERIFY)
+        check_choice("lean", self.lean, LEAN)
         check_choice("control", self.control, (None, "two_weights", "input_affine"))
         check_choice("init_scheme", self.init_scheme, (SCHEME,))
         for key in ("train_gamma", "train_beta", "train_head"):
@@ -160,12 +209,16 @@ class BNOnlyConfig(PeftConfig):
             self._check_names(key)
         for key in ("model_args", "versions", "data_config"):
             self._check_plain_dict(key, optional=key == "data_config")
-        digests = [f.name for f in fields(self) if f.name.endswith(("fingerprint", "sampled", "digests", "hash"))]
+        ends = ("fingerprint", "sampled", "digest", "digests", "hash")
+        digests = [f.name for f in fields(self) if f.name.endswith(ends)]
         for key in (*digests, "architecture", "base_model_name_or_path", "revision", "peft_version"):
             _check_type(key, getattr(self, key), str | None)
         _check_type("auto_mapping", self.auto_mapping, type(None))  # by which PEFT would import a base's class
         if self.control == "two_weights" and self.seed is None:
             raise ConfigError("control='two_weights' chooses weights from the seed.", seen="seed=None", do="seed=0")
+        if self.fresh and self.data_config is not None:  # `predict` checks what a file says
+            check_choice("data_config's crop_mode", self.data_config.get("crop_mode"), (None, *CROP_MODES))
+            check_choice("data_config's interpolation", self.data_config.get("interpolation"), (None, *INTERPOLATIONS))
         self._check_format()
         self._check_args()
         if self.architecture is None and not self.fresh:
@@ -228,12 +281,23 @@ class BNOnlyConfig(PeftConfig):
     def target_modules(self) -> tuple[str, ...]:
         """The exact names of all modules of which the adapter has a copy; a tuple, because PEFT changes lists."""
         controlled = self.control_layers or [] if self.control else []
-        return tuple(dict.fromkeys([*(self.norm_layers or []), *self.whole_modules, *controlled]))
+        scales = [name + SCALE_SUFFIX for name in self.trained_scales]
+        return tuple(dict.fromkeys([*(self.norm_layers or []), *self.whole_modules, *scales, *controlled]))
 
     @property
     def whole_modules(self) -> list[str]:
         """The exact names of the modules that train as a whole: a head that trains, and extra modules."""
         return [*((self.head_layers or []) if self.train_head else []), *self.extra_trainable_modules]
+
+    @property
+    def trained_scales(self) -> list[str]:
+        """The exact names of the layer scales that train."""
+        return (self.layer_scales or []) if self.layer_scale == "train" else []
+
+    @property
+    def ones(self) -> list[str]:
+        """The exact names of the parameters that are redrawn as 1."""
+        return (self.layer_scales or []) if self.layer_scale == "one" else []
 
     @property
     def portable(self) -> bool:
@@ -246,14 +310,18 @@ class BNOnlyConfig(PeftConfig):
         return self.backbone_fingerprint is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what adapter_config.json holds: every field but the settings of this run."""
-        return {key: value for key, value in super().to_dict().items() if key not in RUN_TIME}
+        """Return what adapter_config.json holds: every field but the settings of this run, and no path of a base."""
+        content = {key: value for key, value in asdict(self).items() if key not in RUN_TIME}
+        if self.base_model_name_or_path and hub_id(self.base_model_name_or_path) is None:
+            content["base_model_name_or_path"] = content["revision"] = None
+        return content
 
     @classmethod
     def check_kwargs(cls, /, **kwargs: Any) -> dict[str, Any]:
         """Check the keys of a configuration file, and drop those of PEFT that this class does not have."""
         for key, value in kwargs.items():
             _check_size(key, value)
+        kwargs.setdefault("layer_scale", "constructor")  # of a file that was written before there was a choice
         known = {f.name for f in fields(cls)} - set(RUN_TIME)
         # First, so that a file of a newer format is refused as such and not for a new key.
         version = kwargs.get("format_version", FORMAT_VERSION)
@@ -290,3 +358,18 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, bool | int | str)
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return a name if it is one of a repository on the Hub; None if it is a folder here, or anything else."""
+    return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def bare(key: str) -> str:
+    """Return a tensor's name in the network, without PEFT's prefix."""
+    return key.removeprefix(PEFT_PREFIX)
+
+
+def as_channels(values: Sequence[float], channels: int) -> list[float]:
+    """Return a mean or std for so many channels: as it is if it has them, or else its average for each."""
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels

@@ -1,0 +1,16 @@
+"""The digest of an adapter's tensors, which binds them to their configuration."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+
+def tensors_digest(entries: Iterable[tuple[str, str, Sequence[int], bytes | memoryview]]) -> str:
+    """Return the sha256 over tensors: (name in the network, type as torch names it, shape, bytes in the file) each.
+
+    Format `bnaffine-tensors-v1`: a header line, then a line a tensor, names sorted by their UTF-8 bytes: name, type
+    ("float32"), shape, sha256 of the bytes in the file, separated by tabs.
+    """
+    total = hashlib.sha256(b"bnaffine-tensors-v1\n")
+    for name, kind, shape, data in sorted(entries, key=lambda entry: entry[0].encode()):
+        total.update(f"{name}\t{kind}\t{','.join(map(str, shape))}\t{hashlib.sha256(data).hexdigest()}\n".encode())
+    return total.hexdigest()
