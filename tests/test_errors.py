@@ -26,7 +26,7 @@ from bn_affine_adapters.sharing.hub import _ADVICE, _OTHERWISE, push_folder
 from bn_affine_adapters.training.checkpoint import read_checkpoint
 from bn_affine_adapters.training.data import load_splits
 from bn_affine_adapters.training.recipe import Recipe
-from bn_affine_adapters.training.train import check_output, naming_lost_process, read_recipe, run
+from bn_affine_adapters.training.train import check_output, naming_lost_process, read_recipe, train
 
 REPOSITORY = Path(__file__).parent.parent
 CLASSES = {n: k for n, k in vars(errors).items() if inspect.isclass(k) and k.__module__ == errors.__name__}
@@ -170,7 +170,7 @@ def fill_the_disk(here):
 
 def trained(here, *arguments):
     tiny = ("image_size=8", "epochs=1", "threads=1", f"output_dir={here.scratch / 'run'}")
-    return run(read_recipe([*tiny, *arguments]))
+    return train(read_recipe([*tiny, *arguments]))
 
 
 def lose_a_process():

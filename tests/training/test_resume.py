@@ -20,7 +20,6 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
-from conftest import each_once
 from safetensors.torch import load_file
 
 from bn_affine_adapters import BNOnlyConfig, cli, get_bn_only_model
@@ -45,6 +44,7 @@ RANDOM = {
         "optimizer=adamw", "accumulation=2",
     ),
 }  # fmt: skip
+FAST = {("augmentation", 1), ("replicates", 6), ("all at once", 3)}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,14 @@ def saved(result):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "results.json"}
 
 
-@each_once(kind=RANDOM, stop=[1, 6, 3])
+@pytest.mark.parametrize(
+    ("kind", "stop"),
+    [
+        pytest.param(kind, stop, id=f"{name}-{stop}", marks=[] if (name, stop) in FAST else [pytest.mark.slow])
+        for name, kind in RANDOM.items()
+        for stop in (1, 6, 3)
+    ],
+)
 def test_a_run_that_a_signal_stopped_goes_on_as_if_it_had_not(kind, stop, tiny, tmp_path, capsys):
     whole = tiny(tmp_path / "whole", *kind)
     with pytest.raises(SystemExit) as ended:
@@ -269,7 +276,8 @@ def test_no_adapter_is_saved_that_would_not_load(tmp_path, refused):
 def test_every_json_of_the_package_is_strict_or_read_by_itself_alone():
     allowed = {
         "training/recipe.py", "training/lines.py", "training/sweeps.py", "training/scripts.py", "training/tune.py",
-        "training/checkpoint.py", "settings.py", "adapter/rebuild.py", "study/replicates.py",
+        "training/checkpoint.py", "settings.py", "adapter/rebuild.py", "adapter/traits.py",
+        "study/replicates.py",
     }  # fmt: skip  # keys, comparisons and copies, which no other program reads
     found = {}
     for path in sorted((ROOT / "bn_affine_adapters").rglob("*.py")):
