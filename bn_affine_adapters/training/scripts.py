@@ -49,11 +49,9 @@ def run_script(command: Callable[[list[str]], None], extra: str = "train") -> No
     try:
         with installed(extra):
             command(sys.argv[1:])
-    except DivergedError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(DIVERGED)
     except BNAdapterError as error:
-        sys.exit(as_command_line(error, keys=True))
+        print(as_command_line(error, keys=True), file=sys.stderr)
+        sys.exit(DIVERGED if isinstance(error, DivergedError) else 1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

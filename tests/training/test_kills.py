@@ -132,7 +132,8 @@ def test_a_run_killed_at_a_random_step_resumes_to_the_same_bytes_and_one_line(tm
         assert status in (-signal.SIGKILL, 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_a_random_step_ends_a_run_in_one_line_and_it_resumes_to_the_same_bytes(number, tmp_path):
     for log, status in ended_at_random_steps(tmp_path, ONE, number, KILLS or 1):
         assert "Traceback" not in log

@@ -16,7 +16,7 @@ from bn_affine_adapters.errors import ConfigError
 from bn_affine_adapters.training.optimizer import create_optimizer
 from bn_affine_adapters.training.recipe import Recipe
 from bn_affine_adapters.training.schedule import lr_at
-from bn_affine_adapters.training.train import read_recipe, run
+from bn_affine_adapters.training.train import read_recipe, train
 
 STEPS = 12  # of an epoch of the digits in batches of 128
 
@@ -68,7 +68,7 @@ SCHEDULES = {
 def test_every_steps_learning_rate_decay_and_update_are_those_of_the_loop_before(schedule, steps, tmp_path):
     told = {"lr": 0.2, "epochs": 2, "schedule": schedule, **SCHEDULES[schedule]}
     more = ["image_size=8", "batch_size=128", "threads=1", "weight_decay=0.01", f"output_dir={tmp_path / 'run'}"]
-    run(read_recipe([*(f"{key}={value}" for key, value in told.items()), *more]))
+    train(read_recipe([*(f"{key}={value}" for key, value in told.items()), *more]))
     recorded = list(steps)  # the reference steps too
     assert len(recorded) == 2 * STEPS
     ours = [nn.Parameter(tensor.clone()) for tensor in recorded[0][1]]
