@@ -75,7 +75,7 @@ def check_recipe(path: Path, state: Mapping[str, Any], recipe: Recipe) -> None:
     usual, now = (json.loads(json.dumps(recorded(r))) for r in (Recipe(), recipe))
     before = {**usual, **json.loads(state["recipe"])}
     before["replicates"], now["replicates"] = len(state["run"]["replicates"]), recipe.replicates
-    if run_key(before) != run_key(now):
+    if run_key(before) != run_key(now) or before["replicates"] != now["replicates"]:
         raise ConfigError(
             f"{path} belongs to another recipe.",
             seen=", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k]),

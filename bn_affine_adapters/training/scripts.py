@@ -50,8 +50,11 @@ def run_script(command: Callable[[list[str]], None], extra: str = "train") -> No
         with installed(extra):
             command(sys.argv[1:])
     except BNAdapterError as error:
-        print(as_command_line(error, keys=True), file=sys.stderr)
-        sys.exit(DIVERGED if isinstance(error, DivergedError) else 1)
+        text = as_command_line(error, keys=True)
+        if not isinstance(error, DivergedError):
+            sys.exit(text)
+        print(text, file=sys.stderr)
+        sys.exit(DIVERGED)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
