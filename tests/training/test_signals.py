@@ -44,7 +44,7 @@ def waits(seconds=0.0, before=(), **environment):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_first_signal_is_noted_and_a_second_one_ends_the_process_at_once(number):
     process = waits(60)
     process.send_signal(number)
@@ -192,7 +192,7 @@ os.kill(os.getpid(), 9)
 
 
 def test_a_process_that_is_stopped_ends_the_other_with_an_error_after_the_timeout(tmp_path):
-    words = [*TINY, "epochs=400", "timeout=3", "checkpoint_every_steps=5", f"output_dir={tmp_path / 'run'}"]
+    words = [*TINY, "epochs=400", "timeout=2", "checkpoint_every_steps=5", f"output_dir={tmp_path / 'run'}"]
     run = forked.start(words, tmp_path / "log.txt", processes=2)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoint.pt").exists() and run[0].is_alive() and time.monotonic() < deadline:
@@ -203,7 +203,7 @@ def test_a_process_that_is_stopped_ends_the_other_with_an_error_after_the_timeou
     run[1].join()
     log = (tmp_path / "log.txt").read_text()
     assert run[0].exitcode == 1, log
-    assert "LostProcessError: Another of the 2 processes has ended, or not answered for 3 s." in log
+    assert "LostProcessError: Another of the 2 processes has ended, or not answered for 2 s." in log
     assert "Traceback" not in log
 
 
