@@ -1,10 +1,13 @@
 """The command line: bn-adapters inspect | verify | predict | push | card | export | diff, and what trains.
 
-Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2 where something could not be done.
+Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2 where something could not be done;
+3 where training diverged; 130 and 143 where Ctrl-C or SIGTERM stopped it.
 """
 
 import csv
 import json
+import math
+import signal
 import time
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -15,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import BNAdapterError, ConfigError, DataError, FingerprintError, OutputFolderError, printable
+from .errors import (
+    DIVERGED,
+    BNAdapterError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    FingerprintError,
+    OutputFolderError,
+    printable,
+)
 from .settings import MAX_PARAMETERS, Settings
 from .training.advice import as_command_line
 from .training.recipe import config_files
@@ -34,7 +46,7 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except BNAdapterError as error:
             click.echo(as_command_line(error, keys=ctx.invoked_subcommand in _SCRIPTS), err=True)
-            ctx.exit(1 if isinstance(error, FingerprintError) else 2)
+            ctx.exit(1 if isinstance(error, FingerprintError) else DIVERGED if isinstance(error, DivergedError) else 2)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -99,6 +111,19 @@ def _table(rows: list[list[Any]]) -> None:
     click.echo(text_table([["" if cell is None else printable(str(cell), 100) for cell in row] for row in rows]))
 
 
+def _print_json(value: Any) -> None:
+    """Print JSON that every parser reads: a number that is not finite is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    click.echo(json.dumps(finite(value), allow_nan=False))
+
+
 _SCRIPTS: set[str] = set()  # they take key=value arguments
 
 
@@ -112,8 +137,11 @@ def _script(name: str, about: str, part: str = "training", extra: str = "train",
     def run(arguments: tuple[str, ...]) -> None:
         from .training.scripts import installed
 
-        with installed(extra):
-            import_module(f".{part}.{name.replace('-', '_')}", __package__).command(list(arguments), **how)
+        try:
+            with installed(extra):
+                import_module(f".{part}.{name.replace('-', '_')}", __package__).command(list(arguments), **how)
+        except KeyboardInterrupt:  # click would end with 1
+            raise SystemExit(128 + signal.SIGINT) from None
 
 
 _script("train", "Train norm parameters by a recipe, and save them as an adapter.")
@@ -189,7 +217,7 @@ def inspect(adapter: str, as_json: bool, **where: Any) -> None:
 
     found = describe(*_read(adapter, **where))
     if as_json:
-        click.echo(json.dumps(found))
+        _print_json(found)
         return
     sizes, gamma, files, made_with = (found.pop(key) for key in ("contents", "gamma", "files", "versions"))
     _table([[key, value] for key, value in found.items()])
@@ -233,7 +261,7 @@ def verify(adapter: str, sampled: bool, as_json: bool, **where: Any) -> None:
         "seconds": round(seconds, 3),
     }
     if as_json:
-        click.echo(json.dumps(found))
+        _print_json(found)
     else:
         _table([[key, value] for key, value in found.items()])
 
@@ -271,7 +299,7 @@ def predict_(adapter: str, images: tuple[str, ...], top_k: int, out: Path | None
     if out is not None:
         _write_csv(out, found)
     if as_json:
-        click.echo(json.dumps({image: [best._asdict() for best in classes] for image, classes in found.items()}))
+        _print_json({image: [best._asdict() for best in classes] for image, classes in found.items()})
     if failed:
         click.get_current_context().exit(2)
 
@@ -378,7 +406,7 @@ def diff(one: str, other: str, revision: str | None, other_revision: str | None,
     _, theirs, others = _read(other, revision=other_revision)
     settings, layers = compare(ours, tensors, theirs, others)
     if as_json:
-        click.echo(json.dumps({"settings": settings, "layers": layers}))
+        _print_json({"settings": settings, "layers": layers})
     else:
         columns = sorted({tensor for found in layers.values() for tensor in found})
         if settings:

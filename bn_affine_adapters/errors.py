@@ -23,7 +23,10 @@ BNAdapterError
 │   ├── HubConflictError                           changed by somebody else, or exists: 409, 412
 │   └── HubUnavailableError   (ConnectionError)    busy, failing or unreachable: 429, 5xx, offline
 ├── DataError                 (ValueError)         a data set cannot be used
-├── OutputFolderError         (FileExistsError)    the output folder is not empty
+├── DivergedError             (ArithmeticError)    a loss or a trained value is not finite
+├── CheckpointError           (OSError)            a checkpoint is truncated, or no checkpoint
+├── LostProcessError          (RuntimeError)       another process of a training run does not answer
+├── OutputFolderError         (FileExistsError)    the output folder is not empty, or in use
 └── NoSpaceError              (OSError)            the disk is full
 """
 
@@ -149,8 +152,27 @@ class DataError(BNAdapterError, ValueError):
     """A data set cannot be used: columns, classes or images are not as expected."""
 
 
+DIVERGED = 3  # the exit status of a command whose training diverged
+
+
+class DivergedError(BNAdapterError, ArithmeticError):
+    """A loss or a trained value is not finite; ``step``, ``layer`` and ``checkpoint`` say where, and what is left."""
+
+    step: int | None = None
+    layer: str | None = None
+    checkpoint: str | None = None
+
+
+class CheckpointError(BNAdapterError, OSError):
+    """A file is not a whole checkpoint of a training run."""
+
+
+class LostProcessError(BNAdapterError, RuntimeError):
+    """Another process of a training run has ended, or has not answered in time."""
+
+
 class OutputFolderError(BNAdapterError, FileExistsError):
-    """The output folder exists and is not empty."""
+    """The output folder exists and is not empty, or another run writes to it."""
 
 
 class NoSpaceError(BNAdapterError, OSError):

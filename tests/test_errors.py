@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -22,9 +23,10 @@ from torch import nn
 import bn_affine_adapters
 from bn_affine_adapters import BNAdapterError, BNOnlyConfig, errors, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.sharing.hub import _ADVICE, _OTHERWISE, push_folder
+from bn_affine_adapters.training.checkpoint import read_checkpoint
 from bn_affine_adapters.training.data import load_splits
 from bn_affine_adapters.training.recipe import Recipe
-from bn_affine_adapters.training.train import check_output
+from bn_affine_adapters.training.train import check_output, naming_lost_process, read_recipe, train
 
 REPOSITORY = Path(__file__).parent.parent
 CLASSES = {n: k for n, k in vars(errors).items() if inspect.isclass(k) and k.__module__ == errors.__name__}
@@ -52,7 +54,7 @@ def test_the_tree_is_the_one_drawn():
         assert len(others) <= 1
         real[name] = (parents[0] if parents else None, others[0] if others else None)
     assert drawing(errors.__doc__) == real
-    assert len(real) == 25
+    assert len(real) == 28
 
 
 def test_a_tree_drawn_wrongly_would_be_noticed():
@@ -166,6 +168,17 @@ def fill_the_disk(here):
     return model.save_pretrained(here.scratch / "full")
 
 
+def trained(here, *arguments):
+    tiny = ("image_size=8", "epochs=1", "threads=1", f"output_dir={here.scratch / 'run'}")
+    return train(read_recipe([*tiny, *arguments]))
+
+
+def lose_a_process():
+    """Be one of two processes, of which the other one ends: tests/training/test_signals.py has a real one."""
+    with naming_lost_process(Recipe(timeout=3), SimpleNamespace(num_processes=2)):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
+
+
 def answered(here, status):
     here.hub.fail("POST", "/api/repos/create", status, 10)
     push_folder(here.copy("seeded"), "alice/x", token=here.hub.token("alice"))
@@ -197,6 +210,9 @@ CASES = {
     "HubNotFoundError": lambda here: load_bn_only_model("alice/nothing", token=here.hub.token("alice")),
     "HubConflictError": lambda here: answered(here, 412),
     "HubUnavailableError": lambda here: answered(here, 503),
+    "DivergedError": lambda here: trained(here, "lr=1e30"),
+    "CheckpointError": lambda here: read_checkpoint(here.copy("seeded") / CONFIG_NAME),
+    "LostProcessError": lambda here: lose_a_process(),
     "OutputFolderError": fill_an_output_folder,
     "NoSpaceError": fill_the_disk,
 }
@@ -209,7 +225,7 @@ def uncovered(cases):
 def test_every_class_has_a_case():
     assert uncovered(CASES) == set()
     assert set(CASES) <= set(CLASSES)
-    assert len(CASES) == 25
+    assert len(CASES) == 28
 
 
 def test_a_class_without_a_case_would_be_noticed():

@@ -49,10 +49,13 @@ def _problem(name: str, given: torch.Tensor, expected: torch.Tensor) -> str | No
         return f"shape {tuple(given.shape)}, the network needs {tuple(expected.shape)}"
     if given.is_floating_point() != expected.is_floating_point():
         return f"dtype {given.dtype}, the network needs {expected.dtype}"
-    if given.is_meta:
-        return None
-    if not bool(given.to(expected.dtype).isfinite().all()):
-        return f"values that are not finite in {expected.dtype}"
-    if name.endswith((".running_var", ".num_batches_tracked")) and bool((given < 0).any()):
+    return None if given.is_meta else value_problem(name, given.to(expected.dtype))
+
+
+def value_problem(name: str, tensor: torch.Tensor) -> str | None:
+    """Return what is wrong with a tensor's values, or None: no adapter holds such a tensor, and none loads it."""
+    if not bool(tensor.isfinite().all()):
+        return f"values that are not finite in {tensor.dtype}"
+    if name.endswith((".running_var", ".num_batches_tracked")) and bool((tensor < 0).any()):
         return "negative values"
     return None

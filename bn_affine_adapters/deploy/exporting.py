@@ -151,7 +151,7 @@ def _write_timm(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> None:
     vars(plain).update(state_dict=lambda: tensors, pretrained_cfg=cfg, _model_args={})
     timm.models.save_for_hf(plain, folder, {"label_names": config.label_names}, safe_serialization=True)
     content = json.loads((file := folder / "config.json").read_text()) | {"model_args": args, "pretrained_cfg": cfg}
-    file.write_text(json.dumps(content, indent=2))  # ASCII, as timm's own
+    file.write_text(json.dumps(content, indent=2, allow_nan=False))  # ASCII, as timm's own
     cfg["file"] = str(folder / "model.safetensors")  # not "local-dir:", which some versions of timm parse as a URL
     expected = _answers(plain, size)
     with _noticing(RebuildError, "timm does not load the export as the same network."):
@@ -166,7 +166,10 @@ def _write_ln_tuning(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> No
     parts = ((f"{n}.{inner}".strip("."), part) for n, layer in owned.items() for inner, part in layer.named_modules())
     layers = {name: part for name, part in parts if part._parameters or part._buffers}
     tensors = {f"{PEFT_PREFIX}{n}{mark}{key}": t for n, part in layers.items() for key, t in _tensors(part).items()}
-    about = {"format": "pt", "bn_only_config": json.dumps(config.to_dict())}  # tells which base this is for
+    about = {
+        "format": "pt",
+        "bn_only_config": json.dumps(config.to_dict(), allow_nan=False),
+    }  # tells which base this is for
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=about)
     # PEFT matches a list against the ends of names, but a pattern against whole names.
     stock_config = peft.LNTuningConfig(target_modules="|".join(map(re.escape, layers)), inference_mode=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,9 +21,10 @@ from ..adapter.control import Control
 from ..adapter.layer import adapter_layers
 from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import create_pretrained, verify
-from ..errors import AdapterError, BNAdapterError, ConfigError, check_choice
+from ..adapter.tensors import value_problem
+from ..errors import AdapterError, AdapterTensorError, BNAdapterError, ConfigError, check_choice
 from ..lean import Report, lean_, plain_
-from ..settings import CUSTOM, LEAN, hub_id
+from ..settings import CUSTOM, LEAN, SAFETENSORS_WEIGHTS_NAME, hub_id
 from ..sharing.card import write_card
 from ..sharing.contents import read_tensors
 from ..sharing.folder import check_files, check_header, read_config, written_whole
@@ -104,6 +106,7 @@ class BNOnlyPeftModel(PeftModel):
         Raises:
             AdapterError: the network has changed since it was wrapped, so that loading would give another one.
             ConfigError: ``safe_serialization=False`` asks for a pickle.
+            AdapterTensorError: a value is not finite, so that the adapter could not be loaded again.
             NoSpaceError: the disk is full; an adapter that was there before is untouched.
         """
         if not safe_serialization:
@@ -119,6 +122,8 @@ class BNOnlyPeftModel(PeftModel):
         target.mkdir(parents=True, exist_ok=True)
         with written_whole(target) as scratch:
             super().save_pretrained(str(scratch), True, selected_adapters, *args, **kwargs)
+            for file in scratch.rglob(SAFETENSORS_WEIGHTS_NAME):
+                _check_values(file)
 
     def set_lean(self, level: str | None, input_size: tuple[int, ...] | None = None) -> Report | None:
         """Turn lean training on or off, see `bn_affine_adapters.lean.lean_`; return what it saves.
@@ -220,6 +225,17 @@ class BNOnlyPeftModel(PeftModel):
             if not known and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
+
+
+def _check_values(file: Path) -> None:
+    """Raise AdapterTensorError if a file holds values that no adapter is loaded with."""
+    problems = [f"{name} has {p}" for name, tensor in load_file(file).items() if (p := value_problem(name, tensor))]
+    if problems:
+        raise AdapterTensorError(
+            "This adapter could not be loaded again, and is not saved.",
+            seen=f"{len(problems)} problems; {'; '.join(sorted(problems)[:3])}",
+            do="train again with a smaller learning rate",
+        )
 
 
 def _pin_base(config: BNOnlyConfig, network: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """Write the model card from an adapter's folder: README.md, its figure and its results. Needs no network access."""
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from .figure import write_figure
 from .folder import COMMIT, read_settings
 from .handwritten import METRIC, marked, updated
 from .paths import ELSEWHERE
-from .results import RESULTS_NAME, Score, merged, scores
+from .results import RESULTS_NAME, Score, merged, scores, strict_json
 
 CARD_NAME = "README.md"
 TAGS = ("timm", "peft", "bn-only", "image-classification")
@@ -76,7 +75,7 @@ def _write_readme(folder: Path, output: Path, repo_id: str, lines: list[dict[str
 
 def _write_results(folder: Path, lines: list[dict[str, Any]]) -> None:
     if lines:
-        text = json.dumps(lines, indent=1, default=float)  # numbers of NumPy and torch too
+        text = strict_json(lines, indent=1, default=float)  # numbers of NumPy and torch too
         (folder / RESULTS_NAME).write_text(_TOKEN.sub("hf_***", text) + "\n", encoding="utf-8")
 
 

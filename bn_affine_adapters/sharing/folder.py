@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_BYTES = 8_000_000  # of a configuration, and of the header (names and shapes) of a safetensors file
+SCRATCH = ".saving-"  # how the names of half-written files and folders begin
 MAX_LISTS = 100_000  # opening brackets in a configuration's text, those in label names included
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I64": "int64"}  # torch's names
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -47,38 +49,86 @@ class Entry(NamedTuple):
 
 
 @contextmanager
+def naming_full_disk(target: Path) -> Iterator[None]:
+    """Turn the error of a full disk, whichever library reports it, into NoSpaceError; ``target`` was to be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not disk_is_full(error) or isinstance(error, NoSpaceError):
+            raise
+        target = Path(*takewhile(lambda part: not part.startswith(SCRATCH), target.parts))
+        there = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+        raise NoSpaceError(
+            f"There is no space left to write {target}.",
+            seen=f"{error}; {shutil.disk_usage(there).free:,} bytes free",
+            do="free some space and try again; what was there before is untouched",
+        ) from error
+
+
+@contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """Give a scratch folder on the same disk, and move its files to ``target`` when the block ends without an error.
 
     If the target does not exist, the folder appears at once. If it does (it may be a mount), files are replaced one by
-    one, .json files last: without them no adapter or network is loaded.
+    one, .json files last: without them no adapter or network is loaded. When this returns, the files are on the disk.
 
     Raises:
         NoSpaceError: the disk is full; what was there before is untouched.
     """
     outer = target if target.exists() else target.parent
-    try:
+    with naming_full_disk(target):
         outer.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=outer) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=outer) as scratch:
             files = Path(scratch, "files")
             files.mkdir()  # only the owner may open the scratch folder itself
             yield files
+            written = [path for path in files.rglob("*") if path.is_file()]
+            folders = [path for path in files.rglob("*") if path.is_dir()]
+            sync(*written, *folders, files)
             if outer != target:
                 os.replace(files, target)
+                sync(outer)
                 return
-            written = [file for file in files.rglob("*") if file.is_file()]
-            for file in sorted(written, key=lambda file: file.suffix == ".json"):
-                place = target / file.relative_to(files)
+            places = [target / path.relative_to(files) for path in written]
+            for file, place in sorted(zip(written, places, strict=True), key=lambda pair: pair[0].suffix == ".json"):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, place)
-    except (OSError, SafetensorError) as error:
-        if not disk_is_full(error):
-            raise
-        raise NoSpaceError(
-            f"There is no space left to write {target}.",
-            seen=f"{error}; {shutil.disk_usage(outer).free:,} bytes free",
-            do="free some space and try again; what was there before is untouched",
-        ) from error
+            sync(*{place.parent for place in places}, target)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; when this returns, it is on the disk.
+
+    Raises:
+        NoSpaceError: the disk is full; a file that was there before is untouched.
+    """
+    scratch = path.with_name(f"{SCRATCH}{os.getpid()}-{path.name}")  # of this process: no other one writes to it
+    with naming_full_disk(path):
+        try:
+            scratch.write_bytes(content)
+            sync(scratch)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def sync(*paths: Path) -> None:
+    """Have files, or the names in folders, on the disk: a rename is durable after that alone."""
+    for path in paths:
+        if path.is_dir() and os.name == "nt":
+            continue  # Windows opens no folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what a killed process left half written in a folder; no other process may be writing there."""
+    for path in [*folder.glob(f"{SCRATCH}*"), *folder.glob("*.part")]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def missing_file(where: object, name: str, pickled: bool, seen: str, do: str) -> AdapterFileError:

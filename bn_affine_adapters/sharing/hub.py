@@ -261,7 +261,8 @@ def _check_config(file: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     if content.get("base_model_name_or_path") and hub_id(content["base_model_name_or_path"]) is None:
         content["base_model_name_or_path"] = content["revision"] = None
-        file.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")  # as PEFT writes it
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)  # as PEFT writes it
+        file.write_text(text, encoding="utf-8")
     if found := local_paths({key: value for key, value in content.items() if key != "label_names"}):
         do = "leave it out of the settings of BNOnlyConfig, and save the adapter again"
         raise ConfigError("The adapter's configuration names a path of this machine.", seen=found[0][:200], do=do)

@@ -14,6 +14,11 @@ from .paths import ELSEWHERE, without_paths
 RESULTS_NAME = "results.json"  # beside an adapter: the list of its result lines
 
 
+def strict_json(value: Any, **how: Any) -> str:
+    """Return a value as JSON that every parser reads: raise ValueError for NaN and infinity. Args: of json.dumps."""
+    return json.dumps(value, allow_nan=False, **how)
+
+
 class Score(NamedTuple):
     """Accuracy on one split, in %: of this adapter, and of the n replicates of its recipe."""
 
@@ -43,6 +48,7 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
             given = [results] if isinstance(results, Mapping) else list(results or ())
         lines = [_public(line) for line in [*lines, *given]]
         scores(lines)
+        strict_json(lines, default=float)
         recipes = [line.get("recipe") for line in lines]  # with its seeds, a recipe identifies a run
     except (ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise ConfigError(

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, NetworkError, RebuildError
+from ..sharing.folder import write_file
+from ..sharing.results import strict_json
 from ..training.options import AdapterOptions
 from ..training.scripts import data_options, load_adapter, run_script
 from ..training.scripts import read_options as read
@@ -146,11 +148,11 @@ def run(options: Options) -> dict[str, Any]:
     scores = {key: round(value, DIGITS) for key, value in accuracy(evaluation_copy(model), feed).items()}
     with torch.inference_mode():
         result = {**scores, "images": len(feed.test.dataset), "analysis": analyse(model, feed, options, scores["top1"])}
-    line = json.dumps(result)
+    line = strict_json(result)
     print(line)
     if options.output:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.output).write_text(f"{line}\n", encoding="utf-8")
+        write_file(Path(options.output), f"{line}\n".encode())
     return result
 
 

@@ -51,7 +51,7 @@ def benchmark(
     options = vars(parser.parse_args())
     write, path = options.pop("write"), Path(script).resolve()
     measured = measure(**options)
-    print(json.dumps(measured))
+    print(json.dumps(measured, allow_nan=False))
     print(section(measured))
     if write:
         write_section(path.parents[2] / "docs" / "performance.md", path.stem, section(measured))

@@ -9,6 +9,7 @@ streamed image follows from (data_seed, epoch, its row) in the same way.
 import hashlib
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -211,9 +212,9 @@ def steps_per_epoch(n: int, batch_size: int, world: int = 1, accumulation: int =
 def batches(
     data: TensorData, *, batch_size: int, data_seed: int, epoch: int, flip: bool, crop_padding: int,
     mean: Sequence[float], std: Sequence[float], rank: int = 0, world: int = 1, accumulation: int = 1,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    memory_format: torch.memory_format = torch.contiguous_format, first_step: int = 0,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Iterate over process ``rank``'s micro-batches of one epoch, made on the data's device.
+    """Iterate over process ``rank``'s micro-batches of one epoch, from ``first_step`` on, made on the data's device.
 
     A global batch is the ``batch_size`` images of one optimiser step over all processes and accumulation steps. It is
     cut into world * accumulation contiguous parts, equal but for one image; process r gets part a * world + r in
@@ -230,7 +231,7 @@ def batches(
     """
     scale = _scaler(data, mean, std, rank, world)
     order, flips, offsets = (t.to(data.images.device) for t in epoch_order(len(data), data_seed, epoch, crop_padding))
-    for here, count in _parts(len(data), batch_size, rank, world, accumulation):
+    for here, count in _parts(len(data), batch_size, rank, world, accumulation, first_step):
         images = data.images.index_select(0, order[here])
         if flip or crop_padding:
             images = _crop_and_flip(images, flips[here] & flip, offsets[here], crop_padding)
@@ -255,14 +256,14 @@ def eval_batches(
 
 def stream(
     split: Split, transform: Callable[[Image.Image], Tensor], *, batch_size: int, epoch: int | None, data_seed: int = 0,
-    channels: int = 3, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = 0,
+    channels: int = 3, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = 0, first_step: int = 0,
 ) -> Iterator[Batch]:  # fmt: skip
     """Return process ``rank``'s micro-batches of one epoch, on the CPU, of images that are decoded as they are needed.
 
     They hold the same images as those of `batches`, in the same order; or, where ``epoch`` is None, of `eval_batches`.
     ``transform`` makes a tensor of an image that `as_mode` has prepared. In a training epoch its draws, by the global
     generators of Python, NumPy and torch on the CPU, follow from data_seed, epoch and the image's row: neither the
-    number of processes nor that of ``workers`` changes them.
+    number of processes nor that of ``workers`` changes them, nor does ``first_step``, before which no image is decoded.
 
     Raises:
         DataError: a label is missing; there are too few images for a step; while it runs: an image cannot be decoded.
@@ -271,11 +272,11 @@ def stream(
     if epoch is None:
         parts = list(_shares(len(labels), batch_size, rank, world))
     else:
-        order = epoch_order(len(labels), data_seed, epoch)[0]
-        parts = [(order[part], count) for part, count in _parts(len(labels), batch_size, rank, world, accumulation)]
+        order, cut = epoch_order(len(labels), data_seed, epoch)[0], (batch_size, rank, world, accumulation, first_step)
+        parts = [(order[part], count) for part, count in _parts(len(labels), *cut)]
     items = _Items(split, transform, channels, None if epoch is None else (data_seed, epoch))
     loader = DataLoader(
-        items, batch_sampler=[here.tolist() for here, _ in parts], num_workers=workers,
+        items, batch_sampler=[here.tolist() for here, _ in parts], num_workers=workers, worker_init_fn=_leave_signals,
         pin_memory=torch.cuda.is_available(), generator=torch.Generator(),  # its own: it draws once an epoch
     )  # fmt: skip
     return _streamed(loader, [(labels[here], count) for here, count in parts])
@@ -287,10 +288,12 @@ def _streamed(loader: DataLoader[Tensor], shown: list[tuple[Tensor, int]]) -> It
             yield Batch(images, labels, count)
 
 
-def _parts(n: int, batch_size: int, rank: int, world: int, accumulation: int) -> Iterator[tuple[slice, int]]:
+def _parts(
+    n: int, batch_size: int, rank: int, world: int, accumulation: int, first_step: int
+) -> Iterator[tuple[slice, int]]:
     """Yield process ``rank``'s parts of the global batches of n images in training, and the size of each batch."""
     steps, parts = steps_per_epoch(n, batch_size, world, accumulation), world * accumulation
-    for first in range(0, steps * batch_size, batch_size):
+    for first in range(first_step * batch_size, steps * batch_size, batch_size):
         count = min(batch_size, n - first)
         for part in range(rank, parts, world):
             yield slice(first + part * count // parts, first + (part + 1) * count // parts), count
@@ -361,6 +364,12 @@ def _drawn_from(seed: int) -> Generator[None, None, None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def _leave_signals(_: int) -> None:
+    """Ignore in a worker what asks the run to stop: the main process ends its workers when it is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _digits() -> dict[str, Any]:

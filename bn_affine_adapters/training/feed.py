@@ -131,14 +131,15 @@ class Feed:
         size = tuple(o.data_config["input_size"])
         return create_transform(size, is_training=True, interpolation=o.interpolation, normalize=False, **change)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield this process's micro-batches of one training epoch."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yield this process's micro-batches of one training epoch, from its step ``first`` on."""
         o = self.options
         cut: dict[str, Any] = {
             "batch_size": o.batch_size,
             "data_seed": o.data_seed,
             "epoch": epoch,
             "accumulation": o.accumulation,
+            "first_step": first,
         }
         if o.streaming:
             yield from self._streamed(self.train, transform=self._augmentation(), **cut)
@@ -204,24 +205,30 @@ def _load(options: DataOptions) -> tuple[Split, Split]:
         ) from error
 
 
-def side_by_side(feeds: Sequence[Feed], epoch: int) -> Iterator[Batch]:
+def side_by_side(feeds: Sequence[Feed], epoch: int, first: int = 0) -> Iterator[Batch]:
     """Yield batches of R feeds of equal length together: images (R, n, C, H, W), labels (R, n)."""
-    for batches_ in zip(*(feed.epoch(epoch) for feed in feeds), strict=True):
+    for batches_ in zip(*(feed.epoch(epoch, first) for feed in feeds), strict=True):
         images, labels, counts = zip(*batches_, strict=True)
         yield Batch(torch.stack(images), torch.stack(labels), counts[0])
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, feed: Feed) -> dict[str, float]:
+def accuracy(model: nn.Module, feed: Feed, between: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Return {"top1": %, "top5": %} of a network over the whole test split, over all processes.
 
     The network is set to evaluation mode. Give `evaluation_copy(network)` of a network that others use.
+
+    Args:
+        model: the network.
+        feed: of the test split.
+        between: called before each batch.
     """
     from .metrics import TopKAccuracy, ranked
 
     model.eval()
     metric = TopKAccuracy()
     for batch in feed.evaluation():
+        between()
         share = torch.cat([ranked(model(batch.images)), batch.labels[:, None]], dim=1)
         rows = feed.accelerator.gather(share)[: batch.global_count].cpu()
         metric.add_batch(predictions=rows[:, :-1], references=rows[:, -1])

@@ -1,16 +1,96 @@
-"""Read the result lines that training writes: each run once; torn or contradictory files are refused."""
+"""Result lines: append them whole; read each run once, where torn or contradictory files are refused."""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import ConfigError
+from ..sharing.folder import naming_full_disk
+from ..sharing.results import strict_json
+from .lock import fcntl
 from .recipe import run_key
 
 # These may differ when a run is repeated: times, hardware, versions, the commit, the command.
 TIMES = ("seconds", "images_per_second", "hardware", "versions", "commit", "command")
+
+RESULT = "result.json"  # a run's line, in its output folder
+
+
+def recorded_in(path: Path) -> dict[str, Any] | None:
+    """Return the recipe in a result line that stands alone in a file, or in a list; None if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return dict((found[0] if isinstance(found, list) else found)["recipe"])
+    except (OSError, ValueError, LookupError, TypeError):  # not there, or not one that training wrote
+        return None
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a result line, whole or not at all, after a torn last line has been removed; it is on the disk then.
+
+    Raises:
+        NoSpaceError: the disk is full; the file is as before.
+    """
+    with naming_full_disk(path), _at_the_end(path) as file:
+        write_line(file, line)
+
+
+def append_once(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a result line as `append` does, unless the file has one of the same run with the same results."""
+    with naming_full_disk(path), _at_the_end(path) as file:
+        file.seek(0)
+        if not any(_same_result(text, line) for text in file.read().splitlines()):
+            write_line(file, line)
+
+
+def _same_result(text: bytes, line: Mapping[str, Any]) -> bool:
+    try:
+        before = json.loads(text)
+        return run_key(before["recipe"]) == run_key(line["recipe"]) and not _differing(before, line)
+    except (ValueError, LookupError, TypeError, AttributeError):  # not a line that training wrote
+        return False
+
+
+@contextmanager
+def _at_the_end(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to append to, `mend` it, and let other runs that append to it wait."""
+    with path.open("a+b", buffering=0) as file:
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        mend(file)
+        yield file
+
+
+def mend(file: IO[bytes]) -> str:
+    """Remove a torn last line, or add the newline of a whole one; return what was done, "" if nothing was."""
+    file.seek(0)
+    whole, newline, rest = file.read().rpartition(b"\n")
+    if not rest:
+        return ""
+    about = f"the last line, {len(rest)} bytes, has no newline: "
+    try:  # no beginning of a JSON object is a JSON object: this line is whole, perhaps edited by hand
+        json.loads(rest)
+    except ValueError:
+        file.truncate(len(whole + newline))
+        return about + "it is torn, and was removed"
+    file.write(b"\n")
+    return about + "it is whole, and its newline was added"
+
+
+def write_line(file: IO[bytes], line: Mapping[str, Any]) -> None:
+    """Write a result line to the end of an unbuffered file and onto the disk, whole or not at all."""
+    end, left = file.seek(0, os.SEEK_END), strict_json(line).encode() + b"\n"
+    try:
+        while left:  # what has room is written, and the error comes with the rest
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 def read_results(*paths: str | os.PathLike[str]) -> list[dict[str, Any]]:

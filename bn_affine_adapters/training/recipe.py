@@ -75,6 +75,9 @@ class Recipe(DataOptions):
     overwrite: bool = False
     resume: bool = False  # go on from OUTPUT/checkpoint.pt, if it is there
     checkpoint_every: int = 0  # epochs; 0: none
+    checkpoint_every_steps: int = 0  # optimiser steps, from the first of the run; 0: none
+    skip_nonfinite_steps: int = 0  # leave out at most so many steps whose loss is not finite
+    timeout: float = 600.0  # s: how long a process waits for another one
     eval_every: int = 1  # epochs; the last is always evaluated
     results: str | None = None  # a .jsonl file to append the result line to
 
@@ -93,6 +96,7 @@ RANGES = {
     "epochs": "[1, inf)", "lr": "[0, inf)", "milestones": "[0, inf)", "lr_decay": "[0, inf)",
     "warmup_epochs": "[0, inf)", "sgd_momentum": "[0, 1)", "weight_decay": "[0, inf)",
     "replicates": "[1, inf)", "threads": "[0, inf)", "checkpoint_every": "[0, inf)", "eval_every": "[1, inf)",
+    "checkpoint_every_steps": "[0, inf)", "skip_nonfinite_steps": "[0, inf)", "timeout": "[1, 1e9]",
 }  # fmt: skip
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "condition": (*CONDITIONS, *FULL_CONDITIONS),
@@ -117,9 +121,12 @@ TEST_KEYS = (
 # recipe unless it is named here. The first ones are not recorded in result lines.
 WHERE_ONLY = {
     "output_dir", "overwrite", "resume", "results", "threads", "workers", "tracker", "checkpoint_every", "replicates",
+    "checkpoint_every_steps", "timeout",
 }  # fmt: skip
-ROUNDING_ONLY = {"eval_every", "compile", "channels_last"}  # recorded; the results agree to rounding
+# Recorded; the results agree to rounding, or would have been none: too many steps were not finite.
+ROUNDING_ONLY = {"eval_every", "compile", "channels_last", "skip_nonfinite_steps"}
 
+CHECKPOINT = "checkpoint.pt"  # in the output folder
 PATHS = ("dataset", "pretrained_file")  # may name a folder or file of this machine
 
 
@@ -225,11 +232,19 @@ def check_values(recipe: Recipe) -> None:
             raise ConfigError(f"{key} is out of range.", seen=f"{key}={value}", do=f"choose {key} from {interval}")
     for key, choices in CHOICES.items():
         check_choice(key, getattr(recipe, key), choices)
+    try:
+        json.dumps(asdict(recipe), allow_nan=False)
+    except ValueError as error:
+        seen = f"model_args={recipe.model_args}, optimizer_args={recipe.optimizer_args}"
+        raise ConfigError("A value is not a finite number.", seen=seen, do="give finite numbers") from error
     check_optimizer(recipe)
     if recipe.lean and (recipe.condition in FULL_CONDITIONS or recipe.replicates > 1):
         seen = f"lean={recipe.lean}, condition={recipe.condition}, replicates={recipe.replicates}"
         do = "leave lean out, or train one replicate of a condition that freezes the convolutions"
         raise ConfigError("Lean training is for one network with frozen weights.", seen=seen, do=do)
+    if recipe.skip_nonfinite_steps and recipe.replicates > 1:
+        seen = f"skip_nonfinite_steps={recipe.skip_nonfinite_steps}, replicates={recipe.replicates}"
+        raise ConfigError("A step of one replicate cannot be skipped alone.", seen=seen, do="leave one of them out")
     if recipe.pretrained == (recipe.seed is not None):
         raise ConfigError(
             "A network is either redrawn from a seed or keeps pretrained weights.",

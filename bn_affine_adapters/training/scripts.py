@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BNAdapterError, ConfigError, NetworkError
+from ..errors import DIVERGED, BNAdapterError, ConfigError, DivergedError, NetworkError
 from ..sharing.folder import check_files, read_settings
 from ..sharing.hub import fetch
 from .advice import as_command_line
@@ -41,12 +42,21 @@ def installed(extra: str) -> Generator[None, None, None]:
 
 
 def run_script(command: Callable[[list[str]], None], extra: str = "train") -> None:
-    """Run a command with the arguments of this process; an error ends it with its three parts and status 1."""
+    """Run a command with the arguments of this process; an error ends it with its three parts.
+
+    The status is 3 if training diverged, 130 after Ctrl-C, else 1.
+    """
     try:
         with installed(extra):
             command(sys.argv[1:])
     except BNAdapterError as error:
-        sys.exit(as_command_line(error, keys=True))
+        text = as_command_line(error, keys=True)
+        if not isinstance(error, DivergedError):
+            sys.exit(text)
+        print(text, file=sys.stderr)
+        sys.exit(DIVERGED)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def accuracy_text(dataset: str, split: str, top1: float, images: int) -> str:

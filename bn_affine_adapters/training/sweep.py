@@ -27,7 +27,9 @@ from typing import IO, Any, NamedTuple
 import click
 
 from ..errors import ConfigError, NetworkError
-from .lines import read_results
+from ..sharing.folder import naming_full_disk
+from ..sharing.results import strict_json
+from .lines import mend, read_results, write_line
 from .options import DataOptions
 from .recipe import Recipe, run_key, words
 from .scripts import cores, run_script
@@ -35,6 +37,7 @@ from .sweeps import PlannedRun, Sweep, epochs_done, planned_runs, read_sweep, re
 from .tables import text_table
 
 SCRIPTS = {"train": ["-m", "bn_affine_adapters.training.train"], "analyse": ["-m", "bn_affine_adapters.study.analyse"]}
+PATIENCE = 20  # s, in which a run that is to end writes its checkpoint
 RETRIES = 3  # of a run whose Ray worker or node died
 # On Linux the kernel kills a run when the process that started it ends, so that no orphan writes to its folder.
 STARTER = """
@@ -107,9 +110,13 @@ async def call(run: PlannedRun, script: str, arguments: list[str]) -> None:
         process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=file, stderr=STDOUT)
     try:
         status = await process.wait()
-    except asyncio.CancelledError:  # the sweep ends
-        process.kill()
-        await process.wait()
+    except asyncio.CancelledError:  # the sweep ends: training writes a checkpoint and ends
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), PATIENCE)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
         raise
     if status:
         tail = log.read_bytes()[start:].decode(errors="replace").splitlines()[-15:]
@@ -171,24 +178,14 @@ def open_results(path: Path) -> tuple[IO[bytes], dict[str, bool]]:
         ConfigError: another sweep writes to it, or a line of it is not a result.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+b")
+    file = path.open("a+b", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         do = "wait for it, or give this sweep another results file"
         raise ConfigError(f"Another sweep writes to {path}.", seen=str(error), do=do) from error
-    file.seek(0)
-    whole, newline, rest = file.read().rpartition(b"\n")
-    if rest:
-        try:  # no beginning of a JSON object is a JSON object: this line is whole, perhaps edited by hand
-            json.loads(rest)
-            file.write(b"\n")
-            done = "it is whole, and its newline was added"
-        except ValueError:
-            file.truncate(len(whole + newline))
-            done = "it is torn, and was removed"
-        file.flush()
-        click.echo(f"{path}: the last line, {len(rest)} bytes, has no newline: {done}", err=True)
+    if done := mend(file):
+        click.echo(f"{path}: {done}", err=True)
     return file, finished(path)
 
 
@@ -275,7 +272,7 @@ def command(file: str, changes: tuple[str, ...], output: Path | None, workers: i
     runs = planned_runs(sweep, list(changes), output or Path("runs/sweeps", Path(file).stem), threads=share)
     if options["dry_run"]:
         plan = dry_run(runs, finished(Path(sweep.results)))
-        click.echo(json.dumps(plan) if options["as_json"] else dry_run_text(plan))
+        click.echo(strict_json(plan) if options["as_json"] else dry_run_text(plan))
         return
     results, done = open_results(Path(sweep.results))
     left = unfinished(sweep, runs, done)
@@ -311,9 +308,8 @@ def reporter(results: IO[bytes], total: int, failed: list[PlannedRun]) -> Report
         if line is None:
             failed.append(run)
             return click.echo(f"{begin}: FAILED, {where}\n  {error}\n  log: {run.folder / 'log.txt'}", err=True)
-        results.write(json.dumps(line).encode() + b"\n")
-        results.flush()
-        os.fsync(results.fileno())
+        with naming_full_disk(Path(results.name)):
+            write_line(results, line)
         click.echo(f"{begin}: {line['top1']:.2f} %, {line['seconds']:.0f} s, {where}")
 
     return report

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .recipe import Recipe, config_files, find_config, read, read_recipe, recorded, run_key, words
+from .recipe import CHECKPOINT, Recipe, config_files, find_config, read, read_recipe, recorded, run_key, words
 
 # The sweep sets these keys itself.
 OWN = {"model", "replicates", "output_dir", "overwrite", "resume", "checkpoint_every", "results"}
@@ -136,10 +136,10 @@ def result_of(run: PlannedRun) -> dict[str, Any] | None:
 
 
 def epochs_done(run: PlannedRun) -> int:
-    """Return the number of epochs in a run's checkpoint."""
-    path = run.folder / "checkpoint.pt"
+    """Return the number of whole epochs in a run's checkpoint; raise CheckpointError if it is none."""
+    path = run.folder / CHECKPOINT
     if not path.exists():
         return 0
-    import torch
+    from .checkpoint import read_checkpoint
 
-    return len(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["run"]["replicates"][0]["epochs"])
+    return len(read_checkpoint(path)["run"]["replicates"][0]["epochs"])

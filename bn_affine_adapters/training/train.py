@@ -17,24 +17,29 @@ import atexit
 import json
 import os
 import shlex
-import shutil
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OutputFolderError, check_choice
-from ..sharing.results import RESULTS_NAME
+from ..errors import BNAdapterError, ConfigError, LostProcessError, OutputFolderError, check_choice
+from ..sharing.folder import SCRATCH, naming_full_disk, write_file, written_whole
+from ..sharing.results import RESULTS_NAME, strict_json
 from . import recipe as recipes
-from .recipe import CONFIGS, Recipe, help_text, recorded
+from .lines import RESULT, append, append_once, recorded_in
+from .lock import NAME as LOCK
+from .lock import locked
+from .recipe import CHECKPOINT, CONFIGS, Recipe, help_text, members, recorded, run_key
 from .scripts import accuracy_text, cores, provenance, run_script
+from .stopping import Stopping
 from .tables import text_table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from ..adapter.method import BNOnlyConfig
     from .loop import Replicate, Training
 
 DEFAULT = CONFIGS / "digits.yaml"
@@ -46,25 +51,78 @@ def read_recipe(arguments: list[str]) -> Recipe:
 
 
 def train(recipe: Recipe) -> "list[Replicate]":
-    """Train, evaluate and save; return the replicates, each with its result line."""
+    """Train, evaluate and save; return the replicates, each with its result line.
+
+    Raises:
+        BNAdapterError: it cannot be done, or diverged; the disk is full; another process is lost.
+        SystemExit: a signal, or the end of the launcher, stopped it, after it wrote a checkpoint.
+    """
+    stopping = Stopping()  # before torch and the data are read: the launcher may die while they are
     from .loop import build, fit, prepare
 
     accelerator = start(recipe)
-    replicates = build(recipe, accelerator)
-    Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
-    announce(recipe, replicates[0], accelerator)
-    training = prepare(recipe, accelerator, replicates)
-    fit(training)
-    for replicate in replicates:
+    with naming_lost_process(recipe, accelerator), naming_full_disk(Path(recipe.output_dir)):
+        replicates = build(recipe, accelerator)
+        with alone(recipe, accelerator):
+            announce(recipe, replicates[0], accelerator)
+            training = prepare(recipe, accelerator, replicates)
+            training.stopping = stopping
+            with stopping:
+                fit(training)
+                finish(training)
+            with redirect_stdout(sys.stderr):
+                accelerator.end_training()
+    return replicates
+
+
+def finish(training: "Training") -> None:
+    """Save what was trained, and write the result lines."""
+    accelerator = training.accelerator
+    for replicate in training.replicates:
         replicate.result = result_line(replicate, training)
         if accelerator.is_main_process:
             # Without the autocast that Accelerate has put around it, which would be saved with it.
-            network = accelerator.unwrap_model(replicate.network, keep_fp32_wrapper=False)
-            saved = save(network, replicate.config, Path(replicate.recipe.output_dir))
-            write_result(replicate, saved, recipe.results)
-    with redirect_stdout(sys.stderr):
-        accelerator.end_training()
-    return replicates
+            save(accelerator.unwrap_model(replicate.network, keep_fp32_wrapper=False), replicate)
+            write_result(replicate, training.recipe)
+
+
+@contextmanager
+def naming_lost_process(recipe: Recipe, accelerator: "Accelerator") -> Iterator[None]:
+    """Turn what gloo and NCCL say of a process that has ended, or does not answer, into LostProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("gloo", "nccl", "timed out", "timeout", "connection", "broken pipe")
+        if accelerator.num_processes == 1 or not any(word in str(error).lower() for word in words):
+            raise
+        raise LostProcessError(
+            f"Another of the {accelerator.num_processes} processes has ended, or not answered for "
+            f"{recipe.timeout:g} s.",
+            seen=str(error).splitlines()[0],
+            do="look at its output, then the same command with resume=true; timeout=SECONDS waits longer",
+        ) from error
+
+
+@contextmanager
+def alone(recipe: Recipe, accelerator: "Accelerator") -> Iterator[None]:
+    """Keep other runs out of the output folders, for all processes; refuse folders that hold another run."""
+    from accelerate.utils import broadcast_object_list
+
+    with ExitStack() as stack:
+        refusal = None
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(locked(Path(recipe.output_dir)))
+                check_output(recipe)
+                check_finished(recipe)
+                for member in members(recipe) if recipe.replicates > 1 else []:
+                    stack.enter_context(locked(Path(member.output_dir)))
+            except BNAdapterError as error:
+                refusal = error
+        (refusal,) = broadcast_object_list([refusal])
+        if refusal:
+            raise refusal
+        yield
 
 
 def start(recipe: Recipe) -> "Accelerator":
@@ -72,11 +130,16 @@ def start(recipe: Recipe) -> "Accelerator":
     import torch
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
-    from accelerate.utils import set_seed
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
 
     trackers = [str(tracker) for tracker in get_available_trackers()]
     check_choice("tracker", recipe.tracker, (None, "all", *trackers))  # Accelerate itself trains without a missing one
-    accelerator = Accelerator(mixed_precision=recipe.precision, log_with=recipe.tracker, project_dir=recipe.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        log_with=recipe.tracker,
+        project_dir=recipe.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.timeout))],
+    )
     torch.set_num_threads(recipe.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     check_output(recipe)
     accelerator.wait_for_everyone()  # no process creates the folder before all have looked
@@ -87,10 +150,12 @@ def start(recipe: Recipe) -> "Accelerator":
 def check_output(recipe: Recipe) -> None:
     """Raise OutputFolderError if the folder holds something, unless asked to overwrite or resume."""
     output = Path(recipe.output_dir)
-    if not (recipe.overwrite or recipe.resume) and output.is_dir() and any(output.iterdir()):
+    names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    names = [name for name in names if name != LOCK and not name.startswith(SCRATCH)]
+    if not (recipe.overwrite or recipe.resume) and names:
         raise OutputFolderError(
             f"{output} exists and is not empty.",
-            seen=", ".join(sorted(path.name for path in output.iterdir())[:5]),
+            seen=", ".join(names[:5]),
             do=_how_to_go_on(output),
         )
 
@@ -101,6 +166,23 @@ def _how_to_go_on(output: Path) -> str:
         return "add resume=true to go on from a checkpoint, overwrite=true to begin again, or another output_dir="
     use = shlex.join(["bn-adapters", "validate", str(saved)])
     return f"{use} measures what was trained; to train again, add overwrite=true or another output_dir="
+
+
+def check_finished(recipe: Recipe) -> None:
+    """Raise ConfigError if to resume would replace what another recipe trained; a checkpoint is checked when read."""
+    if recipe.overwrite or not recipe.resume or Path(recipe.output_dir, CHECKPOINT).exists():
+        return
+    for member in members(recipe):
+        ours, output = recorded(member), Path(member.output_dir)
+        for path in (output / RESULT, output / "adapter" / RESULTS_NAME, output / "network" / RESULTS_NAME):
+            theirs = recorded_in(path)
+            if theirs and run_key(theirs) != run_key(json.loads(strict_json(ours))):
+                differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
+                raise ConfigError(
+                    f"{output} holds the result of another recipe, and no checkpoint.",
+                    seen=", ".join(f"{key}: {theirs[key]!r} -> {ours[key]!r}" for key in differing),
+                    do="choose another output_dir=, or overwrite=true",
+                )
 
 
 def announce(recipe: Recipe, first: "Replicate", accelerator: "Accelerator") -> None:
@@ -138,6 +220,7 @@ def result_line(replicate: "Replicate", training: "Training") -> dict[str, Any]:
         **({"split": tested} if tested != recipe.test_split else {}),
         "trained": trained,
         "parameters": total,
+        **({"skipped_steps": training.skipped} if recipe.skip_nonfinite_steps else {}),
         "seconds": round(seconds, 2),
         "images_per_second": round(replicate.feed.steps * recipe.batch_size * recipe.epochs / max(seconds, 1e-9), 1),
         **ran_on,
@@ -148,29 +231,34 @@ def result_line(replicate: "Replicate", training: "Training") -> dict[str, Any]:
     }
 
 
-def save(network: "nn.Module", config: "BNOnlyConfig", output: Path) -> Path:
-    """Write the adapter, or a network that trained whole as a timm checkpoint; return the file of tensors."""
+def save(network: "nn.Module", replicate: "Replicate") -> None:
+    """Write the adapter, or a network that trained whole as a timm checkpoint, with the result line for its card."""
     from ..deploy.exporting import export_network
     from ..model.peft_model import BNOnlyPeftModel
 
-    if isinstance(network, BNOnlyPeftModel):
-        network.save_pretrained(output / "adapter")
-        return output / "adapter" / "adapter_model.safetensors"
-    shutil.rmtree(output / "network", ignore_errors=True)
-    return export_network(network, config, output / "network") / "model.safetensors"
+    result, output = replicate.result, Path(replicate.recipe.output_dir)
+    kind = "adapter" if isinstance(network, BNOnlyPeftModel) else "network"
+    with written_whole(output / kind) as files:
+        if isinstance(network, BNOnlyPeftModel):
+            network.save_pretrained(files)
+        else:
+            export_network(network, replicate.config, files)
+        (saved,) = files.glob("*.safetensors")
+        result |= {f"{kind}_bytes": saved.stat().st_size}
+        (files / RESULTS_NAME).write_text(strict_json([result]) + "\n")
+    result |= {kind: str(output / kind)}
 
 
-def write_result(replicate: "Replicate", saved: Path, results: str | None) -> None:
-    """Keep the result line beside what was saved, in the output folder, and at the end of a file of results."""
-    kind = saved.parent.name  # "adapter", or "network" where the whole of it trained
+def write_result(replicate: "Replicate", recipe: Recipe) -> None:
+    """Keep the result line in the output folder, and at the end of a file of results.
+
+    A run that was killed after it had appended its line, and resumes, appends no second one.
+    """
     result = replicate.result
-    result |= {f"{kind}_bytes": saved.stat().st_size}
-    Path(saved.parent, RESULTS_NAME).write_text(json.dumps([result]) + "\n")  # for its model card
-    if results:
-        with open(results, "a") as file:
-            file.write(json.dumps(result) + "\n")
-    result |= {kind: str(saved.parent)}
-    Path(replicate.recipe.output_dir, "result.json").write_text(json.dumps(result) + "\n")
+    if recipe.results:
+        line = {key: value for key, value in result.items() if key not in ("adapter", "network")}
+        append_once(Path(recipe.results), line) if recipe.resume else append(Path(recipe.results), line)
+    write_file(Path(replicate.recipe.output_dir, RESULT), (strict_json(result) + "\n").encode())
 
 
 def summary(replicate: "Replicate") -> str:
@@ -199,7 +287,7 @@ def command(arguments: list[str]) -> None:
     replicates = train(read_recipe([word for word in arguments if word != "--json"]))
     if PartialState().is_main_process:
         for replicate in replicates:
-            print(json.dumps(replicate.result) if "--json" in arguments else summary(replicate))
+            print(strict_json(replicate.result) if "--json" in arguments else summary(replicate))
 
 
 def main() -> None:

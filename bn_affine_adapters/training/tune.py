@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ConfigError, check_keys
+from ..sharing.results import strict_json
+from .lines import append
 from .recipe import Recipe, find_config, read, read_recipe, recorded, words
 from .scripts import run_script
 from .sweeps import packaged
@@ -92,8 +94,7 @@ def run_trial(trial: "optuna.Trial", tuning: Tuning, arguments: list[str], outpu
         raise optuna.TrialPruned(f"exit status {done.returncode}, see {folder / 'log.txt'}")
     result = json.loads((folder / "result.json").read_text())
     line = {key: value for key, value in result.items() if key not in ("adapter", "network")}
-    with open(tuning.results or output / "results.jsonl", "a") as file:
-        file.write(json.dumps({**line, "trial": trial.number, "own": chosen == own}) + "\n")
+    append(Path(tuning.results or output / "results.jsonl"), {**line, "trial": trial.number, "own": chosen == own})
     return result["top1"]
 
 
@@ -182,7 +183,7 @@ def command(file: str, changes: tuple[str, ...], trials: int | None, output: Pat
     if not study.get_trials(states=[TrialState.COMPLETE]):
         do = f"read {output}/trial-*/log.txt"
         raise ConfigError("No trial came to its end.", seen=f"{len(study.trials)} trials", do=do)
-    click.echo(json.dumps(summary(study, tuning, arguments)))
+    click.echo(strict_json(summary(study, tuning, arguments)))
 
 
 def main() -> None:

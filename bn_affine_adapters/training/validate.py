@@ -13,11 +13,11 @@ Example:
 Keys and their defaults:
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import check_choice
+from ..sharing.results import strict_json
 from .options import AdapterOptions
 from .recipe import CHOICES
 from .scripts import accuracy_text, data_options, load_adapter, run_script
@@ -64,7 +64,7 @@ def command(arguments: list[str]) -> None:
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        print(json.dumps(result) if "--json" in arguments else summary(options, result))
+        print(strict_json(result) if "--json" in arguments else summary(options, result))
 
 
 def summary(options: Options, result: dict[str, Any]) -> str:

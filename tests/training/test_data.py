@@ -413,6 +413,33 @@ def test_a_stream_has_the_micro_batches_of_memory(digits, held_out, world, accum
             assert found == steps_per_epoch(359, batch_size, world, accumulation) * accumulation
 
 
+@each_once(world=[1, 2], workers=[0, 2], first_step=[1, 3, 4])
+def test_an_epoch_is_entered_at_any_step(digits, held_out, world, workers, first_step):
+    """Both kinds of feeds; a stream decodes no image of the steps before."""
+    cut = {"batch_size": 100, "data_seed": 5, "epoch": 2, "accumulation": 2, "world": world}
+    transform, decoded = create_transform((3, 16, 16), is_training=True, auto_augment="rand-m9"), []
+
+    def counted(image):
+        decoded.append(image)
+        return transform(image)
+
+    for rank in range(world):
+        here = {**cut, "rank": rank}
+        memory = [
+            list(batches(held_out, flip=True, **here, **PLAIN_PIXELS, first_step=step)) for step in (0, first_step)
+        ]
+        streams = [list(stream(digits[1], transform, **here, workers=workers, first_step=s)) for s in (0, first_step)]
+        for whole, rest in (memory, streams):
+            assert len(rest) == 2 * (4 - first_step)
+            for ours, theirs in zip(rest, whole[2 * first_step :], strict=True):
+                assert torch.equal(ours.images, theirs.images)
+                assert torch.equal(ours.labels, theirs.labels)
+                assert ours.global_count == theirs.global_count
+        decoded.clear()
+        shown = sum(len(batch.labels) for batch in stream(digits[1], counted, **here, first_step=first_step))
+        assert len(decoded) == shown
+
+
 @each_once(world=[1, 2, 3], workers=[0, 2])
 def test_a_stream_in_order_has_the_shares_of_memory(digits, held_out, world, workers):
     for rank in range(world):

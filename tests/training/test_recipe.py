@@ -92,7 +92,7 @@ def test_every_number_has_a_range():
     assert numbers - {"seed", "data_seed"} == set(
         RANGES
     )  # any seed orders the data; the configuration checks the other
-    assert len(RANGES) == 22
+    assert len(RANGES) == 25
     assert all(in_range(getattr(Recipe(), key), interval) for key, interval in RANGES.items())
 
 

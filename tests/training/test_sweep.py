@@ -363,7 +363,9 @@ def test_a_dry_run_prints_order_state_and_cost_and_changes_nothing(write, dry, t
     first = planned_runs(read_sweep(path), [], path.with_suffix(""))
     path.with_suffix(".jsonl").write_text(json.dumps(LINE | {"recipe": recorded(first[0].recipe)}) + "\n")
     first[1].folder.mkdir(parents=True)
-    torch.save({"run": {"replicates": [{"epochs": [{}]}]}}, first[1].folder / "checkpoint.pt")
+    past = {"seconds": 1.0, "replicates": [{"epochs": [{}], "first_losses": []}]}
+    state = {"recipe": "{}", "tensors": {}, "optimizer": {}, "scaler": {}, "run": past}
+    torch.save(state, first[1].folder / "checkpoint.pt")
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     answer = dry(path)
     runs = answer["runs"]
