@@ -277,7 +277,7 @@ def test_every_json_of_the_package_is_strict_or_read_by_itself_alone():
     allowed = {
         "training/recipe.py", "training/lines.py", "training/sweeps.py", "training/scripts.py", "training/tune.py",
         "training/checkpoint.py", "settings.py", "adapter/rebuild.py", "adapter/traits.py",
-        "study/replicates.py",
+        "study/replicates.py", "study/gpu/gpu_check.py",
     }  # fmt: skip  # keys, comparisons and copies, which no other program reads
     found = {}
     for path in sorted((ROOT / "bn_affine_adapters").rglob("*.py")):

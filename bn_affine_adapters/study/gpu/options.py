@@ -45,7 +45,7 @@ class Options:
         name = torch.cuda.get_device_name() if self.device == "cuda" and torch.cuda.is_initialized() else self.device
         line = {"part": part, "item": item, "state": state, "toy": self.toy, "device": name, "at": time.time()}
         with self.lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | found) + "\n")
+            file.write(json.dumps(line | found, allow_nan=False) + "\n")
 
     def mend(self) -> None:
         """Remove the last line if it is torn: what wrote it was killed."""
