@@ -193,6 +193,8 @@ def _choose_norms(model: nn.Module, config: BNOnlyConfig) -> None:
 
 
 def _choose_scales(model: nn.Module, config: BNOnlyConfig) -> None:
+    if config.layer_scales == [] and config.layer_scale != "train":
+        return
     found = layer_scales(model)
     if config.layer_scales is None:
         whole = set(config.whole_modules)

@@ -80,8 +80,9 @@ class BNOnlyTuner(BaseTuner):
         if first is not None:
             check_settings(model, others[0], first, self.wrapped)
         else:
-            check_network(model)
-            check_wrappable(model)
+            if not config.built_here:
+                check_network(model)
+                check_wrappable(model)
             self.wrapped = traits(model)
             self._base_classes = getattr(model, "num_classes", None)
         self._check_network(model, config, first)
@@ -382,10 +383,11 @@ def _hold_frozen_norms(model: nn.Module) -> None:
 
     So neither their statistics change nor their output, whoever calls ``train()``, and on whichever part.
     """
-    wrapped = {path for path, module in model.named_modules() if isinstance(module, BNOnlyLayer)}
-    for path, module in list(model.named_modules()):
-        counts = any(module._buffers.get(name) is not None for name in STATISTICS)
-        if is_norm(module) and counts and not holder(path, wrapped):
+    modules = list(model.named_modules())
+    wrapped = {path for path, module in modules if isinstance(module, BNOnlyLayer)}
+    for path, module in modules:
+        counts = module._buffers and any(module._buffers.get(name) is not None for name in STATISTICS)
+        if counts and is_norm(module) and not holder(path, wrapped):
             layer = BNOnlyLayer(module, canonical(path))
             model.set_submodule(path, layer.train(module.training))
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -119,11 +120,17 @@ def _changed(what: str, seen: str, do: str) -> BNAdapterError:
     return AdapterError(f"The network has changed since it was wrapped: {what}.", seen=seen, do=do)
 
 
+@cache
+def _fusing(kind: type) -> tuple[str, ...]:
+    """Return which of these methods a class of timm has."""
+    return tuple(name for name in FUSING if hasattr(kind, name)) if kind.__module__.startswith("timm.") else ()
+
+
 def forbid_fusing_(model: nn.Module) -> None:
     """Give timm's methods that fuse norm layers into convolutions an error, since a wrapped layer cannot be fused."""
     for module in model.modules():
-        if type(module).__module__.startswith("timm."):
-            vars(module).update({name: _cannot_fuse for name in FUSING if hasattr(type(module), name)})
+        for name in _fusing(type(module)):  # type: ignore[arg-type]  # a class is hashable
+            vars(module)[name] = _cannot_fuse
 
 
 def allow_fusing_(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ Layers are found by type or by identity, never by a pattern of names. All names 
 layers have the names that they have in the plain network.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from . import COPIES, SCALE_SUFFIX
 
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _HOLDERS = {*WRAPPERS, "module"}  # names of the only child of a wrapper
-_PREFIXES = ("module.", "base_model.model.")
+_WRAPPED = re.compile("|".join([*WRAPPERS, r"^module\.", r"^base_model\.model\."]))  # in a name that is not canonical
 FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # timm's methods, which put convolutions for norm layers
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -95,7 +96,7 @@ def canonical(name: str) -> str:
     >>> canonical("module.base_model.model.layer1._orig_mod.0.conv1.weight")
     'layer1.0.conv1.weight'
     """
-    if not name.startswith(_PREFIXES) and not any(part in name for part in WRAPPERS):
+    if not _WRAPPED.search(name):
         return name  # as almost always: this function is called for every module many times
     name = without_wrappers(name)
     while (rest := name.removeprefix("module.").removeprefix("base_model.model.")) != name:
@@ -220,6 +221,8 @@ def named_layers(model: nn.Module, names: Iterable[str], role: str) -> dict[str,
     Raises:
         MissingModuleError: a name is not in the network; the message gives the nearest one.
     """
+    if not (names := list(names)):
+        return {}
     modules = dict(plain_modules(model))
     layers = {}
     for name in names:
