@@ -90,6 +90,17 @@ def each_once(indirect=(), **axes):
     return pytest.mark.parametrize(list(axes), rows, indirect=list(indirect))
 
 
+@pytest.fixture
+def each_run_begins_as_in_a_process_of_its_own():
+    """Undo what a training run sets in this process: threads, and Accelerate's state."""
+    from accelerate.state import AcceleratorState
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def bnaa_data():
     """The folder of real data and weights that the environment variable BNAA_DATA names."""

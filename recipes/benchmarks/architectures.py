@@ -40,7 +40,7 @@ def outline(name: str, arguments: dict[str, Any]) -> torch.nn.Module:
     try:
         with torch.device("meta"):
             return timm.create_model(name, **arguments)
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError):  # torch's errors where a constructor reads a value on the meta device
         return create(name, arguments)
 
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import nn
@@ -21,12 +20,7 @@ from bn_affine_adapters.training.train import read_recipe, train
 STEPS = 12  # of an epoch of the digits in batches of 128
 
 
-@pytest.fixture(autouse=True)
-def each_run_begins_as_in_a_process_of_its_own():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("each_run_begins_as_in_a_process_of_its_own")
 
 
 def lr_before(step, steps, *, lr, epochs, schedule, milestones, lr_decay, warmup_epochs):

@@ -52,12 +52,7 @@ def train():
     return import_module("bn_affine_adapters.training.train")
 
 
-@pytest.fixture(autouse=True)
-def each_run_begins_as_in_a_process_of_its_own():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("each_run_begins_as_in_a_process_of_its_own")
 
 
 @pytest.fixture

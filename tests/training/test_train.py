@@ -43,12 +43,7 @@ def validate():
     return import_module("bn_affine_adapters.training.validate")
 
 
-@pytest.fixture(autouse=True)
-def each_run_begins_as_in_a_process_of_its_own():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("each_run_begins_as_in_a_process_of_its_own")
 
 
 def tiny(train, output, *arguments):
