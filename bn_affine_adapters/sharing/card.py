@@ -20,6 +20,7 @@ from .paths import ELSEWHERE
 from .results import RESULTS_NAME, Score, merged, scores, strict_json
 
 CARD_NAME = "README.md"
+EVAL_RESULTS = ".eval_results/bn-affine-adapters--"  # how our files among the Hub's evaluation results begin
 TAGS = ("timm", "peft", "bn-only", "image-classification")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
@@ -234,6 +235,6 @@ def _write_eval_results(folder: Path, measured: list[Score]) -> None:
             entry = EvalResultEntry(score.dataset, "default", score.top1, notes=notes)
             entries.setdefault(score.dataset.replace("/", "--"), []).append(entry)
     for name, group in entries.items():
-        file = folder / ".eval_results" / f"{name}.yaml"
+        file = folder / f"{EVAL_RESULTS}{name}.yaml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(group), sort_keys=False), encoding="utf-8")
