@@ -389,9 +389,11 @@ def test_a_dry_run_prints_order_state_and_cost_and_changes_nothing(write, dry, t
 COUNTS = {
     "cifar10_12_epochs": 12,
     "cifar10_5_epochs": 3,
+    "cifar10_layer_scales": 6,
     "controls": 60,
     "digits": 42,
     "digits_families": 20,
+    "digits_layer_scales": 9,
     "families": 36,
     "inits": 60,
     "lean": 12,
