@@ -114,7 +114,12 @@ def test_the_commands_of_the_sharing_page_run_after_its_python(me, capsys):
 
 
 def test_the_commands_of_the_command_line_page_run(me):
-    assert set(run_commands(code(DOCS / "command-line.md", "bash"))) == {"architectures", "configs", "train", "validate"}
+    assert set(run_commands(code(DOCS / "command-line.md", "bash"))) == {
+        "architectures",
+        "configs",
+        "train",
+        "validate",
+    }
     assert Path("runs/mine/adapter/adapter_model.safetensors").stat().st_size < 20_000
 
 
