@@ -35,7 +35,7 @@ def save_checkpoint(
         generators: each process's `generator_states`.
 
     Raises:
-        NoSpaceError: the disk is full; the checkpoint before is untouched.
+        FileError: it cannot be written, or the disk is full; the checkpoint before is untouched.
     """
     state = {
         "recipe": json.dumps(recorded(recipe), allow_nan=False),

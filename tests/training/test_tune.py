@@ -89,6 +89,15 @@ def test_the_packaged_tunings_read():
         ("lr: {", "learning_rate: {", UnknownKeyError, "learning_rate"),
         ("epochs: 1", "epoch: 1", UnknownKeyError, "epochs"),
         ("set: {", "set: [", ConfigError, "cannot be read"),
+        ("trials: 2", "trials: 0", ConfigError, "trials is out of range"),
+        ("low: 0.1", "low: -1", ConfigError, "The space of lr has no values"),
+        ("low: 0.1", "low: 2", ConfigError, "The space of lr has no values"),
+        ("high: 1.0", "hihg: 1.0", ConfigError, "The space of lr has no values"),
+        ("high: 1.0, log: true", "high: .inf", ConfigError, "The space of lr has no values"),
+        ("[uniform, ones]", "uniform", ConfigError, "The space of norm_init has no values"),
+        ("[uniform, ones]", "[uniform, once]", ConfigError, "norm_init has no such value"),
+        ("lr: {low: 0.1", "sgd_momentum: {low: 0.1", ConfigError, "sgd_momentum is out of range"),
+        ("lr: {low: 0.1", "epochs: {low: 1", ConfigError, "epochs: Value"),
     ],
 )
 def test_a_tuning_that_makes_no_sense_is_refused(old, new, kind, word, file, refused):
