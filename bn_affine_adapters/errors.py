@@ -252,10 +252,11 @@ def file_error(error: BaseException, path: str | os.PathLike[str], verb: str) ->
         there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
         what, seen = f"There is no space left to write {path}.", f"{seen}; {disk_usage(there).free:,} bytes free"
         return NoSpaceError(what, seen=seen, do="free some space and try again; what was there before is untouched")
-    kind, do = FileError, "give another file or folder"
     if codes and codes[0] in (EACCES, EPERM, EROFS):
-        kind, do = FileAccessError, "change its permissions (ls -ld, chmod), or give another file or folder"
-    ours = kind(what, seen=seen, do=do)
+        do = "change its permissions (ls -ld, chmod), or give another file or folder"
+        ours: FileError = FileAccessError(what, seen=seen, do=do)
+    else:
+        ours = FileError(what, seen=seen, do="give another file or folder")
     ours.errno = codes[0] if codes else None
     return ours
 

@@ -56,7 +56,7 @@ def check_buildable(recipe: Recipe) -> None:
     create_optimizer(recipe, nn.Linear(1, 1))
     if ":" in recipe.model:  # "hf-hub:..." and "local-dir:...", which timm fetches
         return
-    network = outline_of(recipe.model, json.dumps(recipe.model_args))
+    network = outline_of(recipe.model, json.dumps(recipe.model_args, allow_nan=False))
     if recipe.condition not in FULL_CONDITIONS:
         config.extra_trainable_modules = shortcut_convs(network) if "shortcut" in recipe.condition else []
         choose_layers(network, config)

@@ -263,43 +263,22 @@ def contradictions(recipe: Recipe) -> list[tuple[bool, str, tuple[str, ...], str
     # In fp16 the overflow of one would skip the step of all.
     together = recipe.precision != "fp16" and recipe.optimizer in ELEMENTWISE and not recipe.streaming
     return [
-        (
-            recipe.lean is not None and (whole or several),
-            "Lean training is for one network with frozen weights.",
-            ("lean", "condition", "replicates"),
-            "leave lean out, or train one replicate of a condition that freezes the convolutions",
-        ),
-        (
-            recipe.skip_nonfinite_steps > 0 and several,
-            "A step of one replicate cannot be skipped alone.",
-            ("skip_nonfinite_steps", "replicates"),
-            "leave one of them out",
-        ),
-        (
-            several and (recipe.seed is None or not together),
-            "Such replicates cannot train side by side.",
-            ("replicates", "seed", "streaming", "precision", "optimizer"),
-            f"a seed, data in memory, precision no or bf16, and optimizer {', '.join(ELEMENTWISE)}",
-        ),
-        (
-            recipe.pretrained == (recipe.seed is not None),
-            "A network is either redrawn from a seed or keeps pretrained weights.",
-            ("pretrained", "seed"),
-            "pretrained=true seed=null, or pretrained=false seed=0",
-        ),
-        (
-            whole and recipe.running_statistics != "update",
-            "A network that trains whole updates its running statistics.",
-            ("condition", "running_statistics"),
-            "leave running_statistics out",
-        ),
-        (
-            recipe.accumulation > recipe.batch_size,
-            "A step has fewer images than parts.",
-            ("accumulation", "batch_size"),
-            "use accumulation <= batch_size",
-        ),
-    ]
+        (recipe.lean is not None and (whole or several), "Lean training is for one network with frozen weights.",
+         ("lean", "condition", "replicates"),
+         "leave lean out, or train one replicate of a condition that freezes the convolutions"),
+        (several and recipe.skip_nonfinite_steps > 0, "A step of one replicate cannot be skipped alone.",
+         ("skip_nonfinite_steps", "replicates"), "leave one of them out"),
+        (several and (recipe.seed is None or not together), "Such replicates cannot train side by side.",
+         ("replicates", "seed", "streaming", "precision", "optimizer"),
+         f"a seed, data in memory, precision no or bf16, and optimizer {', '.join(ELEMENTWISE)}"),
+        (recipe.pretrained == (recipe.seed is not None),
+         "A network is either redrawn from a seed or keeps pretrained weights.",
+         ("pretrained", "seed"), "pretrained=true seed=null, or pretrained=false seed=0"),
+        (whole and recipe.running_statistics != "update", "A network that trains whole updates its running statistics.",
+         ("condition", "running_statistics"), "leave running_statistics out"),
+        (recipe.accumulation > recipe.batch_size, "A step has fewer images than parts.",
+         ("accumulation", "batch_size"), "use accumulation <= batch_size"),
+    ]  # fmt: skip
 
 
 def check_libraries(recipe: Recipe) -> None:

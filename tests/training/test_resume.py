@@ -270,7 +270,7 @@ def test_no_adapter_is_saved_that_would_not_load(tmp_path, refused):
 
 def test_every_json_of_the_package_is_strict_or_read_by_itself_alone():
     allowed = {
-        "training/recipe.py", "training/lines.py", "training/sweeps.py", "training/scripts.py", "training/tune.py",
+        "training/recipe.py", "training/lines.py", "training/sweeps.py", "training/tune.py",
         "training/checkpoint.py", "settings.py", "adapter/rebuild.py", "adapter/traits.py",
         "study/replicates.py", "study/gpu/gpu_check.py",
     }  # fmt: skip  # keys, comparisons and copies, which no other program reads
