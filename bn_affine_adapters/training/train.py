@@ -63,7 +63,7 @@ def train(recipe: Recipe) -> "list[Replicate]":
 
     check_buildable(recipe)
     accelerator = start(recipe)
-    full_disk = writing(Path(recipe.output_dir), full_disk_alone=True)  # of the log, or of a tracker
+    full_disk = writing(Path("the log or a file of the tracker"), full_disk_alone=True)
     with naming_lost_process(recipe, accelerator), full_disk, alone(recipe, accelerator):
         replicates = build(recipe, accelerator)
         check_room(recipe, replicates)
