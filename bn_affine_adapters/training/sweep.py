@@ -27,7 +27,7 @@ from typing import IO, Any, NamedTuple
 import click
 
 from ..errors import ConfigError, NetworkError
-from ..sharing.folder import try_writing, writing
+from ..sharing.folder import check_space, try_writing, writing
 from ..sharing.results import strict_json
 from .lines import mend, read_results, write_line
 from .options import DataOptions
@@ -102,6 +102,7 @@ async def call(run: PlannedRun, script: str, arguments: list[str]) -> None:
 
     Raises:
         SubprocessError: it failed; the message is the end of its log.
+        NoSpaceError: it failed, and the disk is full.
     """
     log = run.folder / "log.txt"
     with log.open("ab") as file:
@@ -119,6 +120,7 @@ async def call(run: PlannedRun, script: str, arguments: list[str]) -> None:
             await process.wait()
         raise
     if status:
+        check_space(run.folder, 4096)  # a full disk took the end of the log too
         tail = log.read_bytes()[start:].decode(errors="replace").splitlines()[-15:]
         raise SubprocessError(f"{script}: exit status {status}\n    " + "\n    ".join(tail))
 
@@ -285,15 +287,16 @@ def command(file: str, changes: tuple[str, ...], output: Path | None, workers: i
         click.echo(strict_json(plan) if options["as_json"] else dry_run_text(plan))
         return
     results, done = open_results(Path(sweep.results))
-    try_writing(output / "log.txt", replaced=False)  # as each run does in its own folder
-    left = unfinished(sweep, runs, done)
     failed: list[PlannedRun] = []
-    report = reporter(results, len(left), failed)
-    if on_ray:
-        cluster = Cluster(options["ray_address"], options["cpus_per_run"], options["gpus_per_run"])
-        run_on_ray(left, sweep.analyse, workers, report, cluster)
-    else:
-        asyncio.run(run_here(left, sweep.analyse, workers, report))
+    with results:
+        try_writing(output / "log.txt", replaced=False)  # as each run does in its own folder
+        left = unfinished(sweep, runs, done)
+        report = reporter(results, len(left), failed)
+        if on_ray:
+            cluster = Cluster(options["ray_address"], options["cpus_per_run"], options["gpus_per_run"])
+            run_on_ray(left, sweep.analyse, workers, report, cluster)
+        else:
+            asyncio.run(run_here(left, sweep.analyse, workers, report))
     if failed:
         sys.exit(f"{len(failed)} of {len(left)} runs failed:\n" + "\n".join(f"  {run}" for run in failed))
 

@@ -161,7 +161,9 @@ def test_a_checkpoint_that_is_none_is_one_own_error_and_stays(content, train, tm
         torch.save({"recipe": "{}", "tensors": {"a": torch.zeros(1000)}}, path)
         content = path.read_bytes()[:content]
     path.write_bytes(content)
-    with refused(CheckpointError, str(path), f"{len(content):,} bytes", "overwrite=true") as caught:
+    with refused(
+        CheckpointError, str(path), f"{len(content):,} bytes", f"delete it to start again: rm {path}"
+    ) as caught:
         read_checkpoint(path)
     assert "weights_only" not in str(caught.value)
     if content == b"":

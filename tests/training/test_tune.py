@@ -7,7 +7,7 @@ import optuna
 import pytest
 from click.testing import CliRunner
 
-from bn_affine_adapters.errors import ConfigError, UnknownKeyError
+from bn_affine_adapters.errors import ConfigError, FileError, UnknownKeyError
 from bn_affine_adapters.study.findings import tuned
 from bn_affine_adapters.training import tune
 from bn_affine_adapters.training.lines import read_results
@@ -72,6 +72,16 @@ def test_a_trial_that_fails_costs_only_itself(file, monkeypatch, refused):
         run(file)
     logs = sorted((file.parent / "study").glob("trial-*/log.txt"))
     assert [log.read_text() for log in logs] == ["no luck\n"] * 2
+
+
+def test_a_study_that_is_no_database_or_has_no_room_is_an_own_error(file, small_disk, refused):
+    (file.parent / "study").mkdir()
+    (file.parent / "study" / "study.db").write_text("garbage, not a database" * 10)
+    with refused(FileError, "study.db cannot be read or written", "file is not a database"):
+        run(file)
+    with refused(FileError, "study.db cannot be read or written", "full"):  # of 256 kB
+        (small_disk / "filler").write_bytes(bytes(200_000))
+        run(file, "--output", str(small_disk / "study"))
 
 
 def test_the_packaged_tunings_read():
