@@ -19,6 +19,7 @@ from bn_affine_adapters.errors import FileAccessError, FileError, NoSpaceError
 from bn_affine_adapters.settings import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from bn_affine_adapters.sharing.card import write_card
 from bn_affine_adapters.sharing.folder import check_space, try_writing, write_file
+from bn_affine_adapters.training.terminal import naming_files, printing
 
 TINY = "model=test_resnet", "image_size=8", "held_out=900", "epochs=1", "threads=1"
 
@@ -309,6 +310,13 @@ def test_an_end_that_takes_no_more_is_one_line_and_a_status(module):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), check=False)
     assert done.returncode == (2 if name == "cli" else 1)
     assert done.stderr == "error: what is printed cannot be written: No space left on device\n"
+
+
+def test_another_error_of_the_system_is_not_taken_for_one_of_the_terminal():
+    with pytest.raises(ConnectionResetError), printing(status=2):
+        raise ConnectionResetError(104, "Connection reset by peer")
+    with pytest.raises(FileAccessError, match="/nowhere cannot be read or written"), naming_files():
+        raise PermissionError(13, "Permission denied", "/nowhere")
 
 
 def test_a_reader_that_has_enough_is_no_error():

@@ -4,10 +4,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import EPIPE
+from errno import EDQUOT, EIO, ENOSPC, EPIPE
 from io import TextIOWrapper
 
 from ..errors import BNAdapterError, file_error
+
+REFUSED = (EDQUOT, EIO, ENOSPC, EPIPE)  # what the system says, without a name, of a stdout that takes no more
 
 
 @contextmanager
@@ -23,7 +25,7 @@ def printing(status: int) -> Iterator[None]:
             if sys.stdout is not None:
                 sys.stdout.flush()  # now, since Python only warns about what fails at its end
     except OSError as error:
-        if isinstance(error, BNAdapterError) or error.filename is not None or error.errno is None:
+        if isinstance(error, BNAdapterError) or error.filename is not None or error.errno not in REFUSED:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has no place to go
         if error.errno != EPIPE:  # whoever read it, e.g. `head`, has enough
