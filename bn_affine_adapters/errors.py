@@ -235,9 +235,10 @@ def causes(error: BaseException | None) -> list[BaseException]:
 
 
 def system_codes(error: BaseException) -> list[int]:
-    """Return the errno of an error and of its causes; libraries in Rust say it only in words, as "os error 28"."""
+    """Return the errno of an error and of its causes; libraries in Rust say it only in words."""
     codes = [getattr(cause, "errno", None) for cause in causes(error)]
-    return [*map(int, re.findall(r"os error (\d+)", str(error))), *(code for code in codes if isinstance(code, int))]
+    words = re.findall(r"(?:os error|Os { code:) (\d+)", str(error))
+    return [*map(int, words), *(code for code in codes if isinstance(code, int))]
 
 
 def disk_is_full(error: BaseException) -> bool:

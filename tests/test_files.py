@@ -15,7 +15,7 @@ from conftest import without_privileges
 from PIL import Image
 
 from bn_affine_adapters import BNOnlyConfig, cli, export, get_bn_only_model, load_bn_only_model
-from bn_affine_adapters.errors import FileAccessError, FileError, NoSpaceError
+from bn_affine_adapters.errors import FileAccessError, FileError, NoSpaceError, disk_is_full
 from bn_affine_adapters.settings import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from bn_affine_adapters.sharing.card import write_card
 from bn_affine_adapters.sharing.folder import check_space, try_writing, write_file
@@ -241,6 +241,13 @@ def test_a_device_is_written_into_and_stays_one(refused):
         write_file(Path("/dev/full"), b"content")
     assert not Path(os.devnull).is_file()
     assert not Path("/dev/full").is_file()
+
+
+def test_a_full_disk_is_known_from_a_number_or_from_words():
+    full = OSError(28, "No space left on device"), OSError(122, "Disk quota exceeded")
+    full += RuntimeError("I/O error (os error 28)"), RuntimeError("Os { code: 28, kind: StorageFull }")
+    assert all(map(disk_is_full, full))
+    assert not any(map(disk_is_full, (OSError(13, "Permission denied"), OSError("28"), RuntimeError("os error 13"))))
 
 
 def test_room_is_counted_in_bytes(tmp_path, refused):
