@@ -5,6 +5,7 @@ Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2
 """
 
 import csv
+import io
 import json
 import math
 import signal
@@ -32,6 +33,7 @@ from .settings import MAX_PARAMETERS, Settings
 from .training.advice import as_command_line
 from .training.recipe import config_files
 from .training.tables import text_table
+from .training.terminal import naming_files, printing
 
 # What needs torch, or takes long to import, is imported by the command that needs it.
 if TYPE_CHECKING:
@@ -41,9 +43,14 @@ if TYPE_CHECKING:
 
 
 class _Commands(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with printing(status=2):
+            return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with naming_files():
+                return super().invoke(ctx)
         except BNAdapterError as error:
             click.echo(as_command_line(error, keys=ctx.invoked_subcommand in _SCRIPTS), err=True)
             ctx.exit(1 if isinstance(error, FingerprintError) else DIVERGED if isinstance(error, DivergedError) else 2)
@@ -192,13 +199,13 @@ def show(name: str) -> None:
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 def copy(name: str, file: Path | None) -> None:
     """Copy a file here, or to FILE, to change it; nothing is overwritten."""
+    from .sharing.folder import write_file
+
     text, file = _config_text(name), file or Path(f"{Path(name).name}.yaml")
-    try:
-        with file.open("x", encoding="utf-8") as target:
-            target.write(text)
-    except FileExistsError as error:
+    if file.exists():
         do = f"bn-adapters configs copy {name} another.yaml"
-        raise OutputFolderError(f"{file} exists.", seen=str(error), do=do) from error
+        raise OutputFolderError(f"{file} exists.", seen=str(file), do=do)
+    write_file(file, text.encode())
     click.echo(str(file))
 
 
@@ -304,7 +311,10 @@ def predict_(adapter: str, images: tuple[str, ...], top_k: int, out: Path | None
     """
     from .model.images import image_files
     from .model.prediction import predict_each
+    from .sharing.folder import try_writing
 
+    if out is not None:
+        try_writing(out, replaced=True)
     found: dict[str, list[Prediction]] = {}
     failed = False
     for image, classes in predict_each(_load(adapter, **where), image_files(images), top_k):
@@ -326,16 +336,13 @@ def predict_(adapter: str, images: tuple[str, ...], top_k: int, out: Path | None
 
 def _write_csv(out: Path, found: "dict[str, list[Prediction]]") -> None:
     from .model.prediction import Prediction
+    from .sharing.folder import write_file
 
-    try:
-        with out.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["image", "rank", *Prediction._fields])
-            for image, classes in found.items():
-                table.writerows([image, rank, *best] for rank, best in enumerate(classes, 1))
-    except OSError as error:
-        do = "--out FILE.csv, in a folder that is there"
-        raise ConfigError(f"{out} cannot be written.", seen=str(error), do=do) from error
+    table = csv.writer(file := io.StringIO(newline=""))
+    table.writerow(["image", "rank", *Prediction._fields])
+    for image, classes in found.items():
+        table.writerows([image, rank, *best] for rank, best in enumerate(classes, 1))
+    write_file(out, file.getvalue().encode("utf-8", "surrogateescape"))  # a name may be of bytes that are no text
 
 
 _about = _options(

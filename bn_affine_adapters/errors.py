@@ -27,14 +27,20 @@ BNAdapterError
 ├── CheckpointError           (OSError)            a checkpoint is truncated, or no checkpoint
 ├── LostProcessError          (RuntimeError)       another process of a training run does not answer
 ├── OutputFolderError         (FileExistsError)    the output folder is not empty, or in use
-└── NoSpaceError              (OSError)            the disk is full
+└── FileError                 (OSError)            a file or folder cannot be read or written
+    ├── FileAccessError       (PermissionError)    its permissions or its file system do not allow it
+    └── NoSpaceError                               the disk is full
 """
 
+import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
-from errno import ENOSPC
+from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from functools import partial
+from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 
@@ -175,7 +181,17 @@ class OutputFolderError(BNAdapterError, FileExistsError):
     """The output folder exists and is not empty, or another run writes to it."""
 
 
-class NoSpaceError(BNAdapterError, OSError):
+class FileError(BNAdapterError, OSError):
+    """A file or folder cannot be read or written; ``errno`` says why, as the system does."""
+
+    errno: int | None = None
+
+
+class FileAccessError(FileError, PermissionError):
+    """The permissions of a file or folder, or a read-only file system, do not allow to read or write it."""
+
+
+class NoSpaceError(FileError):
     """There is no space left on the device; what was there before is untouched."""
 
     errno = ENOSPC
@@ -218,9 +234,40 @@ def causes(error: BaseException | None) -> list[BaseException]:
     return chain
 
 
+def system_codes(error: BaseException) -> list[int]:
+    """Return the errno of an error and of its causes; libraries in Rust say it only in words."""
+    codes = [getattr(cause, "errno", None) for cause in causes(error)]
+    words = re.findall(r"(?:os error|Os { code:) (\d+)", str(error))
+    return [*map(int, words), *(code for code in codes if isinstance(code, int))]
+
+
 def disk_is_full(error: BaseException) -> bool:
-    """Tell whether an error was caused by a full disk; libraries in Rust say so only in words."""
-    words = "os error 28", "Os { code: 28,"
-    return any(each in str(error) for each in words) or any(
-        getattr(cause, "errno", None) == ENOSPC for cause in causes(error)
-    )
+    """Tell whether an error was caused by a full disk, or a quota that is used up."""
+    return not {ENOSPC, EDQUOT}.isdisjoint(system_codes(error))
+
+
+def file_error(error: BaseException, path: str | os.PathLike[str], verb: str) -> FileError:
+    """Return our own error for what the system says of a file or folder that cannot be "read" or "written"."""
+    what, seen, codes = f"{os.fspath(path)} cannot be {verb}.", str(error), system_codes(error)
+    if disk_is_full(error):
+        there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+        what, seen = f"There is no space left to write {path}.", f"{seen}; {disk_usage(there).free:,} bytes free"
+        return NoSpaceError(what, seen=seen, do="free some space and try again; what was there before is untouched")
+    if codes and codes[0] in (EACCES, EPERM, EROFS):
+        do = "change its permissions (ls -ld, chmod), or give another file or folder"
+        ours: FileError = FileAccessError(what, seen=seen, do=do)
+    else:
+        ours = FileError(what, seen=seen, do="give another file or folder")
+    ours.errno = codes[0] if codes else None
+    return ours
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the system's errors about a file or folder that is to be read into FileError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, BNAdapterError):
+            raise
+        raise file_error(error, error.filename or path, "read") from error

@@ -2,6 +2,7 @@
 
 import atexit
 import copy
+import ctypes
 import importlib.util
 import itertools
 import os
@@ -236,6 +237,36 @@ def small_disk(tmp_path):
         pytest.skip(f"needs a file system of its own: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def without_privileges():
+    """Let the permissions of files hold for this thread, as for any user, though root runs the tests.
+
+    The two capabilities by which root passes them over are taken out of the effective set, and put back.
+    """
+    if not hasattr(os, "geteuid") or os.geteuid():
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # version 3, this thread
+    if libc.capget(header, sets):
+        pytest.skip("needs a user other than root, or Linux's capabilities")
+    before = sets[0]  # effective
+    sets[0] = before & ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
+    try:
+        yield
+    finally:
+        sets[0] = before
+        assert libc.capset(header, sets) == 0
+
+
+@pytest.fixture
+def unprivileged():
+    """Run a test as a user whom the permissions of files stop."""
+    with without_privileges():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from conftest import without_privileges
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -54,7 +55,7 @@ def test_the_tree_is_the_one_drawn():
         assert len(others) <= 1
         real[name] = (parents[0] if parents else None, others[0] if others else None)
     assert drawing(errors.__doc__) == real
-    assert len(real) == 28
+    assert len(real) == 30
 
 
 def test_a_tree_drawn_wrongly_would_be_noticed():
@@ -168,6 +169,13 @@ def fill_the_disk(here):
     return model.save_pretrained(here.scratch / "full")
 
 
+def lock_a_file(here):
+    folder = here.copy("seeded")
+    with without_privileges():
+        (folder / CONFIG_NAME).chmod(0)
+        load_bn_only_model(folder)
+
+
 def trained(here, *arguments):
     tiny = ("image_size=8", "epochs=1", "threads=1", f"output_dir={here.scratch / 'run'}")
     return train(read_recipe([*tiny, *arguments]))
@@ -214,6 +222,8 @@ CASES = {
     "CheckpointError": lambda here: read_checkpoint(here.copy("seeded") / CONFIG_NAME),
     "LostProcessError": lambda here: lose_a_process(),
     "OutputFolderError": fill_an_output_folder,
+    "FileError": lambda here: trained(here, f"results={here.copy('seeded')}"),
+    "FileAccessError": lock_a_file,
     "NoSpaceError": fill_the_disk,
 }
 
@@ -225,7 +235,7 @@ def uncovered(cases):
 def test_every_class_has_a_case():
     assert uncovered(CASES) == set()
     assert set(CASES) <= set(CLASSES)
-    assert len(CASES) == 28
+    assert len(CASES) == 30
 
 
 def test_a_class_without_a_case_would_be_noticed():

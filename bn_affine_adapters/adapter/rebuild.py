@@ -75,12 +75,13 @@ def build(config: Settings, device: str | torch.device = "cpu") -> nn.Module:
 
 
 def build_outline(config: Settings) -> nn.Module:
-    """Build a configuration's network on the meta device, or on the CPU if its constructor computes with values."""
+    """Build a configuration's network as `outline` does."""
     assert config.architecture is not None
-    return _outline(config.architecture, config.model_args)
+    return outline(config.architecture, config.model_args)
 
 
-def _outline(architecture: str, model_args: dict[str, Any]) -> nn.Module:
+def outline(architecture: str, model_args: dict[str, Any]) -> nn.Module:
+    """Build a network as `create` does, on the meta device, or on the CPU if its constructor computes with values."""
     try:
         return create(architecture, model_args, "meta")
     except RebuildError:
@@ -150,7 +151,7 @@ def _image_channels(model: nn.Module, args: dict[str, Any], usual: int) -> int |
     which factor.
     """
     ours, name = _first_channels(model), infer_architecture(model)
-    theirs = None if name == CUSTOM else _first_channels(_outline(name, args))
+    theirs = None if name == CUSTOM else _first_channels(outline(name, args))
     expected = args.get("in_chans", usual)
     if ours is None or theirs is None:
         return ours

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..adapter.method import BNOnlyConfig
-from ..errors import AdapterError, BNAdapterError, ConfigError, OutputFolderError, RebuildError, check_choice
+from ..errors import AdapterError, BNAdapterError, ConfigError, OutputFolderError, RebuildError, check_choice, reading
 from ..model.peft_model import BNOnlyPeftModel
 from ..norms.find import named_layers
 from ..seed.rules import constants_only
@@ -55,7 +55,7 @@ def export(
         RebuildError: timm does not build the same network; it cannot build one of your own code ("custom").
         AdapterError: there is no one such adapter, or PEFT gives other logits (the network reads a layer's weight).
         ConfigError: there is no such format, or the network takes no images of data_config's size.
-        NoSpaceError: the disk is full.
+        FileError: the folder cannot be written, or the disk is full.
 
     >>> import tempfile, timm
     >>> from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
@@ -97,7 +97,8 @@ def _empty(folder: str | os.PathLike[str]) -> Path:
         OutputFolderError: it is a file, or not empty.
     """
     path = Path(folder).resolve()
-    names = sorted(file.name for file in path.iterdir())[:5] if path.is_dir() else []
+    with reading(path):
+        names = sorted(file.name for file in path.iterdir())[:5] if path.is_dir() else []
     if seen := "a file" if path.is_file() else ", ".join(names):
         raise OutputFolderError(f"{path} is not an empty folder.", seen=seen, do="export to a new folder")
     return path

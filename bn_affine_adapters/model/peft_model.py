@@ -27,7 +27,7 @@ from ..lean import Report, lean_, plain_
 from ..settings import CUSTOM, LEAN, SAFETENSORS_WEIGHTS_NAME, hub_id
 from ..sharing.card import write_card
 from ..sharing.contents import read_tensors
-from ..sharing.folder import check_files, check_header, read_config, written_whole
+from ..sharing.folder import check_files, check_header, read_config, writing, written_whole
 from ..sharing.hub import cached_commit, fetch, fetch_base, push_folder
 
 
@@ -107,7 +107,7 @@ class BNOnlyPeftModel(PeftModel):
             AdapterError: the network has changed since it was wrapped, so that loading would give another one.
             ConfigError: ``safe_serialization=False`` asks for a pickle.
             AdapterTensorError: a value is not finite, so that the adapter could not be loaded again.
-            NoSpaceError: the disk is full; an adapter that was there before is untouched.
+            FileError: the folder cannot be written, or the disk is full; an adapter there before is untouched.
         """
         if not safe_serialization:
             raise ConfigError("An adapter is never pickled.", seen="safe_serialization=False", do="leave it out")
@@ -119,7 +119,8 @@ class BNOnlyPeftModel(PeftModel):
                 self.base_model.check_unchanged(name)
         kwargs.setdefault("save_embedding_layers", False)  # "auto" would ask the Hub for the base
         target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
+        with writing(target):
+            target.mkdir(parents=True, exist_ok=True)
         with written_whole(target) as scratch:
             super().save_pretrained(str(scratch), True, selected_adapters, *args, **kwargs)
             for file in scratch.rglob(SAFETENSORS_WEIGHTS_NAME):

@@ -14,7 +14,7 @@ from ..errors import TooLargeError, printable
 from ..settings import CUSTOM, HUB_ID, MAX_PARAMETERS, Settings
 from .contents import Stored, parts, read_tensors
 from .figure import write_figure
-from .folder import COMMIT, read_settings
+from .folder import COMMIT, read_settings, write_file, writing
 from .handwritten import METRIC, marked, updated
 from .paths import ELSEWHERE
 from .results import RESULTS_NAME, Score, merged, scores, strict_json
@@ -52,15 +52,16 @@ def write_card(
 
     Raises:
         ConfigError: the results or the card that is there cannot be read, or its own section was edited by hand.
+        FileError: a file cannot be written, or the disk is full; each that was there before is whole.
     """
     lines = merged(folder, results)
     output = output or folder
-    output.mkdir(parents=True, exist_ok=True)
-    _write_results(output, lines)
-    if not write_readme:
-        return
-    _write_eval_results(output, scores(lines))
-    _write_readme(folder, output, repo_id, lines, license=license, tags=tags, datasets=datasets)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        _write_results(output, lines)
+        if write_readme:
+            _write_eval_results(output, scores(lines))
+            _write_readme(folder, output, repo_id, lines, license=license, tags=tags, datasets=datasets)
 
 
 def _write_readme(folder: Path, output: Path, repo_id: str, lines: list[dict[str, Any]], **about: Any) -> None:
@@ -71,13 +72,13 @@ def _write_readme(folder: Path, output: Path, repo_id: str, lines: list[dict[str
     file = output / CARD_NAME
     if file.exists():
         text = updated(file.read_text(encoding="utf-8"), text, drawn=config.seed is not None)
-    file.write_text(text, encoding="utf-8")
+    write_file(file, text.encode())
 
 
 def _write_results(folder: Path, lines: list[dict[str, Any]]) -> None:
     if lines:
         text = strict_json(lines, indent=1, default=float)  # numbers of NumPy and torch too
-        (folder / RESULTS_NAME).write_text(_TOKEN.sub("hf_***", text) + "\n", encoding="utf-8")
+        write_file(folder / RESULTS_NAME, (_TOKEN.sub("hf_***", text) + "\n").encode())
 
 
 def render(
@@ -237,4 +238,4 @@ def _write_eval_results(folder: Path, measured: list[Score]) -> None:
     for name, group in entries.items():
         file = folder / f"{EVAL_RESULTS}{name}.yaml"
         file.parent.mkdir(exist_ok=True)
-        file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(group), sort_keys=False), encoding="utf-8")
+        write_file(file, yaml.safe_dump(eval_result_entries_to_yaml(group), sort_keys=False).encode())

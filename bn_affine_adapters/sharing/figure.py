@@ -1,5 +1,6 @@
 """The picture in a model card: the distribution of gamma. Needs matplotlib."""
 
+import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .contents import NEAR_ZERO
+from .folder import write_file
 
 FIGURE_NAME = "gamma.png"
 
@@ -36,5 +38,6 @@ def write_figure(folder: Path, gammas: Mapping[str, ArrayLike]) -> str | None:
     share = 100 * np.mean(np.abs(values) < NEAR_ZERO)
     ax.set_title(f"{values.size:,} gammas in {len(gammas)} layers, {share:.1f} % near zero", fontsize=10)
     # Without the date and the version, so that an unchanged adapter has an unchanged picture.
-    figure.savefig(folder / FIGURE_NAME, dpi=120, metadata={"Software": None})
+    figure.savefig(image := io.BytesIO(), dpi=120, metadata={"Software": None})
+    write_file(folder / FIGURE_NAME, image.getvalue())
     return FIGURE_NAME

@@ -8,13 +8,25 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from errno import EISDIR
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import AdapterFileError, AdapterTensorError, ConfigError, NoSpaceError, TooLargeError, disk_is_full
+from ..errors import (
+    AdapterFileError,
+    AdapterTensorError,
+    BNAdapterError,
+    ConfigError,
+    NoSpaceError,
+    TooLargeError,
+    disk_is_full,
+    file_error,
+    reading,
+    system_codes,
+)
 from ..norms import COPIES, SCALE_SUFFIX
 from ..settings import (
     BN_ONLY,
@@ -49,20 +61,21 @@ class Entry(NamedTuple):
 
 
 @contextmanager
-def naming_full_disk(target: Path) -> Iterator[None]:
-    """Turn the error of a full disk, whichever library reports it, into NoSpaceError; ``target`` was to be written."""
+def writing(target: Path, full_disk_alone: bool = False) -> Iterator[None]:
+    """Turn the system's errors while a file or folder is written, whichever library reports them, into FileError.
+
+    Args:
+        target: what was to be written.
+        full_disk_alone: leave every other error as it is.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if not disk_is_full(error) or isinstance(error, NoSpaceError):
+        ours = isinstance(error, BNAdapterError) or not system_codes(error)
+        if ours or (full_disk_alone and not disk_is_full(error)):
             raise
         target = Path(*takewhile(lambda part: not part.startswith(SCRATCH), target.parts))
-        there = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
-        raise NoSpaceError(
-            f"There is no space left to write {target}.",
-            seen=f"{error}; {shutil.disk_usage(there).free:,} bytes free",
-            do="free some space and try again; what was there before is untouched",
-        ) from error
+        raise file_error(error, target, "written") from error
 
 
 @contextmanager
@@ -73,10 +86,10 @@ def written_whole(target: Path) -> Iterator[Path]:
     one, .json files last: without them no adapter or network is loaded. When this returns, the files are on the disk.
 
     Raises:
-        NoSpaceError: the disk is full; what was there before is untouched.
+        FileError: it cannot be written, or the disk is full; what was there before is untouched.
     """
-    outer = target if target.exists() else target.parent
-    with naming_full_disk(target):
+    with writing(target):
+        outer = target if target.exists() else target.parent
         outer.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=outer) as scratch:
             files = Path(scratch, "files")
@@ -84,6 +97,8 @@ def written_whole(target: Path) -> Iterator[Path]:
             yield files
             written = [path for path in files.rglob("*") if path.is_file()]
             folders = [path for path in files.rglob("*") if path.is_dir()]
+            for path in written:  # safetensors lets only the owner read its files, whatever the umask says
+                path.chmod(files.stat().st_mode & 0o666)
             sync(*written, *folders, files)
             if outer != target:
                 os.replace(files, target)
@@ -97,13 +112,16 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; when this returns, it is on the disk.
+    """Write a file whole or not at all; when this returns, it is on the disk. A device, or a pipe, is written into.
 
     Raises:
-        NoSpaceError: the disk is full; a file that was there before is untouched.
+        FileError: it cannot be written, or the disk is full; a file that was there before is untouched.
     """
     scratch = path.with_name(f"{SCRATCH}{os.getpid()}-{path.name}")  # of this process: no other one writes to it
-    with naming_full_disk(path):
+    with writing(path):
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
         try:
             scratch.write_bytes(content)
             sync(scratch)
@@ -111,6 +129,38 @@ def write_file(path: Path, content: bytes) -> None:
         finally:
             scratch.unlink(missing_ok=True)
         sync(path.parent)
+
+
+def try_writing(path: Path, replaced: bool) -> None:
+    """Do now to a file what may fail after hours: make its folder, write there, replace or open the file.
+
+    Args:
+        path: the file, which stays as it is.
+        replaced: it will be replaced; otherwise appended to.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder", str(path))
+        if path.exists() and not path.is_file():
+            return  # a device or a pipe
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(b"\n")
+        if path.exists() and replaced:
+            write_file(path, path.read_bytes())
+        elif path.exists():
+            path.open("ab").close()
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise NoSpaceError if the file system of a folder has no room for so many bytes."""
+    found = shutil.disk_usage(folder)
+    if found.free < needed and found.total:  # some network file systems do not tell
+        seen = f"{found.free:,} bytes free; {needed:,} are needed"
+        raise NoSpaceError(f"There is no space left to write {folder}.", seen=seen, do="free some space and try again")
 
 
 def sync(*paths: Path) -> None:
@@ -138,24 +188,33 @@ def missing_file(where: object, name: str, pickled: bool, seen: str, do: str) ->
 
 
 def check_files(folder: Path) -> None:
-    """Raise AdapterFileError or TooLargeError unless a folder holds a configuration and a safetensors file."""
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    for file in (folder / CONFIG_NAME, weights):
-        if not file.is_file():
-            names = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else None
-            seen = "no such folder" if names is None else f"the folder holds {', '.join(names) or 'nothing'}"
-            do = 'give a folder that model.save_pretrained(...) wrote, or "owner/name" on the Hub; a tag is revision='
-            pickled = file == weights and (folder / WEIGHTS_NAME).exists()
-            raise missing_file(folder, file.name, pickled, seen, do)
-        _check_size(file)
+    """Raise AdapterFileError or TooLargeError unless a folder holds a configuration and a safetensors file.
+
+    Raises:
+        FileError: the folder or a file cannot be read.
+    """
+    with reading(folder):
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            _check_file(folder, name)
     read_entries(folder)
+
+
+def _check_file(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        names = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else None
+        seen = "no such folder" if names is None else f"the folder holds {', '.join(names) or 'nothing'}"
+        do = 'give a folder that model.save_pretrained(...) wrote, or "owner/name" on the Hub; a tag is revision='
+        pickled = name == SAFETENSORS_WEIGHTS_NAME and (folder / WEIGHTS_NAME).exists()
+        raise missing_file(folder, name, pickled, seen, do)
+    _check_size(folder / name)
 
 
 def _check_size(file: Path) -> None:
     size = file.stat().st_size
-    if file.name == SAFETENSORS_WEIGHTS_NAME:
-        with open(file, "rb") as opened:  # the first 8 bytes are the length of the header, little-endian
-            size = min(size, int.from_bytes(opened.read(8), "little"))
+    with open(file, "rb") as opened:
+        first = opened.read(8)
+    if file.name == SAFETENSORS_WEIGHTS_NAME:  # they are the length of the header, little-endian
+        size = min(size, int.from_bytes(first, "little"))
     if size > MAX_BYTES:
         raise _too_large(file, f"{size:,} bytes of names and settings; {MAX_BYTES:,} are allowed")
 

@@ -37,6 +37,8 @@ from ..errors import (
     TooLargeError,
     causes,
     disk_is_full,
+    file_error,
+    reading,
 )
 from ..settings import (
     CONFIG_NAME,
@@ -91,7 +93,9 @@ def fetch(
     inside = Path(subfolder or "")
     if inside.is_absolute() or ".." in inside.parts:
         raise AdapterFileError("A subfolder is inside its repository.", seen=repr(subfolder), do="give a plain name")
-    if Path(adapter).is_dir() or not HUB_ID.fullmatch(str(adapter)):
+    with reading(adapter):
+        here = Path(adapter).is_dir()
+    if here or not HUB_ID.fullmatch(str(adapter)):
         return Path(adapter, inside)
     repo, token = str(adapter), client.get("token")
     with explained(f"The adapter {repo} cannot be loaded (and there is no folder of that name)", token):
@@ -305,7 +309,7 @@ def explained(what: str, token: str | bool | None = None, resume: str = "") -> I
 
     Raises:
         HubError: a subclass that follows from the Hub's HTTP status.
-        NoSpaceError: the disk is full.
+        FileError: a file here cannot be read or written, or the disk is full.
         ConfigError: a repository or revision has a name that cannot be one.
     """
     try:
@@ -317,6 +321,8 @@ def explained(what: str, token: str | bool | None = None, resume: str = "") -> I
     except (OSError, httpx.HTTPError, RuntimeError) as error:  # the client's transfers raise plain RuntimeErrors
         if disk_is_full(error):
             raise NoSpaceError(f"{what}: the disk is full.", seen=str(error), do="free some space" + resume) from None
+        if isinstance(error, OSError) and error.filename is not None:
+            raise file_error(error, error.filename, "read or written") from None
         raise _translated(what, error, token, resume) from None
 
 

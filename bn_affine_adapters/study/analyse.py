@@ -9,7 +9,7 @@ output=FILE. One process.
 Example:
   bn-adapters analyse runs/digits/adapter
 
-Keys and their defaults:
+Keys with their defaults and ranges:
 """
 
 import json
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, NetworkError, RebuildError
-from ..sharing.folder import write_file
+from ..errors import ConfigError, NetworkError, RebuildError, reading
+from ..sharing.folder import try_writing, write_file
 from ..sharing.results import strict_json
 from ..training.options import AdapterOptions
 from ..training.scripts import data_options, load_adapter, run_script
@@ -44,7 +44,8 @@ class Options(AdapterOptions):
 
 def is_plain(adapter: str) -> bool:
     """Tell whether this is a folder with a plain timm network, and no adapter."""
-    here = {path.name for path in Path(adapter).iterdir()} if Path(adapter).is_dir() else set()
+    with reading(adapter):
+        here = {path.name for path in Path(adapter).iterdir()} if Path(adapter).is_dir() else set()
     return {"config.json", "model.safetensors"} <= here and "adapter_config.json" not in here
 
 
@@ -59,7 +60,8 @@ def own(adapter: str) -> dict[str, Any]:
 
 def plain_config(adapter: str) -> dict[str, Any]:
     """Return what the config.json of a plain timm network holds."""
-    return json.loads(Path(adapter, "config.json").read_text(encoding="utf-8"))
+    with reading(file := Path(adapter, "config.json")):
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def read_options(arguments: list[str]) -> Options:
@@ -136,6 +138,8 @@ def run(options: Options) -> dict[str, Any]:
     from ..norms.copies import evaluation_copy
     from ..training.feed import Feed, accuracy
 
+    if options.output:
+        try_writing(Path(options.output), replaced=True)
     accelerator = Accelerator()
     if accelerator.num_processes > 1:  # their shares of the last batch overlap, and would be counted twice
         seen, do = (
@@ -151,7 +155,6 @@ def run(options: Options) -> dict[str, Any]:
     line = strict_json(result)
     print(line)
     if options.output:
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         write_file(Path(options.output), f"{line}\n".encode())
     return result
 

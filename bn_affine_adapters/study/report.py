@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..errors import BNAdapterError
 from ..training.lines import read_results
+from ..training.terminal import naming_files, printing
 from .findings import findings, papers_decay, tuned
 from .paper import CIFAR, PAPER, command_of
 from .replicates import FULL, OTHER, SHORT, Run, by_schedule, read_runs
@@ -100,7 +101,9 @@ def main(checkout: Path) -> None:
     Args:
         checkout: has recipes/results, and docs to write into.
     """
-    try:
-        sys.exit(write(sys.argv[1:], checkout))
-    except BNAdapterError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    with printing(status=1):
+        try:
+            with naming_files():
+                sys.exit(write(sys.argv[1:], checkout))
+        except BNAdapterError as error:
+            sys.exit(f"{type(error).__name__}: {error}")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def save_checkpoint(
         generators: each process's `generator_states`.
 
     Raises:
-        NoSpaceError: the disk is full; the checkpoint before is untouched.
+        FileError: it cannot be written, or the disk is full; the checkpoint before is untouched.
     """
     state = {
         "recipe": json.dumps(recorded(recipe), allow_nan=False),
@@ -65,7 +66,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a whole checkpoint.",
             seen=reason,
-            do="put back a copy of it; to start again, overwrite=true resume=false",
+            do=f"put back a copy of it, or delete it to start again: rm {shlex.quote(str(path))}",
         ) from error
     return state
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ConfigError
-from ..sharing.folder import naming_full_disk
+from ..sharing.folder import writing
 from ..sharing.results import strict_json
 from .lock import fcntl
 from .recipe import run_key
@@ -32,15 +32,15 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
     """Append a result line, whole or not at all, after a torn last line has been removed; it is on the disk then.
 
     Raises:
-        NoSpaceError: the disk is full; the file is as before.
+        FileError: it cannot be written, or the disk is full; the file is as before.
     """
-    with naming_full_disk(path), _at_the_end(path) as file:
+    with writing(path), _at_the_end(path) as file:
         write_line(file, line)
 
 
 def append_once(path: Path, line: Mapping[str, Any]) -> None:
     """Append a result line as `append` does, unless the file has one of the same run with the same results."""
-    with naming_full_disk(path), _at_the_end(path) as file:
+    with writing(path), _at_the_end(path) as file:
         file.seek(0)
         if not any(_same_result(text, line) for text in file.read().splitlines()):
             write_line(file, line)

@@ -6,12 +6,12 @@ import os
 import socket
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputFolderError
-from ..sharing.folder import naming_full_disk, remove_litter
+from ..sharing.folder import remove_litter, writing
 
 try:
     import fcntl
@@ -25,33 +25,43 @@ NAME = ".lock"
 def locked(folder: Path) -> Generator[None, None, None]:
     """Create a folder and keep other runs out of it; remove what a killed run left half written there.
 
+    A folder that was created here and is still empty at the end is removed.
+
     The kernel gives the lock back when this process ends, however it ends: a lock of a process that is gone is stale
     at once. Where the file system has no locks, the process that the file names is looked for.
 
     Raises:
         OutputFolderError: another run writes to the folder.
+        FileError: it cannot be written.
     """
     path = folder / NAME
-    with naming_full_disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        created = not folder.exists()
         descriptor = _open(path)
     try:
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         os.ftruncate(descriptor, 0)
-        with naming_full_disk(folder):
+        with writing(folder):
             os.pwrite(descriptor, json.dumps(about, allow_nan=False).encode(), 0)
-        for place in (folder, folder / "adapter", folder / "network"):
-            remove_litter(place)
+            for place in (folder, folder / "adapter", folder / "network"):
+                remove_litter(place)
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # e.g. the disk has become read-only
+            path.unlink(missing_ok=True)
+            if created:
+                folder.rmdir()  # an error if something is in it
         os.close(descriptor)
 
 
 def _open(path: Path) -> int:
     """Return the descriptor of a lock's file, which is locked while the descriptor is open."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another run has just removed its empty folder
+            continue
         try:
             _lock(descriptor, path)
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):

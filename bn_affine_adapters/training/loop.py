@@ -120,7 +120,7 @@ def build(recipe: Recipe, accelerator: Any) -> list[Replicate]:
     first = Feed(recipe, accelerator)
     replicates = []
     for member in members(recipe):
-        config = configuration(member, first)
+        config = configuration(member, first.label_names)
         feed = first.reordered(member.data_seed) if recipe.replicates > 1 else first
         replicates.append(Replicate(member, feed, config, build_network(member, config, first)))
     return replicates

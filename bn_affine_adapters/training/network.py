@@ -1,8 +1,10 @@
 """The network of a recipe: configured, built, drawn, and frozen as its condition asks; what a step of it costs."""
 
+import json
 import statistics
 import time
-from functools import partial
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -10,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..adapter.checks import choose_layers
 from ..adapter.method import BNOnlyConfig
-from ..adapter.rebuild import create
-from ..errors import ConfigError
+from ..adapter.rebuild import create, outline
 from ..model.loading import get_bn_only_model
 from ..model.peft_model import BNOnlyPeftModel
 from ..norms.find import affine, norm_layers, shortcut_convs
@@ -27,20 +29,43 @@ from .scripts import timm_network
 WARM_UP, TIMED, LONGEST = 2, 5, 20.0  # steps, steps, and the seconds after which no further step is timed
 
 
-def configuration(recipe: Recipe, feed: Feed) -> BNOnlyConfig:
-    """Return what of a recipe and its data says how the network is built, drawn and fed."""
+def configuration(recipe: Recipe, label_names: Sequence[str]) -> BNOnlyConfig:
+    """Return what of a recipe and the classes of its data says how the network is built, drawn and fed."""
     return BNOnlyConfig(
         seed=recipe.seed,
         weight_init=recipe.weight_init,
         norm_init=recipe.norm_init,
         layer_scale=None if recipe.seed is None else recipe.layer_scale,
         architecture=recipe.model.partition(".")[0] if recipe.condition in FULL_CONDITIONS else None,
-        model_args={"num_classes": len(feed.label_names), **recipe.model_args},
-        label_names=list(feed.label_names),
+        model_args={"num_classes": len(label_names), **recipe.model_args},
+        label_names=list(label_names),
         lean=recipe.lean,  # type: ignore[arg-type]  # checked by the configuration
         data_config=recipe.data_config,
         **{"running_statistics": recipe.running_statistics, **CONDITIONS.get(recipe.condition, {})},
     )
+
+
+def check_buildable(recipe: Recipe) -> None:
+    """Raise now, before data are read, what would be raised when a network and its optimiser are made.
+
+    Raises:
+        ConfigError: a setting of the network, or an argument of the optimiser, is not usable.
+        NetworkError: timm cannot create the network, or the condition finds nothing to train in it.
+    """
+    config = configuration(recipe, [])
+    create_optimizer(recipe, nn.Linear(1, 1))
+    if ":" in recipe.model:  # "hf-hub:..." and "local-dir:...", which timm fetches
+        return
+    network = outline_of(recipe.model, json.dumps(recipe.model_args, allow_nan=False))
+    if recipe.condition not in FULL_CONDITIONS:
+        config.extra_trainable_modules = shortcut_convs(network) if "shortcut" in recipe.condition else []
+        choose_layers(network, config)
+
+
+@lru_cache(maxsize=1)
+def outline_of(model: str, model_args: str) -> nn.Module:
+    """Return the outline of a network, whose arguments are given as JSON; the last one is kept for a sweep's runs."""
+    return outline(model, json.loads(model_args))
 
 
 def build_network(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module:
@@ -49,11 +74,7 @@ def build_network(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module
     Raises:
         DataError: the data have another number of classes.
         NetworkError: timm cannot create the network.
-        ConfigError: statistics are to stay frozen in a network that trains whole.
     """
-    if recipe.condition in FULL_CONDITIONS and recipe.running_statistics != "update":
-        seen, do = f"condition={recipe.condition}, running_statistics={recipe.running_statistics}", "leave it out"
-        raise ConfigError("A network that trains whole updates its running statistics.", seen=seen, do=do)
     check_classes(feed.train, config.model_args["num_classes"])
     network = timm_network(recipe.model, config.model_args, recipe.pretrained, recipe.pretrained_file)
     if recipe.condition not in FULL_CONDITIONS:
@@ -95,7 +116,7 @@ def forward_cost(recipe: Recipe) -> float:
 
 def measured_step(recipe: Recipe, feed: Feed) -> tuple[int, float]:
     """Return the parameters that a recipe trains, and the median seconds of an optimiser step on random images."""
-    device, config = feed.accelerator.device, configuration(recipe, feed)
+    device, config = feed.accelerator.device, configuration(recipe, feed.label_names)
     network = build_network(recipe, config, feed).to(device).to(memory_format=feed.format).train()
     optimizer = create_optimizer(recipe, network)
     model = torch.compile(network, mode=recipe.compile, dynamic=False) if recipe.compile else network

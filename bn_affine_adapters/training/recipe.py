@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import BNAdapterError, ConfigError, check_choice, check_keys
-from ..seed.draws import LAYER_SCALES
-from ..settings import CROP_MODES, INTERPOLATIONS, as_channels
+from ..seed.draws import LAYER_SCALES, NORM_INITS, WEIGHT_INITS
+from ..settings import CROP_MODES, INTERPOLATIONS, LEAN, as_channels
 from ..sharing.paths import ELSEWHERE
 from .options import DataOptions
+from .ranges import SWITCH, TEXT, TEXTS, VALUES, Range, check_range
 
 Options = TypeVar("Options")
 
@@ -38,7 +39,7 @@ FULL_CONDITIONS = ("all", "no-affine")  # train the network itself, and save it 
 class Recipe(DataOptions):
     """Every key of a recipe, with those of its data; a YAML file and key=value arguments change them, in this order.
 
-    A new key needs a default here, and a range or choices below.
+    A new key needs a default here, and a range below.
     """
 
     # The network
@@ -88,26 +89,35 @@ class Recipe(DataOptions):
         self.mean, self.std = as_channels(self.mean, channels), as_channels(self.std, channels)
 
 
-# The values that a number, or each number of a list, may have.
-RANGES = {
-    "held_out": "[0, inf)", "workers": "[0, inf)", "image_size": "[1, inf)", "mean": "(-inf, inf)", "std": "(0, inf)",
-    "crop_padding": "[0, inf)", "crop_scale": "(0, inf)", "crop_ratio": "(0, inf)", "test_crop": "[0.1, 2]",
-    "batch_size": "[1, inf)", "accumulation": "[1, inf)",
-    "epochs": "[1, inf)", "lr": "[0, inf)", "milestones": "[0, inf)", "lr_decay": "[0, inf)",
-    "warmup_epochs": "[0, inf)", "sgd_momentum": "[0, 1)", "weight_decay": "[0, inf)",
-    "replicates": "[1, inf)", "threads": "[0, inf)", "checkpoint_every": "[0, inf)", "eval_every": "[1, inf)",
-    "checkpoint_every_steps": "[0, inf)", "skip_nonfinite_steps": "[0, inf)", "timeout": "[1, 1e9]",
-}  # fmt: skip
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "condition": (*CONDITIONS, *FULL_CONDITIONS),
-    "layer_scale": LAYER_SCALES,
-    "interpolation": INTERPOLATIONS,
-    "crop_mode": (None, *CROP_MODES),
-    "schedule": ("multistep", "cosine"),
-    "precision": ("no", "bf16", "fp16"),
+# The range of every key of a recipe, and of what validate, analyse, sweep and tune read besides.
+RANGES: dict[str, Range] = {
+    # The data
+    "dataset": TEXT, "dataset_config": TEXT, "train_split": TEXT, "test_split": TEXT, "held_out": "[0, 1e9]",
+    "image_column": TEXT, "label_column": TEXT, "data_seed": "[0, 4294967296)",  # all that NumPy takes
+    "streaming": SWITCH, "workers": "[0, 1024]", "image_size": "[1, 4096]", "interpolation": INTERPOLATIONS,
+    "mean": "some of [-1e6, 1e6]", "std": "some of [1e-6, 1e6]", "flip": SWITCH, "crop_padding": "[0, 4096]",
+    "crop_scale": "two of (0, 1e3]", "crop_ratio": "two of (0, 1e3]", "crop_mode": (None, *CROP_MODES),
+    "test_crop": "[0.1, 2]", "batch_size": "[1, 1e6]", "accumulation": "[1, 1e6]", "channels_last": SWITCH,
+    # The network
+    "model": TEXT, "model_args": VALUES, "pretrained": SWITCH, "pretrained_file": TEXT,
+    "seed": "[0, 18446744073709551616)", "condition": (*CONDITIONS, *FULL_CONDITIONS), "weight_init": WEIGHT_INITS,
+    "norm_init": (None, *NORM_INITS), "layer_scale": LAYER_SCALES, "running_statistics": ("update", "frozen"),
+    # The optimiser
+    "optimizer": TEXT, "optimizer_args": VALUES, "epochs": "[1, 1e6]", "lr": "[0, inf)",
+    "schedule": ("multistep", "cosine"), "milestones": "[0, inf)", "lr_decay": "[0, 10]",
+    "warmup_epochs": "[0, 1e6]", "sgd_momentum": "[0, 1)", "weight_decay": "[0, inf)",
+    # The run
+    "precision": ("no", "bf16", "fp16"), "lean": LEAN,
     "compile": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    "lean": (None, "exact", "rounded", "smallest"),
-}
+    "replicates": "[1, 1000]", "sync_norm": SWITCH, "threads": "[0, 1024]", "tracker": TEXT, "output_dir": TEXT,
+    "overwrite": SWITCH, "resume": SWITCH, "checkpoint_every": "[0, 1e9]", "checkpoint_every_steps": "[0, 1e9]",
+    "skip_nonfinite_steps": "[0, 1e9]", "timeout": "[1, 1e9]", "eval_every": "[1, 1e9]", "results": TEXT,
+    # validate and analyse
+    "adapter": TEXT, "clamp": "[0, inf)", "layers": SWITCH, "output": TEXT,
+    # sweep and tune
+    "config": TEXT, "conditions": VALUES, "networks": TEXTS, "set": VALUES, "analyse": SWITCH, "space": VALUES,
+    "trials": "[1, 1e6]",
+}  # fmt: skip
 # What an optimiser would get besides from its own keys of a recipe.
 SET_ELSEWHERE = {"lr": "lr", "momentum": "sgd_momentum", "weight_decay": "weight_decay"}
 ELEMENTWISE = ("sgd", "momentum", "nesterov", "adam", "adamw")  # each value's update depends on its own gradients alone
@@ -147,10 +157,16 @@ def config_files() -> dict[str, Path]:
     return dict(sorted(found.items(), key=lambda entry: (entry[0].count("/"), entry[0])))
 
 
-def help_text() -> str:
-    """Return every key with its default, and its range if it is a number, a line each."""
-    lines = [(f"  {f.name}={json.dumps(getattr(Recipe(), f.name))}", RANGES.get(f.name, "")) for f in fields(Recipe)]
-    return "\n".join(f"{line:40}{text}".rstrip() for line, text in lines)
+def help_text(options: Any) -> str:
+    """Return every key of options with its default, and the numbers or words that it may be, a line each."""
+    lines = []
+    for key, value in vars(options).items():
+        allowed = RANGES[key]
+        if isinstance(allowed, tuple):
+            allowed = " | ".join("null" if word is None else word for word in allowed)
+        shown = "" if allowed in (SWITCH, TEXT, VALUES) else allowed
+        lines.append(f"  {f'{key}={json.dumps(value)}':38}{shown}".rstrip())
+    return "\n".join(lines)
 
 
 def read(options: type[Options], *sources: Path | Sequence[str] | Mapping[str, Any], what: str, do: str) -> Options:
@@ -173,15 +189,17 @@ def read(options: type[Options], *sources: Path | Sequence[str] | Mapping[str, A
     names, layers = {f.name for f in fields(options)}, []  # type: ignore[arg-type]  # a dataclass
     try:
         for source in sources:
-            if isinstance(source, Path):
-                layer: Any = OmegaConf.load(source)
-            else:
-                layer = source if isinstance(source, Mapping) else OmegaConf.from_cli(list(source))
+            layer: Any = source
+            if not isinstance(source, Mapping):
+                given = OmegaConf.load(source) if isinstance(source, Path) else OmegaConf.from_cli(list(source))
+                layer = OmegaConf.to_container(given, resolve=True)
             if not isinstance(layer, Mapping):
                 raise ConfigError(f"{source} is a list, not keys with values.", seen=str(layer)[:80], do=do)
-            check_keys(dict(layer), names, what)
-            # YAML reads the bare word no as false.
-            layers.append({**layer, "precision": "no"} if layer.get("precision") is False else layer)
+            check_keys(layer, names, what)
+            if layer.get("precision") is False:  # YAML reads the bare word no as false
+                layer = {**layer, "precision": "no"}
+            check_ranges(layer)  # before they are merged, which turns 2 into true, and true into "True"
+            layers.append(layer)
         merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(options), *layers))
         return options(**merged)  # type: ignore[arg-type]  # OmegaConf promises no str keys
     except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:  # a TypeError: a list for a mapping
@@ -216,49 +234,62 @@ def read_recipe(arguments: Sequence[str], default: Path) -> Recipe:
     return recipe
 
 
-def in_range(value: Any, interval: str) -> bool:
-    """Tell whether a number lies in an interval, e.g. "[0, 1)"; a list, whether all its numbers do; nan never does."""
-    if isinstance(value, list):
-        return all(in_range(each, interval) for each in value)
-    low, high = map(float, interval[1:-1].split(","))
-    above = low <= value if interval[0] == "[" else low < value
-    return above and (value <= high if interval[-1] == "]" else value < high)
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the first key whose value is out of its range."""
+    for key, value in values.items():
+        check_range(key, value, RANGES[key])
 
 
 def check_values(recipe: Recipe) -> None:
-    """Raise ConfigError for a value that is out of its range, none of the choices, or excluded by another."""
-    for key, interval in RANGES.items():
-        if not in_range(value := getattr(recipe, key), interval):
-            raise ConfigError(f"{key} is out of range.", seen=f"{key}={value}", do=f"choose {key} from {interval}")
-    for key, choices in CHOICES.items():
-        check_choice(key, getattr(recipe, key), choices)
+    """Raise ConfigError for a value that is out of its range, or excluded by another."""
+    check_ranges(vars(recipe))
     try:
         json.dumps(asdict(recipe), allow_nan=False)
     except ValueError as error:
         seen = f"model_args={recipe.model_args}, optimizer_args={recipe.optimizer_args}"
         raise ConfigError("A value is not a finite number.", seen=seen, do="give finite numbers") from error
-    check_optimizer(recipe)
-    if recipe.lean and (recipe.condition in FULL_CONDITIONS or recipe.replicates > 1):
-        seen = f"lean={recipe.lean}, condition={recipe.condition}, replicates={recipe.replicates}"
-        do = "leave lean out, or train one replicate of a condition that freezes the convolutions"
-        raise ConfigError("Lean training is for one network with frozen weights.", seen=seen, do=do)
-    if recipe.skip_nonfinite_steps and recipe.replicates > 1:
-        seen = f"skip_nonfinite_steps={recipe.skip_nonfinite_steps}, replicates={recipe.replicates}"
-        raise ConfigError("A step of one replicate cannot be skipped alone.", seen=seen, do="leave one of them out")
-    if recipe.pretrained == (recipe.seed is not None):
-        raise ConfigError(
-            "A network is either redrawn from a seed or keeps pretrained weights.",
-            seen=f"pretrained={recipe.pretrained}, seed={recipe.seed}",
-            do="pretrained=true seed=null, or pretrained=false seed=0",
-        )
+    check_libraries(recipe)
+    for wrong, what, keys, do in contradictions(recipe):
+        if wrong:
+            seen = ", ".join(f"{key}={getattr(recipe, key)}" for key in keys)
+            raise ConfigError(what, seen=seen, do=do)
+    for member in members(recipe):
+        check_range("seed", member.seed, RANGES["seed"])
 
 
-def check_optimizer(recipe: Recipe) -> None:
-    """Raise ConfigError for an optimiser that timm does not have, or an argument that it must not get."""
+def contradictions(recipe: Recipe) -> list[tuple[bool, str, tuple[str, ...], str]]:
+    """Return what keys may not say together: whether they do, what is wrong with it, these keys, what to do."""
+    whole, several = recipe.condition in FULL_CONDITIONS, recipe.replicates > 1
+    # In fp16 the overflow of one would skip the step of all.
+    together = recipe.precision != "fp16" and recipe.optimizer in ELEMENTWISE and not recipe.streaming
+    return [
+        (recipe.lean is not None and (whole or several), "Lean training is for one network with frozen weights.",
+         ("lean", "condition", "replicates"),
+         "leave lean out, or train one replicate of a condition that freezes the convolutions"),
+        (several and recipe.skip_nonfinite_steps > 0, "A step of one replicate cannot be skipped alone.",
+         ("skip_nonfinite_steps", "replicates"), "leave one of them out"),
+        (several and (recipe.seed is None or not together), "Such replicates cannot train side by side.",
+         ("replicates", "seed", "streaming", "precision", "optimizer"),
+         f"a seed, data in memory, precision no or bf16, and optimizer {', '.join(ELEMENTWISE)}"),
+        (recipe.pretrained == (recipe.seed is not None),
+         "A network is either redrawn from a seed or keeps pretrained weights.",
+         ("pretrained", "seed"), "pretrained=true seed=null, or pretrained=false seed=0"),
+        (whole and recipe.running_statistics != "update", "A network that trains whole updates its running statistics.",
+         ("condition", "running_statistics"), "leave running_statistics out"),
+        (recipe.accumulation > recipe.batch_size, "A step has fewer images than parts.",
+         ("accumulation", "batch_size"), "use accumulation <= batch_size"),
+    ]  # fmt: skip
+
+
+def check_libraries(recipe: Recipe) -> None:
+    """Raise ConfigError for an optimiser or tracker that its library lacks, or an argument of an optimiser's."""
+    from accelerate.tracking import get_available_trackers
     from timm.optim import list_optimizers
 
     # AdaHessian takes second derivatives, which the loop does not compute.
     check_choice("optimizer", recipe.optimizer, [name for name in list_optimizers() if name != "adahessian"])
+    # Accelerate itself trains without a tracker that is not installed.
+    check_choice("tracker", recipe.tracker, (None, "all", *map(str, get_available_trackers())))
     for key in recipe.optimizer_args:
         seen = f"optimizer_args={recipe.optimizer_args}"
         if key in SET_ELSEWHERE:
@@ -279,19 +310,9 @@ def recorded(recipe: Recipe) -> dict[str, Any]:
 
 
 def members(recipe: Recipe) -> list[Recipe]:
-    """Return the recipes of replicates that train side by side: each is a run of its own, in OUTPUT/seed-SEED.
-
-    Raises:
-        ConfigError: there is no replicate, or they cannot be stacked.
-    """
-    if recipe.replicates == 1:
+    """Return the recipes of replicates that train side by side: each is a run of its own, in OUTPUT/seed-SEED."""
+    if recipe.replicates == 1 or recipe.seed is None:
         return [recipe]
-    # In fp16 the overflow of one would skip the step of all.
-    if recipe.seed is None or recipe.streaming or recipe.precision == "fp16" or recipe.optimizer not in ELEMENTWISE:
-        keys = ("replicates", "seed", "streaming", "precision", "optimizer")
-        seen = ", ".join(f"{key}={getattr(recipe, key)}" for key in keys)
-        do = f"a seed, data in memory, precision no or bf16, and optimizer {', '.join(ELEMENTWISE)}"
-        raise ConfigError("Such replicates cannot train side by side.", seen=seen, do=do)
     seeds = [recipe.seed + i for i in range(recipe.replicates)]
     first = recipe.data_seed - recipe.seed
     folders = [str(Path(recipe.output_dir, f"seed-{seed}")) for seed in seeds]

@@ -1,6 +1,5 @@
 """How a script starts and ends: its options, the base of its adapter, what it ran on, its errors."""
 
-import json
 import os
 import platform
 import signal
@@ -11,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DIVERGED, BNAdapterError, ConfigError, DivergedError, NetworkError
+from ..errors import DIVERGED, BNAdapterError, ConfigError, DivergedError, NetworkError, reading
 from ..sharing.folder import check_files, read_settings
 from ..sharing.hub import fetch
 from .advice import as_command_line
 from .options import AdapterOptions
-from .recipe import Options, read
+from .recipe import Options, help_text, read
+from .terminal import naming_files, printing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,17 +46,18 @@ def run_script(command: Callable[[list[str]], None], extra: str = "train") -> No
 
     The status is 3 if training diverged, 130 after Ctrl-C, else 1.
     """
-    try:
-        with installed(extra):
-            command(sys.argv[1:])
-    except BNAdapterError as error:
-        text = as_command_line(error, keys=True)
-        if not isinstance(error, DivergedError):
-            sys.exit(text)
-        print(text, file=sys.stderr)
-        sys.exit(DIVERGED)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    with printing(status=1):
+        try:
+            with installed(extra), naming_files():
+                command(sys.argv[1:])
+        except BNAdapterError as error:
+            text = as_command_line(error, keys=True)
+            if not isinstance(error, DivergedError):
+                sys.exit(text)
+            print(text, file=sys.stderr)
+            sys.exit(DIVERGED)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
 
 
 def accuracy_text(dataset: str, split: str, top1: float, images: int) -> str:
@@ -78,16 +79,25 @@ def read_options(
 
     Raises:
         UnknownKeyError: an argument's key is no field.
-        ConfigError: the arguments are no key=value, or a value is of the wrong type.
+        ConfigError: the arguments are no key=value, or a value is of the wrong type or out of its range.
+        FileError: the file of pretrained weights cannot be read.
     """
     if "-h" in arguments or "--help" in arguments:
-        print(about, *(f"  {key}={json.dumps(value)}" for key, value in vars(options()).items()), sep="\n")
+        print(about, help_text(options()), sep="\n")
         raise SystemExit(0)
     if arguments and "=" not in arguments[0]:
         arguments = [f"adapter={arguments[0]}", *arguments[1:]]
     messages = {"what": script, "do": f"give key=value arguments; {script} --help lists them"}
     given: Any = read(options, arguments, **messages)
+    check_readable(given.pretrained_file)
     return read(options, own(given.adapter), arguments, **messages)
+
+
+def check_readable(file: str | None) -> None:
+    """Raise FileError if a file that is needed later cannot be read; there may be none."""
+    if file:
+        with reading(file):
+            Path(file).open("rb").close()
 
 
 def data_options(adapter: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import IO, Any, NamedTuple
 import click
 
 from ..errors import ConfigError, NetworkError
-from ..sharing.folder import naming_full_disk
+from ..sharing.folder import check_space, try_writing, writing
 from ..sharing.results import strict_json
 from .lines import mend, read_results, write_line
 from .options import DataOptions
@@ -102,6 +102,7 @@ async def call(run: PlannedRun, script: str, arguments: list[str]) -> None:
 
     Raises:
         SubprocessError: it failed; the message is the end of its log.
+        NoSpaceError: it failed, and the disk is full.
     """
     log = run.folder / "log.txt"
     with log.open("ab") as file:
@@ -119,6 +120,7 @@ async def call(run: PlannedRun, script: str, arguments: list[str]) -> None:
             await process.wait()
         raise
     if status:
+        check_space(run.folder, 4096)  # a full disk took the end of the log too
         tail = log.read_bytes()[start:].decode(errors="replace").splitlines()[-15:]
         raise SubprocessError(f"{script}: exit status {status}\n    " + "\n    ".join(tail))
 
@@ -176,9 +178,11 @@ def open_results(path: Path) -> tuple[IO[bytes], dict[str, bool]]:
 
     Raises:
         ConfigError: another sweep writes to it, or a line of it is not a result.
+        FileError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+b", buffering=0)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -261,28 +265,38 @@ def dry_run_text(plan: Mapping[str, Any]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print the dry run as JSON.")
 @click.option("--ray", "use_ray", is_flag=True, help="Run through Ray, on this machine unless --ray-address is given.")
 @click.option("--ray-address", help="Address of a Ray cluster, or auto.")
-@click.option("--gpus-per-run", type=float, help="Share of a GPU, through Ray; 0.25, or 0 where there is none.")
-@click.option("--cpus-per-run", default=1.0, help="CPUs, through Ray; also the threads unless threads= says.")
+@click.option(
+    "--gpus-per-run", type=click.FloatRange(0), help="Share of a GPU, through Ray; 0.25, or 0 where there is none."
+)
+@click.option(
+    "--cpus-per-run",
+    default=1.0,
+    type=click.FloatRange(0, min_open=True),
+    help="CPUs, through Ray; also the threads unless threads= says.",
+)
 def command(file: str, changes: tuple[str, ...], output: Path | None, workers: int, **options: Any) -> None:
     """Do the runs that are not finished, append a line for each; exit with 1 if one failed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through every `finally`
     on_ray = options["use_ray"] or options["ray_address"]
     share = max(1, int(options["cpus_per_run"])) if on_ray else max(1, cores() // workers) if workers > 1 else 0
     sweep = read_sweep(file)
-    runs = planned_runs(sweep, list(changes), output or Path("runs/sweeps", Path(file).stem), threads=share)
+    output = output or Path("runs/sweeps", Path(file).stem)
+    runs = planned_runs(sweep, list(changes), output, threads=share)
     if options["dry_run"]:
         plan = dry_run(runs, finished(Path(sweep.results)))
         click.echo(strict_json(plan) if options["as_json"] else dry_run_text(plan))
         return
     results, done = open_results(Path(sweep.results))
-    left = unfinished(sweep, runs, done)
     failed: list[PlannedRun] = []
-    report = reporter(results, len(left), failed)
-    if on_ray:
-        cluster = Cluster(options["ray_address"], options["cpus_per_run"], options["gpus_per_run"])
-        run_on_ray(left, sweep.analyse, workers, report, cluster)
-    else:
-        asyncio.run(run_here(left, sweep.analyse, workers, report))
+    with results:
+        try_writing(output / "log.txt", replaced=False)  # as each run does in its own folder
+        left = unfinished(sweep, runs, done)
+        report = reporter(results, len(left), failed)
+        if on_ray:
+            cluster = Cluster(options["ray_address"], options["cpus_per_run"], options["gpus_per_run"])
+            run_on_ray(left, sweep.analyse, workers, report, cluster)
+        else:
+            asyncio.run(run_here(left, sweep.analyse, workers, report))
     if failed:
         sys.exit(f"{len(failed)} of {len(left)} runs failed:\n" + "\n".join(f"  {run}" for run in failed))
 
@@ -308,7 +322,7 @@ def reporter(results: IO[bytes], total: int, failed: list[PlannedRun]) -> Report
         if line is None:
             failed.append(run)
             return click.echo(f"{begin}: FAILED, {where}\n  {error}\n  log: {run.folder / 'log.txt'}", err=True)
-        with naming_full_disk(Path(results.name)):
+        with writing(Path(results.name)):
             write_line(results, line)
         click.echo(f"{begin}: {line['top1']:.2f} %, {line['seconds']:.0f} s, {where}")
 

@@ -77,15 +77,19 @@ def planned_runs(sweep: Sweep, arguments: list[str], output: Path, threads: int 
         threads: of each run whose recipe sets none; 0 leaves it to training.
 
     Raises:
+        NetworkError: a network cannot be created.
         ConfigError: a recipe is not usable, sets a key that the sweep sets itself, or two runs are the same.
     """
-    from .network import forward_cost
+    from .network import check_buildable, forward_cost
 
     runs: dict[str, PlannedRun] = {}
     first = next(iter(sweep.conditions))
     costs = {name: forward_cost(planned_run(sweep, arguments, output, first, name).recipe) for name in sweep.networks}
+    networks = sorted(sweep.networks, key=costs.__getitem__)
+    for condition in sweep.conditions:  # every network was built for its cost
+        check_buildable(planned_run(sweep, arguments, output, condition, networks[0]).recipe)
     for replicate in range(sweep.replicates):
-        for network in sorted(sweep.networks, key=costs.__getitem__):
+        for network in networks:
             for condition in sweep.conditions:
                 run = planned_run(sweep, arguments, output, condition, network, replicate, threads)
                 if run.key in runs:
@@ -130,9 +134,9 @@ def result_of(run: PlannedRun) -> dict[str, Any] | None:
     """Return the result line in a run's folder, or None where training has not ended."""
     try:
         result = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or killed while it was written
+        return result if run_key(dict(result["recipe"])) == run.key else None
+    except (OSError, ValueError, LookupError, TypeError):  # not there, or not one that training wrote
         return None
-    return result if run_key(result["recipe"]) == run.key else None
 
 
 def epochs_done(run: PlannedRun) -> int:

@@ -10,7 +10,7 @@ OUTPUT/result.json too.
 Example:
   bn-adapters train digits epochs=10 output_dir=runs/short
 
-Keys with their defaults and the range of numbers:
+Keys with their defaults and ranges:
 """
 
 import atexit
@@ -24,15 +24,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BNAdapterError, ConfigError, LostProcessError, OutputFolderError, check_choice
-from ..sharing.folder import SCRATCH, naming_full_disk, write_file, written_whole
+from ..errors import BNAdapterError, ConfigError, LostProcessError, OutputFolderError, reading
+from ..sharing.folder import SCRATCH, check_space, try_writing, write_file, writing, written_whole
 from ..sharing.results import RESULTS_NAME, strict_json
 from . import recipe as recipes
 from .lines import RESULT, append, append_once, recorded_in
 from .lock import NAME as LOCK
 from .lock import locked
 from .recipe import CHECKPOINT, CONFIGS, Recipe, help_text, members, recorded, run_key
-from .scripts import accuracy_text, cores, provenance, run_script
+from .scripts import accuracy_text, check_readable, cores, provenance, run_script
 from .stopping import Stopping
 from .tables import text_table
 
@@ -59,19 +59,22 @@ def train(recipe: Recipe) -> "list[Replicate]":
     """
     stopping = Stopping()  # before torch and the data are read: the launcher may die while they are
     from .loop import build, fit, prepare
+    from .network import check_buildable
 
+    check_buildable(recipe)
     accelerator = start(recipe)
-    with naming_lost_process(recipe, accelerator), naming_full_disk(Path(recipe.output_dir)):
+    full_disk = writing(Path("the log or a file of the tracker"), full_disk_alone=True)
+    with naming_lost_process(recipe, accelerator), full_disk, alone(recipe, accelerator):
         replicates = build(recipe, accelerator)
-        with alone(recipe, accelerator):
-            announce(recipe, replicates[0], accelerator)
-            training = prepare(recipe, accelerator, replicates)
-            training.stopping = stopping
-            with stopping:
-                fit(training)
-                finish(training)
-            with redirect_stdout(sys.stderr):
-                accelerator.end_training()
+        check_room(recipe, replicates)
+        announce(recipe, replicates[0], accelerator)
+        training = prepare(recipe, accelerator, replicates)
+        training.stopping = stopping
+        with stopping:
+            fit(training)
+            finish(training)
+        with redirect_stdout(sys.stderr):
+            accelerator.end_training()
     return replicates
 
 
@@ -105,18 +108,20 @@ def naming_lost_process(recipe: Recipe, accelerator: "Accelerator") -> Iterator[
 
 @contextmanager
 def alone(recipe: Recipe, accelerator: "Accelerator") -> Iterator[None]:
-    """Keep other runs out of the output folders, for all processes; refuse folders that hold another run."""
+    """Keep other runs out of the output folders, for all processes; refuse those that cannot be used to the end."""
     from accelerate.utils import broadcast_object_list
 
     with ExitStack() as stack:
         refusal = None
         if accelerator.is_main_process:
             try:
+                check_output(recipe)  # before the folder is swept, and again, in case another run has just ended
                 stack.enter_context(locked(Path(recipe.output_dir)))
                 check_output(recipe)
-                check_finished(recipe)
+                check_resumable(recipe)
                 for member in members(recipe) if recipe.replicates > 1 else []:
                     stack.enter_context(locked(Path(member.output_dir)))
+                try_files(recipe)
             except BNAdapterError as error:
                 refusal = error
         (refusal,) = broadcast_object_list([refusal])
@@ -126,14 +131,11 @@ def alone(recipe: Recipe, accelerator: "Accelerator") -> Iterator[None]:
 
 
 def start(recipe: Recipe) -> "Accelerator":
-    """Return the accelerator; set the threads and the seed of this process; refuse an output folder in use."""
+    """Return the accelerator; set the threads and the seed of this process."""
     import torch
     from accelerate import Accelerator
-    from accelerate.tracking import get_available_trackers
     from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-    trackers = [str(tracker) for tracker in get_available_trackers()]
-    check_choice("tracker", recipe.tracker, (None, "all", *trackers))  # Accelerate itself trains without a missing one
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
         log_with=recipe.tracker,
@@ -141,8 +143,6 @@ def start(recipe: Recipe) -> "Accelerator":
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.timeout))],
     )
     torch.set_num_threads(recipe.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    check_output(recipe)
-    accelerator.wait_for_everyone()  # no process creates the folder before all have looked
     set_seed(recipe.data_seed)
     return accelerator
 
@@ -150,7 +150,8 @@ def start(recipe: Recipe) -> "Accelerator":
 def check_output(recipe: Recipe) -> None:
     """Raise OutputFolderError if the folder holds something, unless asked to overwrite or resume."""
     output = Path(recipe.output_dir)
-    names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    with reading(output):
+        names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
     names = [name for name in names if name != LOCK and not name.startswith(SCRATCH)]
     if not (recipe.overwrite or recipe.resume) and names:
         raise OutputFolderError(
@@ -168,9 +169,36 @@ def _how_to_go_on(output: Path) -> str:
     return f"{use} measures what was trained; to train again, add overwrite=true or another output_dir="
 
 
-def check_finished(recipe: Recipe) -> None:
-    """Raise ConfigError if to resume would replace what another recipe trained; a checkpoint is checked when read."""
-    if recipe.overwrite or not recipe.resume or Path(recipe.output_dir, CHECKPOINT).exists():
+def try_files(recipe: Recipe) -> None:
+    """Raise FileError now if a file could not be written at the end of the run, or cannot be read when it is needed."""
+    check_readable(recipe.pretrained_file)
+    if recipe.results:
+        try_writing(Path(recipe.results), replaced=False)
+    for member in members(recipe):
+        output = Path(member.output_dir)
+        try_writing(output / RESULT, replaced=True)
+        for saved in (output / "adapter", output / "network"):
+            if saved.exists():
+                try_writing(saved / RESULTS_NAME, replaced=True)
+
+
+def check_room(recipe: Recipe, replicates: "list[Replicate]") -> None:
+    """Raise NoSpaceError now if what is written in the end, beside what is there before, has no room."""
+    sizes = [p.nbytes for each in replicates for p in each.network.parameters() if p.requires_grad]
+    copies = 1 + (recipe.checkpoint_every + recipe.checkpoint_every_steps > 0)
+    check_space(Path(recipe.output_dir), copies * sum(sizes))
+
+
+def check_resumable(recipe: Recipe) -> None:
+    """Raise CheckpointError or ConfigError if a run cannot resume, or would replace what another recipe trained."""
+    if not recipe.resume:
+        return
+    if (checkpoint := Path(recipe.output_dir, CHECKPOINT)).exists():
+        from .checkpoint import check_recipe, read_checkpoint
+
+        check_recipe(checkpoint, read_checkpoint(checkpoint), recipe)
+        return
+    if recipe.overwrite:
         return
     for member in members(recipe):
         ours, output = recorded(member), Path(member.output_dir)
@@ -280,7 +308,7 @@ def summary(replicate: "Replicate") -> str:
 def command(arguments: list[str]) -> None:
     """Train as the arguments ask; print the summary, or with ``--json`` the result line, of every replicate."""
     if {"-h", "--help"} & {*arguments}:
-        print(__doc__, help_text(), sep="\n")
+        print(__doc__, help_text(Recipe()), sep="\n")
         return
     from accelerate import PartialState
 

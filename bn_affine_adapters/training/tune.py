@@ -11,15 +11,19 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ConfigError, check_keys
+from ..errors import ConfigError, FileError, causes, check_keys
+from ..sharing.folder import try_writing, writing
 from ..sharing.results import strict_json
 from .lines import append
+from .ranges import in_range
 from .recipe import Recipe, find_config, read, read_recipe, recorded, words
 from .scripts import run_script
 from .sweeps import packaged
@@ -27,6 +31,7 @@ from .sweeps import packaged
 if TYPE_CHECKING:
     import optuna
 
+DATABASE = "study.db"
 TRAIN = [sys.executable, "-m", "bn_affine_adapters.training.train"]
 
 
@@ -38,7 +43,7 @@ class Tuning:
     set: dict[str, Any] = field(default_factory=dict)  # changes for all trials
     space: dict[str, Any] = field(default_factory=dict)  # of a key: a list of values, or low and high, and log
     trials: int = 0
-    results: str = ""  # a .jsonl file for the result lines, instead of OUTPUT/results.jsonl
+    results: str | None = None  # a .jsonl file for the result lines, instead of OUTPUT/results.jsonl
 
 
 def read_tuning(name: str | Path) -> Tuning:
@@ -48,7 +53,7 @@ def read_tuning(name: str | Path) -> Tuning:
         name: a file, or a packaged tuning such as "cifar10".
 
     Raises:
-        ConfigError: it cannot be read, lacks a key, or its trials would use the test split.
+        ConfigError: it cannot be read, lacks a key, has a value out of its range, or would use the test split.
         UnknownKeyError: it has a key that no tuning or no recipe has.
     """
     do = f"give a YAML file with config, space and trials, or one of {packaged('tune')}"
@@ -56,6 +61,8 @@ def read_tuning(name: str | Path) -> Tuning:
     if lack := [key for key in ("config", "space", "trials") if not getattr(tuning, key)]:
         raise ConfigError(f"The tuning {name} has no trials.", seen=f"no {', '.join(lack)}", do=do)
     check_keys(tuning.space, set(vars(Recipe())), "the space")
+    for key in tuning.space:
+        check_axis(tuning, key)
     start = recipe(tuning, [])
     if start.replicates != 1:
         raise ConfigError("A trial is one run.", seen=f"replicates={start.replicates}", do="leave it out")
@@ -63,6 +70,21 @@ def read_tuning(name: str | Path) -> Tuning:
         do = "set: {held_out: 5000}"
         raise ConfigError("Hyper-parameters would be chosen on the test split.", seen="held_out=0", do=do)
     return tuning
+
+
+def check_axis(tuning: Tuning, key: str) -> None:
+    """Raise ConfigError unless each value of a key of the space, or low and high, can be trained with."""
+    axis = tuning.space[key]
+    values = axis if isinstance(axis, list) else []
+    if isinstance(axis, dict) and {"low", "high"} <= axis.keys() <= {"low", "high", "log"}:
+        ends = [axis[end] for end in ("low", "high")]
+        if all(in_range(end, "(-inf, inf)") for end in ends) and (ends[0] > 0 or not axis.get("log")):
+            values = [float(end) for end in ends] if ends[0] <= ends[1] else []  # as a trial gets them
+    if not values:
+        do = f"space: {{{key}: [A, B]}}, or {{low: A, high: B, log: true}} with numbers, A above 0 if log"
+        raise ConfigError(f"The space of {key} has no values.", seen=f"{key}: {axis!r}"[:200], do=do)
+    for value in values:
+        recipe(tuning, words({key: value}))
 
 
 def recipe(tuning: Tuning, arguments: list[str]) -> Recipe:
@@ -85,11 +107,12 @@ def run_trial(trial: "optuna.Trial", tuning: Tuning, arguments: list[str], outpu
     import optuna
 
     folder, chosen = output / f"trial-{trial.number}", suggest(trial, tuning.space)
-    folder.mkdir(parents=True, exist_ok=True)
     command = [*TRAIN, "--config", tuning.config, *words({**tuning.set, **chosen}), *arguments]
     command += [f"output_dir={folder}", "overwrite=true"]
-    with open(folder / "log.txt", "w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.txt", "w") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         raise optuna.TrialPruned(f"exit status {done.returncode}, see {folder / 'log.txt'}")
     result = json.loads((folder / "result.json").read_text())
@@ -120,9 +143,9 @@ def open_study(name: str, output: Path, tuning: Tuning, start: Recipe) -> "optun
     import optuna
     from optuna.trial import TrialState
 
-    output.mkdir(parents=True, exist_ok=True)
+    try_writing(output / DATABASE, replaced=False)
     study = optuna.create_study(
-        study_name=name, storage=f"sqlite:///{output / 'study.db'}", direction="maximize", load_if_exists=True
+        study_name=name, storage=f"sqlite:///{output / DATABASE}", direction="maximize", load_if_exists=True
     )
     about, own = json.dumps([recorded(start), tuning.space], sort_keys=True), own_settings(tuning, start)
     if study.user_attrs.get("plan", about) != about:
@@ -167,23 +190,44 @@ def summary(study: "optuna.Study", tuning: Tuning, arguments: list[str]) -> dict
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="By default runs/tune/NAME.")
 def command(file: str, changes: tuple[str, ...], trials: int | None, output: Path | None) -> None:
     """Run the trials that are left, and print the best."""
-    from optuna.trial import TrialState
 
     tuning, arguments = read_tuning(file), list(changes)
+    output = output or Path("runs", "tune", Path(file).stem)
+    with naming_database(output / DATABASE):
+        click.echo(strict_json(run_trials(tuning, arguments, Path(file).stem, output, trials or tuning.trials)))
+
+
+def run_trials(tuning: Tuning, arguments: list[str], name: str, output: Path, trials: int) -> dict[str, Any]:
+    """Run the trials that are left of so many, and return the summary."""
+    from optuna.trial import TrialState
+
+    from .network import check_buildable
+
     start = recipe(tuning, arguments)
-    name = Path(file).stem
-    output = output or Path("runs", "tune", name)
+    check_buildable(start)
     study, own = open_study(name, output, tuning, start), own_settings(tuning, start)
     ended = study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
-    left = (trials or tuning.trials) - len(ended)
-    results = Path(tuning.results or output / "results.jsonl")
-    results.parent.mkdir(parents=True, exist_ok=True)
-    if left > 0:
+    try_writing(Path(tuning.results or output / "results.jsonl"), replaced=False)
+    if (left := trials - len(ended)) > 0:
         study.optimize(lambda trial: run_trial(trial, tuning, arguments, output, own), n_trials=left)
     if not study.get_trials(states=[TrialState.COMPLETE]):
         do = f"read {output}/trial-*/log.txt"
         raise ConfigError("No trial came to its end.", seen=f"{len(study.trials)} trials", do=do)
-    click.echo(strict_json(summary(study, tuning, arguments)))
+    return summary(study, tuning, arguments)
+
+
+@contextmanager
+def naming_database(path: Path) -> Iterator[None]:
+    """Turn what SQLite says of a full disk, or of a file that is no database, into FileError."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        seen = str(causes(error)[-1]).splitlines()[0]
+        do = "free some space if the disk is full; otherwise put back a copy of it, or choose another --output"
+        raise FileError(f"{path} cannot be read or written.", seen=seen, do=do) from error
 
 
 def main() -> None:

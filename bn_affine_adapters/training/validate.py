@@ -10,16 +10,14 @@ Prints a summary, or with --json one JSON line.
 Example:
   bn-adapters validate runs/digits/adapter
 
-Keys and their defaults:
+Keys with their defaults and ranges:
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import check_choice
 from ..sharing.results import strict_json
 from .options import AdapterOptions
-from .recipe import CHOICES
 from .scripts import accuracy_text, data_options, load_adapter, run_script
 from .scripts import read_options as read
 from .tables import text_table
@@ -34,9 +32,7 @@ class Options(AdapterOptions):
 
 def read_options(arguments: list[str]) -> Options:
     """Merge the adapter's own data configuration with the key=value arguments."""
-    options = read(arguments, Options, "bn-adapters validate", __doc__, data_options)
-    check_choice("precision", options.precision, CHOICES["precision"])
-    return options
+    return read(arguments, Options, "bn-adapters validate", __doc__, data_options)
 
 
 def run(options: Options) -> dict[str, Any]:

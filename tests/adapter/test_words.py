@@ -13,7 +13,7 @@ from bn_affine_adapters.errors import ConfigError, check_choice
 from bn_affine_adapters.seed.draws import Distribution, draw
 from bn_affine_adapters.seed.rules import NORM_INITS, WEIGHT_INITS, draw_norm_, reinit_, rule_for
 from bn_affine_adapters.settings import LEAN, VERIFY
-from bn_affine_adapters.training.recipe import CHOICES, Recipe, check_values
+from bn_affine_adapters.training.recipe import RANGES, Recipe, check_values
 from bn_affine_adapters.training.validate import read_options
 
 
@@ -59,8 +59,8 @@ ARGUMENTS = {
     "BNOnlyConfig(lean)": (LEAN, lambda folder, value: BNOnlyConfig(lean=value)),
     "data_config(crop_mode)": (("center", "squash", "border", None), data("crop_mode")),
     "data_config(interpolation)": (("bilinear", "bicubic", None), data("interpolation")),
-    "validate(precision)": (CHOICES["precision"], option("precision")),
-    **{f"Recipe({key})": (words, recipe(key)) for key, words in CHOICES.items()},
+    "validate(precision)": (RANGES["precision"], option("precision")),
+    **{f"Recipe({key})": (words, recipe(key)) for key, words in RANGES.items() if isinstance(words, tuple)},
 }
 TYPED = ("load_bn_only_model(verify)", "load_bn_only_model(lean)", "export(format)", "BNOnlyConfig(verify)")
 WRONG = [True, False, 0, "", "Full", "OFF ", "Exact", "none", ["full"], {"full"}, np.array(["full", "off"]), b"full"]

@@ -107,7 +107,7 @@ def test_it_refuses_what_it_cannot_use(plain, tmp_path, refused):
     with refused(AdapterFileError, "the folder holds nothing"):
         analyse.read_options([f"adapter={tmp_path}"])
     with refused(ConfigError, "bn-adapters analyse cannot be read", "bn-adapters analyse --help"):
-        analyse.read_options([f"adapter={GOLDEN}", "batch_size=large"])
+        analyse.read_options([f"adapter={GOLDEN}", "batch_size=2.5"])
     options = analyse.read_options([f"adapter='{plain}'"])
     (broken := tmp_path / "broken").mkdir()
     for file in plain.iterdir():

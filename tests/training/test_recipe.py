@@ -3,30 +3,40 @@
 import json
 import math
 import shlex
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from bn_affine_adapters.errors import ConfigError, UnknownKeyError
+from bn_affine_adapters.errors import (
+    ConfigError,
+    FileError,
+    NoNormLayerError,
+    RebuildError,
+    UnknownArchitectureError,
+    UnknownKeyError,
+)
+from bn_affine_adapters.study.analyse import Options as AnalyseOptions
+from bn_affine_adapters.study.analyse import read_options as read_analysis
 from bn_affine_adapters.training import recipe as recipes
+from bn_affine_adapters.training.ranges import SWITCH, TEXT, TEXTS, VALUES, in_range
 from bn_affine_adapters.training.recipe import (
-    CHOICES,
     CONFIGS,
     ELEMENTWISE,
     RANGES,
     Recipe,
     config_files,
     find_config,
-    in_range,
     members,
     recorded,
     run_key,
     validate_command,
-    words,
 )
+from bn_affine_adapters.training.sweeps import Sweep, read_sweep
 from bn_affine_adapters.training.train import command, read_recipe
-from bn_affine_adapters.training.validate import Options
+from bn_affine_adapters.training.tune import Tuning, read_tuning
+from bn_affine_adapters.training.validate import Options, read_options
 
 
 def test_every_recipe_that_comes_with_the_package_reads():
@@ -57,7 +67,8 @@ def test_a_file_in_the_working_folder_comes_first(tmp_path, monkeypatch):
         (["condition=bnn"], ConfigError, "bn\\+head"),
         (["schedule=step"], ConfigError, "cosine"),
         (["precision=fp8"], ConfigError, "bf16"),
-        (["epochs=many"], ConfigError, "cannot be read"),
+        (["epochs=many"], ConfigError, "epochs is out of range"),
+        (["epochs=2.5"], ConfigError, "epochs: Value '2.5'"),
         (["epochs=[1"], ConfigError, "cannot be read"),
         (["nowhere"], ConfigError, "fashion_mnist"),
         (["--config", "nowhere.yaml"], ConfigError, "cannot be read"),
@@ -85,29 +96,99 @@ def test_precision_no_can_be_given(tmp_path):
     assert read_recipe([str(tmp_path / "mine.yaml")]) == replace(Recipe(), epochs=3)
 
 
-def test_every_number_has_a_range():
-    kinds = (int, float, list)
-    numbers = {f.name for f in fields(Recipe) if isinstance(getattr(Recipe(), f.name), kinds)}
-    numbers -= {f.name for f in fields(Recipe) if isinstance(getattr(Recipe(), f.name), bool)}
-    assert numbers - {"seed", "data_seed"} == set(
-        RANGES
-    )  # any seed orders the data; the configuration checks the other
-    assert len(RANGES) == 25
-    assert all(in_range(getattr(Recipe(), key), interval) for key, interval in RANGES.items())
+# -- ranges
+
+LAUNCHERS = {"train": Recipe, "validate": Options, "analyse": AnalyseOptions, "sweep": Sweep, "tune": Tuning}
+KEYS = {key: name for name, options in reversed(LAUNCHERS.items()) for key in vars(options())}  # the first that has it
+NEEDED = {"config", "conditions", "networks", "results", "trials"}  # by a sweep or a tuning: they have no default
 
 
-def outside(key):
-    """A value just outside of a key's range, of the key's type."""
-    low = float(RANGES[key][1:].partition(",")[0])
-    value = -math.inf if math.isinf(low) else low - 1 if RANGES[key][0] == "[" else low
-    usual = getattr(Recipe(), key)
-    return [value] * 3 if isinstance(usual, list) else int(value) if isinstance(usual, int) else value
+def test_every_key_of_every_launcher_has_a_range_and_its_default_lies_in_it():
+    assert set(KEYS) == set(RANGES)
+    assert len(KEYS) == 70
+    for name, options in LAUNCHERS.items():
+        usual = vars(options())
+        recipes.check_ranges({key: usual[key] for key in usual if name not in ("sweep", "tune") or key not in NEEDED})
+
+
+def test_a_key_without_a_range_would_be_noticed():
+    @dataclass
+    class Longer(Recipe):
+        colour: str = "red"
+
+    with pytest.raises(KeyError, match="colour"):
+        recipes.read(Longer, {"colour": "blue"}, what="It", do="do")
+
+
+def beyond(key):
+    """Values of a key that are too small, too large, or of another type."""
+    allowed = RANGES[key]
+    if isinstance(allowed, tuple):
+        return ["", "-".join(map(str, allowed)), 5, True, [allowed[-1]], {"a": 1}]
+    other = {SWITCH: ["yes, please", 0, 2, [True], {"a": 1}], TEXT: ["", True, 0.5, ["a"], {"a": 1}, "a\0b"]}
+    other |= {VALUES: ["a", 5, ["a"], {1: 2}, {"": 2}], TEXTS: ["a", [], [""], [True], {"a": 1}]}
+    if allowed in other:
+        return other[allowed]
+    interval = allowed.rpartition(" of ")[2]
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    below = low - 1 if interval[0] == "[" else low
+    above = high if interval[-1] == ")" else high + 1
+    wrong = [int(n) if math.isfinite(n) and n == int(n) else n for n in (below, above)]
+    wrong += [math.nan, "many", True, {"a": 1}]
+    if isinstance(getattr(LAUNCHERS[KEYS[key]](), key), list):
+        return [*wrong, *([n] for n in wrong), *([n, n] for n in wrong)]
+    return wrong
+
+
+def plain(value):
+    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+
+
+def launch(key, value, folder):
+    """Start the launcher that has a key; the data, or the adapter, that it would then read are not there."""
+    name, file = KEYS[key], folder / "file.yaml"
+    if name in ("sweep", "tune"):
+        file.write_text(yaml.safe_dump({key: value}))
+        return {"sweep": read_sweep, "tune": read_tuning}[name](file)
+    missing = "dataset" if name == "train" else "adapter"
+    given = [f"{missing}={folder / 'nothing'}"] * (key != missing) + [f"{key}={plain(value)}"]
+    return {"train": command, "validate": read_options, "analyse": read_analysis}[name](given)
 
 
 @pytest.mark.parametrize("key", RANGES)
-def test_a_number_out_of_range_is_refused_by_its_key(key, refused):
-    with refused(ConfigError, f"{key} is out of range", RANGES[key]):
-        read_recipe(words({key: outside(key)}))
+def test_a_value_out_of_range_is_refused_by_its_key_before_anything_is_read(key, tmp_path):
+    for value in beyond(key):
+        with pytest.raises(ConfigError) as caught:
+            launch(key, value, tmp_path)
+        assert key in caught.value.what, f"{key}={value!r}: {caught.value}"
+        assert caught.value.seen.startswith(f"{key}="), f"{key}={value!r}: {caught.value}"
+        assert caught.value.do
+    assert len(beyond(key)) >= 4
+
+
+REFUSED_LATER = {
+    "model=foo": (UnknownArchitectureError, "'foo'"),
+    "model=test_nfnet": (NoNormLayerError, "NormFreeNet"),
+    "model_args={foo: 1}": (RebuildError, "model_args={'foo': 1}"),
+    "model_args={pretrained: true}": (ConfigError, "model_args holds keys"),
+    "optimizer=foo": (ConfigError, "optimizer='foo'"),
+    "optimizer_args={foo: 1}": (ConfigError, "optimizer_args={'foo': 1}"),
+    "tracker=foo": (ConfigError, "tracker='foo'"),
+    "batch_size=3; accumulation=4": (ConfigError, "accumulation=4, batch_size=3"),
+    "condition=all; running_statistics=frozen": (ConfigError, "running_statistics=frozen"),
+    "seed=18446744073709551615; replicates=2": (ConfigError, "seed=18446744073709551616"),
+    "replicates=2; streaming=true": (ConfigError, "streaming=True"),
+    "pretrained=true; seed=null; pretrained_file=none.safetensors": (FileError, "none.safetensors"),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED_LATER)
+@pytest.mark.usefixtures("each_run_begins_as_in_a_process_of_its_own")
+def test_what_a_library_or_another_key_does_not_allow_is_refused_before_data_are_read(words, refused, tmp_path):
+    error, seen = REFUSED_LATER[words]
+    with refused(error, seen):
+        command([f"dataset={tmp_path / 'nothing'}", f"output_dir={tmp_path / 'run'}", *words.split("; ")])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["lr", "std", "weight_decay"])
@@ -122,6 +203,11 @@ def test_intervals_end_where_they_say():
     assert [in_range(value, "(0, 1]") for value in (0, 1e-9, 1, 1.1)] == [False, True, True, False]
     assert in_range([], "(0, 1]")
     assert not in_range([0.5, 2], "(0, 1]")
+    assert [in_range(value, "some of [0, 1]") for value in ([], [0], 0)] == [False, True, False]
+    pairs = ([0, 1], [1, 1], [1, 0], [1], [0, 0, 1])
+    assert [in_range(value, "two of [0, 1]") for value in pairs] == [True, True, False, False, False]
+    assert not in_range(2**64, "[0, 18446744073709551616)")
+    assert in_range(2**64 - 1, "[0, 18446744073709551616)")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +221,7 @@ def test_intervals_end_where_they_say():
 )
 def test_replicates_that_cannot_be_stacked_are_refused(wrong, refused):
     with refused(ConfigError, "replicates"):
-        members(read_recipe(wrong))
+        read_recipe(wrong)
 
 
 def test_replicates_train_with_an_optimiser_that_looks_at_each_value_alone():
@@ -188,12 +274,10 @@ def test_help_lists_every_key_its_default_and_range(capsys):
     lines = [line.split() for line in printed.splitlines() if line.startswith("  ") and "=" in line]
     shown = {line[0].split("=")[0]: " ".join(line[1:]) for line in lines}
     assert {f.name for f in fields(Recipe)} <= set(shown)
-    assert all(shown[key].endswith(interval) for key, interval in RANGES.items())
-
-
-def test_choices_are_keys_and_allow_the_default():
-    assert all(getattr(Recipe(), key) in choices for key, choices in CHOICES.items())
-    assert len(CHOICES) == 8
+    assert shown["eval_every"] == RANGES["eval_every"]
+    assert shown["crop_scale"].endswith(RANGES["crop_scale"])
+    assert shown["lean"] == "null | exact | rounded | smallest"
+    assert shown["tracker"] == ""
 
 
 def test_accelerate_launches_the_module():

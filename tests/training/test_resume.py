@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from bn_affine_adapters import BNOnlyConfig, cli, get_bn_only_model
 from bn_affine_adapters.errors import AdapterTensorError, CheckpointError, ConfigError, DivergedError, NoSpaceError
 from bn_affine_adapters.training import loop
+from bn_affine_adapters.training import train as training
 from bn_affine_adapters.training.checkpoint import read_checkpoint
 from bn_affine_adapters.training.generators import generator_states, restore_generators
 
@@ -160,7 +161,9 @@ def test_a_checkpoint_that_is_none_is_one_own_error_and_stays(content, train, tm
         torch.save({"recipe": "{}", "tensors": {"a": torch.zeros(1000)}}, path)
         content = path.read_bytes()[:content]
     path.write_bytes(content)
-    with refused(CheckpointError, str(path), f"{len(content):,} bytes", "overwrite=true") as caught:
+    with refused(
+        CheckpointError, str(path), f"{len(content):,} bytes", f"delete it to start again: rm {path}"
+    ) as caught:
         read_checkpoint(path)
     assert "weights_only" not in str(caught.value)
     if content == b"":
@@ -270,7 +273,7 @@ def test_no_adapter_is_saved_that_would_not_load(tmp_path, refused):
 
 def test_every_json_of_the_package_is_strict_or_read_by_itself_alone():
     allowed = {
-        "training/recipe.py", "training/lines.py", "training/sweeps.py", "training/scripts.py", "training/tune.py",
+        "training/recipe.py", "training/lines.py", "training/sweeps.py", "training/tune.py",
         "training/checkpoint.py", "settings.py", "adapter/rebuild.py", "adapter/traits.py",
         "study/replicates.py", "study/gpu/gpu_check.py",
     }  # fmt: skip  # keys, comparisons and copies, which no other program reads
@@ -313,3 +316,64 @@ def test_a_disk_that_fills_up_during_a_run_loses_nothing_and_the_run_goes_on(ste
     assert {"run"} <= set(failed) <= {"run", "checkpoint.pt", "adapter", "lines.jsonl", "result.json"}
     assert saved(tiny(folder, *words)) == new
     assert [json.loads(text)["recipe"]["seed"] for text in lines.read_text().splitlines()] == [0, 1]
+
+
+# Of each write: the function that does it, and at which of its calls the disk is full.
+WRITES = {
+    "checkpoint.pt": (loop, "save_checkpoint", 2),
+    "adapter": (training, "save", 1),
+    "lines.jsonl": (training, "append_once", 1),
+    "result.json": (training, "write_file", 1),
+    "log": (loop, "finish_epoch", 1),
+}
+
+
+def filling(function, number, disk, log):
+    """The same function, before whose call of this number the disk becomes full."""
+    calls = []
+
+    def called(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            log.write("x" * (4096 - log.tell() % 4096))  # its next character needs room
+            (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free))
+        return function(*arguments)
+
+    return called
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_each_write_of_a_run_may_meet_a_full_disk_and_the_run_goes_on(write, tiny, small_disk, tmp_path, monkeypatch):
+    words = "epochs=1", "checkpoint_every_steps=2", "seed=1"
+    new = saved(tiny(tmp_path / "whole", *words))
+    lines, folder = small_disk / "lines.jsonl", small_disk / "run"
+    result = tiny(folder, "epochs=1", f"results={lines}")
+    old, first, text = saved(result), (folder / "result.json").read_text(), lines.read_text()
+    text = json.dumps("x" * (4080 - len(text) % 4096)) + f"\n{text}"  # the next line needs room
+    lines.write_text(text)
+    words += f"results={lines}", "resume=true", "overwrite=true"
+    with monkeypatch.context() as patch, open(small_disk / "log", "w", buffering=1) as log:
+        module, name, number = WRITES[write]
+        patch.setattr(module, name, filling(getattr(module, name), number, small_disk, log))
+        if write == "log":
+            patch.setattr(sys, "stderr", log)
+        with pytest.raises(NoSpaceError) as caught:
+            tiny(folder, *words)
+    assert caught.value.what.endswith(f"{write}." if write != "log" else "the log or a file of the tracker.")
+    assert saved(result) == (new if write in ("lines.jsonl", "result.json") else old)
+    assert (folder / "result.json").read_text() == first
+    assert lines.read_text().startswith(text)
+    assert all(json.loads(line) for line in lines.read_text().splitlines())
+    assert read_checkpoint(folder / "checkpoint.pt")["run"]["step"] == (2 if write == "checkpoint.pt" else 4)
+    (small_disk / "filler").unlink()
+    assert saved(tiny(folder, *words)) == new
+    assert [json.loads(line)["recipe"]["seed"] for line in lines.read_text().splitlines()[1:]] == [0, 1]
+    assert {path.name for path in folder.iterdir()} == {"adapter", "checkpoint.pt", "result.json"}
+
+
+def test_a_run_whose_result_has_no_room_says_so_before_it_trains(tiny, small_disk, monkeypatch, refused):
+    monkeypatch.setattr(loop, "train_epoch", None)  # never called
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 12_000))
+    with refused(NoSpaceError, f"{small_disk}/run", "bytes free", "are needed"):
+        tiny(small_disk / "run", "condition=all")
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]

@@ -265,6 +265,31 @@ def test_a_run_that_fails_costs_only_itself_and_shows_the_end_of_its_log(write, 
     assert len(read_results(path.with_suffix(".jsonl"))) == 4
 
 
+FILL = """
+import shutil
+with open({filler!r}, "wb") as file:
+    file.write(bytes(shutil.disk_usage({filler!r}).free))
+"""
+
+
+@pytest.mark.parametrize("what", ["log.txt", "sweep.jsonl"])
+def test_a_full_disk_is_an_own_error_of_a_sweep_which_then_goes_on(what, small_disk, stand_ins, inside, monkeypatch):
+    path, filler = write_sweep(small_disk, conditions={"bn": {}}, replicates=1), small_disk / "filler"
+    scripts = stand_ins(path)
+    script, fill = Path(scripts["train"][0]), FILL.format(filler=str(filler))
+    text = script.read_text(encoding="utf-8")
+    script.write_text(text + fill if what == "sweep.jsonl" else f"{fill}print('x' * 9000)", encoding="utf-8")
+    monkeypatch.setattr(sweeping, "SCRIPTS", scripts)
+    result = CliRunner().invoke(sweeping.command, [str(path), "--output", str(path.with_suffix(""))])
+    assert result.exit_code == 1
+    said = result.output if what == "log.txt" else str(result.exception)
+    assert re.search(rf"There is no space left to write {small_disk}/\S+\.\n +seen: .*\n +do: ", said), said
+    assert (small_disk / "sweep.jsonl").read_text() == ""
+    filler.unlink()
+    assert "1/1 bn" in inside(path, workers=1)
+    assert len(read_results(small_disk / "sweep.jsonl")) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_sweep_that_is_stopped_stops_its_runs_and_goes_on_where_it_was(number, write, stand_ins, inside):
     path = write(conditions={"bn": {}})
@@ -317,11 +342,13 @@ def test_a_run_has_its_recipes_own_folder_and_arguments_that_mean_its_recipe(wri
         ({"conditions": {"bn": {"conditoin": "bn"}}}, UnknownKeyError, ["condition"]),
         ({"conditions": {"bn": {}, "again": {"condition": "bn"}}}, ConfigError, ["same", "again", "bn"]),
         ({"set": {"output_dir": "x"}}, ConfigError, ["output_dir", "--output"]),
-        ({"conditions": ["bn"]}, ConfigError, ["sweep.yaml cannot be read"]),
+        ({"conditions": ["bn"]}, ConfigError, ["conditions is out of range", "['bn']"]),
+        ({"conditions": {"bn": 5}}, ConfigError, ["sweep.yaml cannot be read", "conditions.bn"]),
         ({"conditions": None}, ConfigError, ["has no runs", "no conditions"]),
         ({"results": None}, ConfigError, ["has no runs", "no results"]),
-        ({"replicates": "many"}, ConfigError, ["sweep.yaml cannot be read", "many"]),
-        ({"replicates": 0}, ConfigError, ["no replicates"]),
+        ({"replicates": "many"}, ConfigError, ["replicates is out of range", "many"]),
+        ({"replicates": 0}, ConfigError, ["replicates is out of range"]),
+        ({"conditions": {"bn": {}, "other": {"model_args": {"foo": 1}}}}, NetworkError, ["model_args={'foo': 1}"]),
         ({"networks": ["cifar_resnet15"]}, NetworkError, ["cifar_resnet15"]),
         ({"config": "nowhere.yaml"}, ConfigError, ["nowhere.yaml"]),
     ],

@@ -174,12 +174,6 @@ def test_a_network_that_trained_whole_is_saved_as_a_timm_checkpoint(condition, t
     assert again["epochs"] == result["epochs"]
 
 
-def test_a_network_that_trains_whole_updates_its_statistics(train, feed, refused):
-    recipe = train.read_recipe([*TINY, "condition=all", "running_statistics=frozen"])
-    with refused(ConfigError, "running_statistics=frozen"):
-        build_network(recipe, configuration(recipe, feed), feed)
-
-
 def test_a_network_that_trained_whole_under_autocast_is_saved_without_it(train, tmp_path):
     result = tiny(train, tmp_path / "run", "condition=all", "precision=bf16")
     assert timm.create_model(f"local-dir:{result['network']}", pretrained=True).num_classes == 10
@@ -293,7 +287,7 @@ def feed(train):
 @pytest.mark.parametrize("condition", COUNTS)
 def test_a_condition_trains_the_papers_number_of_parameters(train, feed, condition):
     recipe = train.read_recipe([*TINY, f"condition={condition}"])
-    trained, total = count(build_network(recipe, configuration(recipe, feed), feed))
+    trained, total = count(build_network(recipe, configuration(recipe, feed.label_names), feed))
     assert trained == COUNTS[condition]
     assert total == 175_258 + (trained if condition == "input-affine" else 0)  # in front of the network's own
 
@@ -303,7 +297,7 @@ def test_a_condition_trains_the_papers_number_of_parameters(train, feed, conditi
 def test_layer_scales_start_alike_whatever_trains(train, feed, condition, choice, gain):
     words = [f"{key}={value}" for key, value in choice.items()]
     recipe = train.read_recipe([*TINY, "model=test_convnext2", f"condition={condition}", *words])
-    network = build_network(recipe, configuration(recipe, feed), feed)
+    network = build_network(recipe, configuration(recipe, feed.label_names), feed)
     gains = [tensor for name, tensor in network.named_parameters() if name.endswith(".gamma")]
     assert len(gains) == 4
     assert all(torch.allclose(tensor, torch.tensor(gain)) for tensor in gains)
@@ -311,7 +305,7 @@ def test_layer_scales_start_alike_whatever_trains(train, feed, condition, choice
 
 def test_pretrained_layer_scales_are_kept(train, feed):
     recipe = train.read_recipe([*TINY, "model=test_convnext2", "seed=null", "pretrained=true"])
-    assert configuration(recipe, feed).layer_scale is None
+    assert configuration(recipe, feed.label_names).layer_scale is None
 
 
 def test_every_condition_was_counted():

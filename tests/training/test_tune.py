@@ -7,7 +7,7 @@ import optuna
 import pytest
 from click.testing import CliRunner
 
-from bn_affine_adapters.errors import ConfigError, UnknownKeyError
+from bn_affine_adapters.errors import ConfigError, FileError, UnknownKeyError
 from bn_affine_adapters.study.findings import tuned
 from bn_affine_adapters.training import tune
 from bn_affine_adapters.training.lines import read_results
@@ -74,6 +74,16 @@ def test_a_trial_that_fails_costs_only_itself(file, monkeypatch, refused):
     assert [log.read_text() for log in logs] == ["no luck\n"] * 2
 
 
+def test_a_study_that_is_no_database_or_has_no_room_is_an_own_error(file, small_disk, refused):
+    (file.parent / "study").mkdir()
+    (file.parent / "study" / "study.db").write_text("garbage, not a database" * 10)
+    with refused(FileError, "study.db cannot be read or written", "file is not a database"):
+        run(file)
+    with refused(FileError, "study.db cannot be read or written", "full"):  # of 256 kB
+        (small_disk / "filler").write_bytes(bytes(200_000))
+        run(file, "--output", str(small_disk / "study"))
+
+
 def test_the_packaged_tunings_read():
     names = sorted(path.stem for path in (CONFIGS / "tune").glob("*.yaml"))
     assert names == ["cifar10", "digits"]
@@ -89,6 +99,15 @@ def test_the_packaged_tunings_read():
         ("lr: {", "learning_rate: {", UnknownKeyError, "learning_rate"),
         ("epochs: 1", "epoch: 1", UnknownKeyError, "epochs"),
         ("set: {", "set: [", ConfigError, "cannot be read"),
+        ("trials: 2", "trials: 0", ConfigError, "trials is out of range"),
+        ("low: 0.1", "low: -1", ConfigError, "The space of lr has no values"),
+        ("low: 0.1", "low: 2", ConfigError, "The space of lr has no values"),
+        ("high: 1.0", "hihg: 1.0", ConfigError, "The space of lr has no values"),
+        ("high: 1.0, log: true", "high: .inf", ConfigError, "The space of lr has no values"),
+        ("[uniform, ones]", "uniform", ConfigError, "The space of norm_init has no values"),
+        ("[uniform, ones]", "[uniform, once]", ConfigError, "norm_init has no such value"),
+        ("lr: {low: 0.1", "sgd_momentum: {low: 0.1", ConfigError, "sgd_momentum is out of range"),
+        ("lr: {low: 0.1", "epochs: {low: 1", ConfigError, "epochs: Value"),
     ],
 )
 def test_a_tuning_that_makes_no_sense_is_refused(old, new, kind, word, file, refused):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...sharing.folder import writing
+
 
 class NotEnoughTime(Exception):
     """An item was not done for lack of time; ``found`` is what is known by then."""
@@ -44,7 +46,7 @@ class Options:
 
         name = torch.cuda.get_device_name() if self.device == "cuda" and torch.cuda.is_initialized() else self.device
         line = {"part": part, "item": item, "state": state, "toy": self.toy, "device": name, "at": time.time()}
-        with self.lines.open("a", encoding="utf-8") as file:
+        with writing(self.lines), self.lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | found, allow_nan=False) + "\n")
 
     def mend(self) -> None:
