@@ -212,7 +212,7 @@ class BNOnlyPeftModel(PeftModel):
         where: dict[str, Any] = {key: kwargs.pop(key, None) for key in ("revision", "subfolder", "token", "cache_dir")}
         folder = fetch(model_id, **where, local_files_only=bool(kwargs.pop("local_files_only", False)))
         known = adapter_name in self.peft_config
-        check_files(folder)
+        check_files(folder, max_parameters=None)
         config = read_config(folder)
         if known:
             _check_same(config, self.peft_config[adapter_name], adapter_name)
