@@ -27,7 +27,7 @@ from ..settings import (
     Settings,
     bare,
 )
-from .untrusted import MAX_BYTES, check_replaceable, opened, present, read_text, too_large
+from .untrusted import MAX_BYTES, check_replaceable, opened, present, too_large
 
 if TYPE_CHECKING:
     import torch
@@ -296,8 +296,11 @@ def read_settings(folder: Path) -> Settings:
 
 
 def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
-    path, text = folder / CONFIG_NAME, read_text(folder, CONFIG_NAME)
+    path = folder / CONFIG_NAME
+    with opened(folder, CONFIG_NAME) as file:
+        data = file.read(MAX_BYTES)
     try:
+        text = data.decode()
         lists = text.count("[") + text.count("{")  # parsing these takes much more time than other text
         content: Any = json.loads(text) if lists <= MAX_LISTS else None
     except (ValueError, RecursionError) as error:

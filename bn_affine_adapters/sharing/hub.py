@@ -55,7 +55,7 @@ from .folder import COMMIT, check_files, max_bytes, missing_file, read_settings
 from .handwritten import joined, sealed_again
 from .paths import local_paths
 from .results import RESULTS_NAME
-from .untrusted import MAX_BYTES, opened, present
+from .untrusted import MAX_BYTES, opened, present, read_text
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}
 BASE_FILE = "model.safetensors"
@@ -241,14 +241,17 @@ def _stage(
 ) -> None:
     """Copy the files to push, write the card and the results, and mask the token in all texts."""
     own_card = (CARD_NAME, FIGURE_NAME) if card and present(folder, CARD_NAME) else ()
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULTS_NAME, *own_card):
+    for name in (CONFIG_NAME, RESULTS_NAME, *own_card[:1]):
         if present(folder, name):
-            limit = None if name == SAFETENSORS_WEIGHTS_NAME else MAX_BYTES  # checked by `check_files`
+            (staging / name).write_text(read_text(folder, name), encoding="utf-8")
+    for name in (SAFETENSORS_WEIGHTS_NAME, *own_card[1:]):
+        if present(folder, name):
+            limit = None if name == SAFETENSORS_WEIGHTS_NAME else MAX_BYTES  # which `check_files` has checked
             with opened(folder, name, limit) as theirs, (staging / name).open("wb") as copy:
                 shutil.copyfileobj(theirs, copy)
     _check_config(staging / CONFIG_NAME)
     if there is not None:
-        text = there.read_text(encoding="utf-8")
+        text = read_text(there.parent, CARD_NAME)
         if own_card:
             drawn = read_settings(folder).seed is not None
             text = joined(text, (staging / CARD_NAME).read_text(encoding="utf-8"), drawn)

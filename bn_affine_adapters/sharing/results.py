@@ -12,7 +12,7 @@ from ..errors import ConfigError, printable
 from .paths import ELSEWHERE, without_paths
 from .untrusted import present, read_text
 
-MAX_LINES, MAX_RESULTS = 1_000, 2_000_000  # lines and bytes of results
+MAX_LINES, MAX_SETS, MAX_RESULTS = 1_000, 100, 2_000_000  # lines of results, splits of data sets, bytes
 RESULTS_NAME = "results.json"  # beside an adapter: the list of its result lines
 
 
@@ -50,7 +50,7 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
         else:
             given = [results] if isinstance(results, Mapping) else list(results or ())
         lines = [_public(line) for line in [*lines, *given]]
-        scores(lines)
+        sets = len(scores(lines))
         size = len(strict_json(lines, default=float))
         recipes = [strict_json(line.get("recipe"), sort_keys=True, default=float) for line in lines]
     except (ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError, OverflowError) as error:
@@ -59,11 +59,11 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
             seen=f"{type(error).__name__}: {error}",
             do='give dictionaries with "dataset" and "top1" in %, or a .jsonl file that `bn-adapters train` wrote',
         ) from error
-    if len(lines) > MAX_LINES or size > MAX_RESULTS:
+    if len(lines) > MAX_LINES or sets > MAX_SETS or size > MAX_RESULTS:
         raise ConfigError(
             "There are more results than a model card has.",
-            seen=f"{len(lines):,} lines, {size:,} bytes; {MAX_LINES:,} lines and {MAX_RESULTS:,} bytes are allowed",
-            do="give fewer replicates, without the values of each epoch",
+            seen=f"{len(lines):,} lines of {sets:,} data sets, {size:,} bytes",
+            do=f"give at most {MAX_LINES:,} lines of {MAX_SETS} data sets, and {MAX_RESULTS:,} bytes",
         )
     # With its seeds, a recipe identifies a run.
     first = {recipe: i for i, recipe in reversed([*enumerate(recipes)])}
