@@ -27,7 +27,7 @@ from ..settings import (
     Settings,
     bare,
 )
-from .untrusted import MAX_BYTES, check_replaceable, opened, present, too_large
+from .untrusted import MAX_BYTES, cleared, opened, present, too_large
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,7 @@ def replace_file(folder: Path, name: str, content: bytes) -> None:
         AdapterFileError: a folder on the way is a link, or a folder has the file's name.
         NoSpaceError: the disk is full; a file that was there before is untouched.
     """
-    path = check_replaceable(folder, name)
+    path = cleared(folder, name)
     path.parent.mkdir(exist_ok=True)
     write_file(path, content)
 

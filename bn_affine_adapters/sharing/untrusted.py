@@ -34,8 +34,8 @@ def opened(folder: Path, name: str, max_bytes: int | None = MAX_BYTES) -> Binary
             raise _refused(path, "no regular file")
         # A FIFO, if the file has become one meanwhile, would wait for its writer.
         descriptor = os.open(real, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
-    except OSError as error:
-        if isinstance(error, BNAdapterError):
+    except OSError as error:  # it leads nowhere, or to itself; what may not be read is no fault of the folder
+        if isinstance(error, BNAdapterError | PermissionError):
             raise
         raise _refused(path, str(error)) from error
     file = os.fdopen(descriptor, "rb")
@@ -54,8 +54,8 @@ def read_text(folder: Path, name: str, max_bytes: int = MAX_BYTES) -> str:
             raise _refused(folder / name, str(error)) from error
 
 
-def check_replaceable(folder: Path, name: str) -> Path:
-    """Return the path of a file that may be written: a link of that name may be replaced, but no folder may be one.
+def cleared(folder: Path, name: str) -> Path:
+    """Return the path of a file that is written next; what has its name and is no regular file, as a link, is removed.
 
     Raises:
         AdapterFileError: a folder on the way is a link, or a folder has the file's name.
