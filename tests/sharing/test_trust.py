@@ -687,7 +687,7 @@ def test_results_of_a_stranger_stay_in_their_folder(content, folder, tmp_path):
     [
         {"input_size": [3, 10**9, 10**9]},
         {"input_size": [3, 5000, 5000]},
-        {"input_size": [3, 4096, 4096]},
+        {"input_size": [3, 4096, 4096], "crop_pct": 1.0},
         {"input_size": [3, 4096, 4096], "crop_pct": 0.1},
         {"input_size": [3, 32, 32], "crop_pct": 1e-9},
         {"input_size": [3, 32, 32], "crop_pct": -1},
