@@ -204,6 +204,26 @@ def copy(name: str, file: Path | None) -> None:
     click.echo(str(file))
 
 
+@main.command("architectures")
+@click.argument("pattern", default="*")
+@_json
+def architectures_(pattern: str, as_json: bool) -> None:
+    """Show what an adapter of timm's architectures trains, and how large its file is.
+
+    \b
+    Example:
+      bn-adapters architectures "convnext*"
+    """
+    from .study.architectures import architectures, describe, table
+
+    found = map(describe, architectures(pattern))
+    if as_json:
+        for each in found:
+            _print_json(each._asdict() | {"share": each.share})
+    else:
+        _table(table(found))
+
+
 @main.command()
 @click.argument("adapter")
 @_where

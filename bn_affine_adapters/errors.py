@@ -219,5 +219,8 @@ def causes(error: BaseException | None) -> list[BaseException]:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Tell whether an error was caused by a full disk; libraries in Rust say so only in words, as "os error 28"."""
-    return "os error 28" in str(error) or any(getattr(cause, "errno", None) == ENOSPC for cause in causes(error))
+    """Tell whether an error was caused by a full disk; libraries in Rust say so only in words."""
+    words = "os error 28", "Os { code: 28,"
+    return any(each in str(error) for each in words) or any(
+        getattr(cause, "errno", None) == ENOSPC for cause in causes(error)
+    )

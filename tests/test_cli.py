@@ -25,7 +25,10 @@ from bn_affine_adapters.sharing.contents import read_tensors
 from bn_affine_adapters.training.recipe import CONFIGS, config_files, find_config
 from bn_affine_adapters.training.sweeps import read_sweep
 
-COMMANDS = {"inspect", "verify", "predict", "push", "card", "export", "diff", "configs", "train", "validate", "analyse"}
+COMMANDS = {
+    "inspect", "verify", "predict", "push", "card", "export", "diff", "configs", "train", "validate", "analyse",
+    "architectures",
+}  # fmt: skip
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -109,11 +109,17 @@ def test_the_commands_of_the_sharing_page_run_after_its_python(me, capsys):
     Image.new("RGB", (40, 30)).save("cat.png")
     shutil.rmtree("plain")
     ran = run_commands(code(page, "bash"))
-    assert set(ran) == set(main.commands) - {"train", "validate", "configs", "sweep", "tune", "analyse", "gpu-check"}
+    others = {"architectures", "train", "validate", "configs", "sweep", "tune", "analyse", "gpu-check"}
+    assert set(ran) == set(main.commands) - others
 
 
 def test_the_commands_of_the_command_line_page_run(me):
-    assert set(run_commands(code(DOCS / "command-line.md", "bash"))) == {"configs", "train", "validate"}
+    assert set(run_commands(code(DOCS / "command-line.md", "bash"))) == {
+        "architectures",
+        "configs",
+        "train",
+        "validate",
+    }
     assert Path("runs/mine/adapter/adapter_model.safetensors").stat().st_size < 20_000
 
 

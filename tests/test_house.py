@@ -296,7 +296,10 @@ def test_importing_brings_nothing_beyond_what_peft_and_timm_bring(look):
 
 
 def test_importing_loads_nothing_heavy_but_what_peft_loads_itself(look):
-    assert HEAVY & set(look["loaded"]) <= {"accelerate"}
+    assert HEAVY & set(look["loaded"]) <= {
+        "accelerate",
+        "sklearn",
+    }  # transformers loads scikit-learn where torch is older
     assert {"peft", "timm", "torch"} <= set(look["loaded"])
 
 

@@ -211,18 +211,21 @@ class BNOnlyPeftModel(PeftModel):
         """
         where: dict[str, Any] = {key: kwargs.pop(key, None) for key in ("revision", "subfolder", "token", "cache_dir")}
         folder = fetch(model_id, **where, local_files_only=bool(kwargs.pop("local_files_only", False)))
-        known = adapter_name in self.peft_config
+        known = self.peft_config.get(adapter_name)
         check_files(folder, max_parameters=None)
         config = read_config(folder)
-        if known:
-            _check_same(config, self.peft_config[adapter_name], adapter_name)
-        choose_layers(self.get_base_model(), config)
-        check_header(folder, self.get_base_model(), config)
+        if known is not None:
+            _check_same(config, known, adapter_name)
+        if known is not None and known.built_here:
+            known.built_here = False  # this file's header was compared with the outline; that of the next one was not
+        else:
+            choose_layers(self.get_base_model(), config)
+            check_header(folder, self.get_base_model(), config)
         read_tensors(folder, config)
         try:
             return super().load_adapter(str(folder), adapter_name, *args, **kwargs)
         except Exception:
-            if not known and adapter_name in self.peft_config:
+            if known is None and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
 

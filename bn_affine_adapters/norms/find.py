@@ -114,8 +114,9 @@ def plain_modules(model: nn.Module, active: bool = False) -> list[tuple[str, nn.
     def walk(module: nn.Module, name: str) -> None:
         module = unwrapped(module, active)
         found.append((canonical(name), module))
-        for child_name, child in module.named_children():
-            walk(child, f"{name}.{child_name}" if name else child_name)
+        if module._modules:  # most modules are leaves, and this walk is the longest part of loading a small network
+            for child_name, child in module.named_children():
+                walk(child, f"{name}.{child_name}" if name else child_name)
 
     walk(model, "")
     return found

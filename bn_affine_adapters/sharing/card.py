@@ -21,6 +21,7 @@ from .results import RESULTS_NAME, Score, merged, scores, strict_json
 from .untrusted import present, read_text
 
 CARD_NAME = "README.md"
+EVAL_RESULTS = ".eval_results/bn-affine-adapters--"  # how our files among the Hub's evaluation results begin
 TAGS = ("timm", "peft", "bn-only", "image-classification")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
@@ -235,4 +236,4 @@ def _write_eval_results(folder: Path, measured: list[Score]) -> None:
             entries.setdefault(score.dataset.replace("/", "--"), []).append(entry)
     for name, group in entries.items():
         text = yaml.safe_dump(eval_result_entries_to_yaml(group), sort_keys=False)
-        replace_file(folder, f".eval_results/{name}.yaml", text.encode())
+        replace_file(folder, f"{EVAL_RESULTS}{name}.yaml", text.encode())

@@ -48,7 +48,7 @@ from ..settings import (
     Settings,
     hub_id,
 )
-from .card import CARD_NAME, write_card
+from .card import CARD_NAME, EVAL_RESULTS, write_card
 from .contents import read_tensors
 from .figure import FIGURE_NAME
 from .folder import COMMIT, check_files, max_bytes, missing_file, read_settings
@@ -222,7 +222,7 @@ def push_folder(
             create_pr=create_pr,
             parent_commit=there.parent.name if there else None,  # the card must not have changed meanwhile
             # Files of an earlier adapter; a card that is left unchanged may refer to them.
-            delete_patterns=[RESULTS_NAME, ".eval_results/*"] if card else None,
+            delete_patterns=[RESULTS_NAME, f"{EVAL_RESULTS}*"] if card else None,
         )
     if tag:
         with explained(f"The adapter was pushed to {repo_id}, but not tagged {tag!r}", token, f"; then: {resume}"):

@@ -1,5 +1,6 @@
 """What was learned, and what it says of the paper's claims.
 
+- ``architectures.py``: what an adapter of each architecture of timm trains, and how large its file is.
 - ``networks.py``: gamma and beta, dead activations, accuracy against size; ``analyse.py``: the script.
 - ``replicates.py``: result lines that differ only in their seeds; ``claims.py``: verdicts on the paper's claims.
 - ``paper.yaml``: what the paper states; ``paper.py`` reads it.

@@ -18,8 +18,8 @@ USUAL: dict[str, Any] = computed({})
 CELL, STEPS = ("dataset", "model", "condition", "seed", "data_seed"), ("epochs", "schedule", "milestones")
 # The settings that are named with the condition, since runs that differ in them are compared with each other.
 SETTINGS = (
-    "weight_decay", "norm_init", "weight_init", "running_statistics", "pretrained", "pretrained_file", "model_args",
-    "precision", "lean",
+    "weight_decay", "norm_init", "weight_init", "layer_scale", "running_statistics", "pretrained", "pretrained_file",
+    "model_args", "precision", "lean",
 )  # fmt: skip
 VARIED = ("weight_decay", "norm_init", "weight_init")  # in claims about the full recipe, which name their values
 Pick = Callable[[Mapping[str, Any]], Any]  # a number of a result line, or None

@@ -6,7 +6,8 @@ On the meta device, each network is built with its own arguments, and with one c
 have norm layers, the arguments inferred from it have to build it again, and the seed needs a rule for each parameter.
 Networks below so many parameters are then wrapped, saved, loaded and verified. A child process tries the names; one
 that does not answer in time is killed, and the name counts as a hang. Names that have a line in --lines are skipped.
-Prints the totals, and the names that fail by reason; --write keeps both in architectures.json beside this script.
+Prints the totals, and the names that fail by reason; --write keeps both in architectures.json beside this script, and
+writes the table of docs/architectures.md.
 """
 
 import argparse
@@ -30,7 +31,11 @@ from bn_affine_adapters.adapter.checks import choose_layers, infer
 from bn_affine_adapters.adapter.rebuild import check_rebuild, create
 from bn_affine_adapters.adapter.traits import traits
 from bn_affine_adapters.seed.rules import parameter_rules
+from bn_affine_adapters.study.architectures import Architecture, describe, table
+from bn_affine_adapters.study.pages import write_section
+from bn_affine_adapters.training.tables import markdown_table
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 OTHER = {"in_chans": 1, "num_classes": 7}
 SECONDS = 60  # of wall time a name; the slowest takes 10 s on two busy cores
 
@@ -153,6 +158,22 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def page(found: list[dict[str, Any]]) -> str:
+    """Return the totals, and a table for each family."""
+    outcome = {line["name"]: line["status"] for line in found}
+    families: dict[str, list[Architecture]] = {}
+    for each in map(describe, sorted(outcome)):
+        families.setdefault(each.family, []).append(each)
+    total = summary(found)
+    counts = ", ".join(f"{count:,} {status}" for status, count in total["status"].items())
+    parts = [f"timm {total['timm']}, torch {total['torch']}: {total['names']:,} names, {counts}."]
+    for family, group in sorted(families.items()):
+        head, *rows = table(group)
+        rows = [[row[0], *row[2:], outcome[row[0]]] for row in rows]
+        parts += [f"### {family}", markdown_table([head[0], *head[2:], "status"], rows)]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     """Try the names that have no line yet; print the totals; with --write, keep them beside this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,6 +193,7 @@ def main() -> None:
     print(text)
     if options.write:
         Path(__file__).with_suffix(".json").write_text(text + "\n")
+        write_section(PAGE, "architectures", page(found))
 
 
 if __name__ == "__main__":

@@ -224,13 +224,15 @@ def do(session, operation):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_saved_after_any_sequence_computes_the_same_or_saving_refuses(name, tmp_path):
+def test_what_is_saved_after_any_sequence_computes_the_same_or_saving_refuses(name, tmp_path, record_property):
     outcomes = Counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number in range(COUNT // len(NETWORKS)):
             outcomes += run(name, f"{SEED}-{name}-{number}", tmp_path / str(number))
     print(f"\n{name}: {COUNT // len(NETWORKS)} sequences, {dict(outcomes)}")
+    record_property("sequences", COUNT // len(NETWORKS))
+    record_property("saves", outcomes["saved"])
     assert outcomes["saved"] > COUNT // len(NETWORKS) // 2
 
 

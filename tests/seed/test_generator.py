@@ -146,8 +146,9 @@ def test_no_call_reads_or_sets_a_generator_of_the_process(call, folder, base):
 
 
 def test_trying_lean_training_draws_nothing_though_the_network_does():
+    args = {"proj_drop_rate": 0.5, "drop_path_rate": 0.5}  # timm records them from 1.0.31 on
     model = get_bn_only_model(
-        timm.create_model("test_vit", num_classes=3, proj_drop_rate=0.5, drop_path_rate=0.5), BNOnlyConfig(seed=0)
+        timm.create_model("test_vit", num_classes=3, **args), BNOnlyConfig(seed=0, model_args=args)
     )
     before = state()
     report = model.set_lean("exact")

@@ -114,7 +114,7 @@ def test_replicates_give_n_mean_and_standard_deviation(folder, trained, tmp_path
 
 def test_results_on_a_data_set_of_the_hub_are_written_in_its_newer_form_too(folder):
     write_card(folder, "me/x", results=[{"dataset": "uoft-cs/cifar10", "top1": 69.5, "top5": 97.0}])
-    (entry,) = yaml.safe_load((folder / ".eval_results" / "uoft-cs--cifar10.yaml").read_text())
+    (entry,) = yaml.safe_load((folder / ".eval_results" / "bn-affine-adapters--uoft-cs--cifar10.yaml").read_text())
     assert entry["dataset"]["id"] == "uoft-cs/cifar10"
     assert entry["value"] == 69.5
     assert "datasets" not in metadata((folder / CARD_NAME).read_text())  # measured on it, not trained

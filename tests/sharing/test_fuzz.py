@@ -545,8 +545,9 @@ def server():
     found.stop()
 
 
-def test_mutated_adapters_load_to_a_verified_network_or_are_refused(server, hub, tmp_path):
+def test_mutated_adapters_load_to_a_verified_network_or_are_refused(server, hub, tmp_path, record_property):
     summary = fuzz(COUNT, tmp_path, server, hub)
+    record_property("mutated adapters", summary.count)
     print(f"{summary}; limit {server.limit:.1f} s")
     refusals = {outcome for outcome in summary.outcomes if outcome in REFUSED}
     assert summary.count >= 0.95 * COUNT

@@ -725,11 +725,14 @@ def test_a_commit_is_no_branch_to_push_to(versions, hub, alice, repo, refused):
 
 
 def test_results_of_an_earlier_adapter_do_not_stay_with_another(versions, hub, alice, repo):
-    push(versions[0], token=alice, results=RESULTS)
+    ours, anothers = ".eval_results/bn-affine-adapters--me--digits.yaml", ".eval_results/me--digits.yaml"
+    push(versions[0], token=alice, card=True, results=[{"dataset": "me/digits", "top1": 91.5}])
+    HfApi(token=alice).upload_file(path_or_fileobj=b"[]", path_in_repo=anothers, repo_id=REPO)
     push(versions[1], token=alice)  # without a card, the one that stays may speak of them
-    assert "results.json" in repo().tree()
+    assert {"results.json", ours, anothers} <= paths(repo())
     push(versions[1], token=alice, card=True)
-    assert "results.json" not in repo().tree()
+    assert not {"results.json", ours} & paths(repo())
+    assert anothers in paths(repo())
 
 
 @pytest.mark.parametrize("name", [NAME, "cifar_resnet14"])

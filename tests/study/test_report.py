@@ -362,7 +362,7 @@ def test_every_command_on_the_page_names_a_packaged_file(tmp_path):
     make(tmp_path / "results", tmp_path)
     text = (tmp_path / "docs" / "page.md").read_text()
     sweeps = set(re.findall(r"`bn-adapters sweep ([^` ]+)`", text))
-    assert sweeps == {"paper", "inits", "controls", "families", "lean", "cifar10_12_epochs"}
+    assert sweeps == {"paper", "inits", "controls", "families", "lean", "cifar10_12_epochs", "cifar10_layer_scales"}
     assert all(read_sweep(name).networks for name in sweeps)
     launches = set(re.findall(r"`bn-adapters train ([^`]+)`", text))
     assert len(launches) == 3

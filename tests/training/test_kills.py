@@ -25,6 +25,7 @@ from bn_affine_adapters.training.lines import TIMES
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("BNAA_KILLS", 0))
+SEED = int(os.environ.get("BNAA_KILLS_SEED", 0))
 EVERY = 4  # steps between two checkpoints
 TINY = ("model=test_resnet", "image_size=8", "threads=1", f"checkpoint_every_steps={EVERY}", "resume=true")
 ONE = ("batch_size=64", f"epochs={8 if KILLS else 2}", "eval_every=10")
@@ -109,7 +110,7 @@ def ended_at_random_steps(tmp_path, arguments, number, times, processes=1):
     steps = epochs * -(-1438 // batch)
     pace = result["seconds"] / steps
     print(f"\n{steps} steps in {result['seconds']} s; {result['top1']} %")
-    generator = random.Random(0)
+    generator = random.Random(SEED)
     for index in range(times):
         folder, aim = tmp_path / str(index), generator.randrange(steps)
         run = launch(folder, *arguments, processes=processes)
@@ -127,31 +128,35 @@ def ended_at_random_steps(tmp_path, arguments, number, times, processes=1):
         yield log, status
 
 
-def test_a_run_killed_at_a_random_step_resumes_to_the_same_bytes_and_one_line(tmp_path):
+def test_a_run_killed_at_a_random_step_resumes_to_the_same_bytes_and_one_line(tmp_path, record_property):
     for _, status in ended_at_random_steps(tmp_path, ONE, signal.SIGKILL, KILLS or 1):
         assert status in (-signal.SIGKILL, 0)
+    record_property("runs ended by SIGKILL", KILLS or 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_at_a_random_step_ends_a_run_in_one_line_and_it_resumes_to_the_same_bytes(number, tmp_path):
+def test_a_signal_at_a_random_step_ends_a_run_in_one_line_and_it_resumes_to_the_same_bytes(
+    number, tmp_path, record_property
+):
     for log, status in ended_at_random_steps(tmp_path, ONE, number, KILLS or 1):
         assert "Traceback" not in log
         said = log.count(f"stopped by {number.name}, epoch")
         begun = "epoch 1/" in log  # before its first step a process ends at once
         assert (status, said) in {(128 + number, 1), (0, 0)} if begun else status in (128 + number, -number)
+    record_property(f"runs ended by {number.name}", KILLS or 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_two_processes_that_draw_resume_to_the_same_bytes(number, tmp_path):
-    for _ in ended_at_random_steps(tmp_path, DRAWS, number, KILLS // 5 or 1, processes=2):
-        pass
+def test_two_processes_that_draw_resume_to_the_same_bytes(number, tmp_path, record_property):
+    ended = list(ended_at_random_steps(tmp_path, DRAWS, number, KILLS // 5 or 1, processes=2))
+    record_property(f"runs of two processes ended by {number.name}", len(ended))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_sweep_with_two_workers_resumes_to_the_same_lines(number, tmp_path):
+def test_a_sweep_with_two_workers_resumes_to_the_same_lines(number, tmp_path, record_property):
     settings = {
         "config": "digits",
         "set": {"image_size": 8, "epochs": 8 if KILLS else 3, "eval_every": 8, "model_args": {"drop_path_rate": 0.3}},
@@ -174,7 +179,7 @@ def test_a_sweep_with_two_workers_resumes_to_the_same_lines(number, tmp_path):
         return sorted(json.dumps({k: v for k, v in json.loads(line).items() if k not in TIMES}) for line in text)
 
     assert begin("whole").wait(600) == 0, (tmp_path / "whole.txt").read_text()
-    generator = random.Random(1)
+    generator = random.Random(SEED + 1)
     for index in map(str, range(KILLS // 5 or 1)):
         process = begin(index)
         deadline = time.monotonic() + 240
@@ -191,3 +196,4 @@ def test_a_sweep_with_two_workers_resumes_to_the_same_lines(number, tmp_path):
         same = lines(index) == lines("whole")
         print(f"{index}: {number.name}, status {status}, {done} of 2 runs were finished: same {same}")
         assert same
+    record_property(f"sweeps ended by {number.name}", KILLS // 5 or 1)

@@ -337,7 +337,7 @@ def test_a_sweep_that_cannot_be_used_is_a_clear_error(write, changes, error, wor
 )
 def test_a_file_that_is_no_sweep_is_a_clear_error(tmp_path, refused, text, word):
     (tmp_path / "sweep.yaml").write_text(text)
-    with refused(ConfigError, "sweep.yaml", word, "cifar10_5_epochs, controls, digits"):
+    with refused(ConfigError, "sweep.yaml", word, "cifar10_layer_scales, controls, digits"):
         read_sweep(tmp_path / "sweep.yaml")
 
 
@@ -389,9 +389,11 @@ def test_a_dry_run_prints_order_state_and_cost_and_changes_nothing(write, dry, t
 COUNTS = {
     "cifar10_12_epochs": 12,
     "cifar10_5_epochs": 3,
+    "cifar10_layer_scales": 6,
     "controls": 60,
     "digits": 42,
     "digits_families": 20,
+    "digits_layer_scales": 9,
     "families": 36,
     "inits": 60,
     "lean": 12,
@@ -425,5 +427,5 @@ def test_a_sweep_is_a_file_before_it_is_a_packaged_name(tmp_path, monkeypatch, w
     monkeypatch.chdir(tmp_path)
     write("digits")
     assert read_sweep("digits.yaml").replicates == 2
-    with refused(ConfigError, "The sweep digit cannot be read", "cifar10_5_epochs, controls, digits"):
+    with refused(ConfigError, "The sweep digit cannot be read", "cifar10_layer_scales, controls, digits"):
         read_sweep("digit")
