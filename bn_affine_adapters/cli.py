@@ -35,6 +35,8 @@ from .training.recipe import config_files
 from .training.tables import text_table
 from .training.terminal import naming_files, printing
 
+COLUMNS = 20  # of a table of differences; a layer of a network has fewer tensors
+
 # What needs torch, or takes long to import, is imported by the command that needs it.
 if TYPE_CHECKING:
     from .model.peft_model import BNOnlyPeftModel
@@ -435,7 +437,7 @@ def diff(one: str, other: str, revision: str | None, other_revision: str | None,
     if as_json:
         _print_json({"settings": settings, "layers": layers})
     else:
-        columns = sorted({tensor for found in layers.values() for tensor in found})
+        columns = sorted({tensor for found in layers.values() for tensor in found})[:COLUMNS]
         if settings:
             _table([["setting", one, other], *([key, *pair] for key, pair in settings.items())])
             click.echo()

@@ -443,10 +443,10 @@ def test_a_tensor_in_bfloat16_is_read_without_torch(folder):
     stored = load_file(folder / WEIGHTS)
     assert len(found) == len(stored) > 10
     for name, tensor in stored.items():
-        values, size = found[name.removeprefix("base_model.model.")]
-        assert size == tensor.nbytes
+        ours = found[name.removeprefix("base_model.model.")]
+        assert (ours.bytes, ours.size, ours.shape) == (tensor.nbytes, tensor.numel(), tuple(tensor.shape))
         assert torch.equal(
-            torch.tensor(values), tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
+            torch.tensor(ours.values), tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
         )
 
 

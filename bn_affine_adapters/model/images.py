@@ -20,7 +20,8 @@ from ..settings import CROP_MODES, INTERPOLATIONS, as_channels
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
-MAX_SIDE = 4096  # pixels that a data configuration may ask for
+MAX_SIDE, MAX_PIXELS = 4096, 2048**2  # pixels that a data configuration may ask for, of a side and in all
+MOST = 1e6  # of mean and std; a std is not below 1 / MOST, so that float32 holds every normalised pixel
 # Modes that PIL converts to RGB or L without a warning, and without an error, by way of another mode alone.
 _FIRST = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA", "LAB": "RGB"}
 
@@ -130,8 +131,9 @@ def completed(data_config: Mapping[str, Any] | None) -> dict[str, Any]:
     raise ConfigError(
         "The data configuration does not say how images are prepared.",
         seen=why[:300],
-        do=f"data_config={{'input_size': [3, 224, 224], ...}}: 1 or 3 channels, sides up to {MAX_SIDE}, a mean and a "
-        f"std per channel, crop_mode of {', '.join(CROP_MODES)}, interpolation of {', '.join(INTERPOLATIONS)}",
+        do=f"data_config={{'input_size': [3, 224, 224], ...}}: 1 or 3 channels, sides up to {MAX_SIDE}, {MAX_PIXELS:,} "
+        f"pixels, a mean and a std (not near 0) per channel, crop_mode of {', '.join(CROP_MODES)}, interpolation of "
+        f"{', '.join(INTERPOLATIONS)}",
     )
 
 
@@ -142,9 +144,11 @@ def _usable(input_size: Any, mean: Any, std: Any, interpolation: Any, crop_pct: 
         and all(isinstance(n, int) and 0 < n <= MAX_SIDE for n in input_size)
         and input_size[0] in (1, 3)  # what an image is opened as
         and 0.1 <= crop_pct <= 2.0  # above 1 timm pads, as for VOLO
+        and input_size[1] * input_size[2] <= MAX_PIXELS
         and max(input_size) <= MAX_SIDE * crop_pct  # an image is enlarged to the side before it is cropped
         and all(_numbers(values, input_size[0]) for values in (mean, std))
-        and all(std)
+        and all(abs(value) <= MOST for value in (*mean, *std))
+        and all(abs(value) * MOST >= 1 for value in std)
         and crop_mode in CROP_MODES  # timm takes any other for "center"
         and interpolation in INTERPOLATIONS
     )

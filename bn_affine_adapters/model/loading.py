@@ -119,7 +119,7 @@ def load_bn_only_model(
     dtype = _floating(dtype)
     client: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = fetch(adapter, revision=revision, subfolder=subfolder, max_parameters=max_parameters, **client)
-    check_files(folder)
+    check_files(folder, max_parameters if model is None else None)
     config = read_config(folder)
     config.verify = verify
     if model is None:

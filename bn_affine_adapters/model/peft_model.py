@@ -213,7 +213,7 @@ class BNOnlyPeftModel(PeftModel):
         where: dict[str, Any] = {key: kwargs.pop(key, None) for key in ("revision", "subfolder", "token", "cache_dir")}
         folder = fetch(model_id, **where, local_files_only=bool(kwargs.pop("local_files_only", False)))
         known = self.peft_config.get(adapter_name)
-        check_files(folder)
+        check_files(folder, max_parameters=None)
         config = read_config(folder)
         if known is not None:
             _check_same(config, known, adapter_name)

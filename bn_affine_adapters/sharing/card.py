@@ -14,10 +14,11 @@ from ..errors import TooLargeError, printable
 from ..settings import CUSTOM, HUB_ID, MAX_PARAMETERS, Settings
 from .contents import Stored, parts, read_tensors
 from .figure import write_figure
-from .folder import COMMIT, read_settings, write_file, writing
+from .folder import COMMIT, read_settings, replace_file, writing
 from .handwritten import METRIC, marked, updated
 from .paths import ELSEWHERE
 from .results import RESULTS_NAME, Score, merged, scores, strict_json
+from .untrusted import present, read_text
 
 CARD_NAME = "README.md"
 EVAL_RESULTS = ".eval_results/bn-affine-adapters--"  # how our files among the Hub's evaluation results begin
@@ -67,18 +68,17 @@ def write_card(
 def _write_readme(folder: Path, output: Path, repo_id: str, lines: list[dict[str, Any]], **about: Any) -> None:
     tensors = read_tensors(folder, config := read_settings(folder))
     names = parts(config, tensors)["gamma"]
-    figure = write_figure(output, {name: tensors[name].values for name in names if tensors[name].values.size})
+    figure = write_figure(output, [tensors[name] for name in names])
     text = render(repo_id, config, tensors, lines, figure=figure, **about)
-    file = output / CARD_NAME
-    if file.exists():
-        text = updated(file.read_text(encoding="utf-8"), text, drawn=config.seed is not None)
-    write_file(file, text.encode())
+    if present(output, CARD_NAME):
+        text = updated(read_text(output, CARD_NAME), text, drawn=config.seed is not None)
+    replace_file(output, CARD_NAME, text.encode())
 
 
 def _write_results(folder: Path, lines: list[dict[str, Any]]) -> None:
     if lines:
         text = strict_json(lines, indent=1, default=float)  # numbers of NumPy and torch too
-        write_file(folder / RESULTS_NAME, (_TOKEN.sub("hf_***", text) + "\n").encode())
+        replace_file(folder, RESULTS_NAME, f"{_TOKEN.sub('hf_***', text)}\n".encode())
 
 
 def render(
@@ -111,7 +111,7 @@ def render(
         trained=_trained(config),
         total=_total(config),
         snippet=_snippet(repo_id, config),
-        sizes={part: (len(names), sum(tensors[n].values.size for n in names)) for part, names in by_part.items()},
+        sizes={part: (len(names), sum(tensors[n].size for n in names)) for part, names in by_part.items()},
         kilobytes=sum(tensor.bytes for tensor in tensors.values()) / 1000,
         figure=figure,
         scores=measured,
@@ -236,6 +236,5 @@ def _write_eval_results(folder: Path, measured: list[Score]) -> None:
             entry = EvalResultEntry(score.dataset, "default", score.top1, notes=notes)
             entries.setdefault(score.dataset.replace("/", "--"), []).append(entry)
     for name, group in entries.items():
-        file = folder / f"{EVAL_RESULTS}{name}.yaml"
-        file.parent.mkdir(exist_ok=True)
-        write_file(file, yaml.safe_dump(eval_result_entries_to_yaml(group), sort_keys=False).encode())
+        text = yaml.safe_dump(eval_result_entries_to_yaml(group), sort_keys=False)
+        replace_file(folder, f"{EVAL_RESULTS}{name}.yaml", text.encode())

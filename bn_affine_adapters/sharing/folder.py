@@ -21,7 +21,6 @@ from ..errors import (
     BNAdapterError,
     ConfigError,
     NoSpaceError,
-    TooLargeError,
     disk_is_full,
     file_error,
     reading,
@@ -31,6 +30,7 @@ from ..norms import COPIES, SCALE_SUFFIX
 from ..settings import (
     BN_ONLY,
     CONFIG_NAME,
+    MAX_PARAMETERS,
     MAX_TENSORS,
     PEFT_PREFIX,
     SAFETENSORS_WEIGHTS_NAME,
@@ -38,6 +38,7 @@ from ..settings import (
     Settings,
     bare,
 )
+from .untrusted import MAX_BYTES, cleared, opened, present, too_large
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from ..adapter.method import BNOnlyConfig
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MAX_BYTES = 8_000_000  # of a configuration, and of the header (names and shapes) of a safetensors file
 SCRATCH = ".saving-"  # how the names of half-written files and folders begin
 MAX_LISTS = 100_000  # opening brackets in a configuration's text, those in label names included
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I64": "int64"}  # torch's names
@@ -122,8 +122,10 @@ def write_file(path: Path, content: bytes) -> None:
         if path.exists() and not path.is_file():
             path.write_bytes(content)
             return
+        scratch.unlink(missing_ok=True)
         try:
-            scratch.write_bytes(content)
+            with scratch.open("xb") as file:  # never through a link
+                file.write(content)
             sync(scratch)
             os.replace(scratch, path)
         finally:
@@ -163,6 +165,18 @@ def check_space(folder: Path, needed: int) -> None:
         raise NoSpaceError(f"There is no space left to write {folder}.", seen=seen, do="free some space and try again")
 
 
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """Write a file into a folder that a stranger may have made; a link of that name is replaced, never followed.
+
+    Raises:
+        AdapterFileError: a folder on the way is a link, or a folder has the file's name.
+        NoSpaceError: the disk is full; a file that was there before is untouched.
+    """
+    path = cleared(folder, name)
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, content)
+
+
 def sync(*paths: Path) -> None:
     """Have files, or the names in folders, on the disk: a rename is durable after that alone."""
     for path in paths:
@@ -187,41 +201,43 @@ def missing_file(where: object, name: str, pickled: bool, seen: str, do: str) ->
     return AdapterFileError(f"{where} has no {name}{end}", seen=seen, do=do)
 
 
-def check_files(folder: Path) -> None:
-    """Raise AdapterFileError or TooLargeError unless a folder holds a configuration and a safetensors file.
+def max_bytes(max_parameters: int | None) -> int | None:
+    """Return the most bytes of an adapter's tensors file: as many values as the network has, in float32."""
+    return None if max_parameters is None else MAX_BYTES + 4 * max_parameters
+
+
+def check_files(folder: Path, max_parameters: int | None = MAX_PARAMETERS) -> None:
+    """Check that a folder holds a configuration and a safetensors file, each regular and of bounded size.
+
+    Args:
+        folder: of the adapter.
+        max_parameters: of the largest network; None where the network, against which the tensors are checked, is given.
 
     Raises:
+        AdapterFileError: a file is missing, leads out of the folder, or is no safetensors file.
+        TooLargeError: a file is larger than an adapter of such a network.
         FileError: the folder or a file cannot be read.
     """
     with reading(folder):
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            _check_file(folder, name)
+            _check_present(folder, name)
+        opened(folder, CONFIG_NAME).close()
+        with opened(folder, SAFETENSORS_WEIGHTS_NAME, max_bytes(max_parameters)) as file:
+            # The first 8 bytes are the length of the header, little-endian.
+            size = min(int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size)
+    if size > MAX_BYTES:
+        seen = f"{size:,} bytes of names and shapes; {MAX_BYTES:,} are allowed"
+        raise too_large(folder / SAFETENSORS_WEIGHTS_NAME, seen)
     read_entries(folder)
 
 
-def _check_file(folder: Path, name: str) -> None:
-    if not (folder / name).is_file():
+def _check_present(folder: Path, name: str) -> None:
+    if not present(folder, name):
         names = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else None
         seen = "no such folder" if names is None else f"the folder holds {', '.join(names) or 'nothing'}"
         do = 'give a folder that model.save_pretrained(...) wrote, or "owner/name" on the Hub; a tag is revision='
-        pickled = name == SAFETENSORS_WEIGHTS_NAME and (folder / WEIGHTS_NAME).exists()
+        pickled = name == SAFETENSORS_WEIGHTS_NAME and present(folder, WEIGHTS_NAME)
         raise missing_file(folder, name, pickled, seen, do)
-    _check_size(folder / name)
-
-
-def _check_size(file: Path) -> None:
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        first = opened.read(8)
-    if file.name == SAFETENSORS_WEIGHTS_NAME:  # they are the length of the header, little-endian
-        size = min(size, int.from_bytes(first, "little"))
-    if size > MAX_BYTES:
-        raise _too_large(file, f"{size:,} bytes of names and settings; {MAX_BYTES:,} are allowed")
-
-
-def _too_large(file: Path, seen: str) -> TooLargeError:
-    do = "do not load it; an adapter has a few kB of names and settings"
-    return TooLargeError(f"{file} is larger than any adapter needs.", seen=seen, do=do)
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
@@ -238,7 +254,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         with safe_open(weights, "np") as file:
             names = list(file.keys())
             if len(names) > MAX_TENSORS:
-                raise _too_large(weights, f"{len(names):,} tensors; {MAX_TENSORS:,} are allowed")
+                raise too_large(weights, f"{len(names):,} tensors; {MAX_TENSORS:,} are allowed")
             for name in names:
                 part = file.get_slice(name)
                 entries[bare(name)] = Entry(part.get_shape(), part.get_dtype())
@@ -336,16 +352,18 @@ def read_settings(folder: Path) -> Settings:
 
 def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
     path = folder / CONFIG_NAME
+    with opened(folder, CONFIG_NAME) as file:
+        data = file.read(MAX_BYTES)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = data.decode()
         lists = text.count("[") + text.count("{")  # parsing these takes much more time than other text
         content: Any = json.loads(text) if lists <= MAX_LISTS else None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFileError(
             f"{path} is not a JSON file.", seen=str(error), do="download or save the adapter again"
         ) from error
     if lists > MAX_LISTS:
-        raise _too_large(path, f"{lists:,} lists; {MAX_LISTS:,} are allowed")
+        raise too_large(path, f"{lists:,} lists; {MAX_LISTS:,} are allowed")
     method = content.get("peft_type") if isinstance(content, dict) else None
     if method != BN_ONLY:
         raise AdapterFileError(

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -13,7 +13,9 @@ from ..errors import ConfigError, HubConflictError
 
 METRIC = "top-1 accuracy, %"  # the name of our entries in the model index
 _BEGIN = "<!-- bn-adapters:begin: every push writes this section again; write above or below it -->"
-_SECTION = re.compile(r"^<!-- bn-adapters:begin\b.*?-->\n(.*)^<!-- bn-adapters:end (\w*) *-->\n?", re.M | re.S)
+_BEGINS = re.compile(r"^<!-- bn-adapters:begin\b[^\n]*-->\n", re.M)
+_ENDS = re.compile(r"^<!-- bn-adapters:end (\w*) *-->\n?", re.M)
+MAX_METADATA = 50_000  # characters; YAML of this size is read in about a second
 
 
 def marked(text: str) -> str:
@@ -21,9 +23,42 @@ def marked(text: str) -> str:
     return f"{_BEGIN}\n{text}<!-- bn-adapters:end {_digest(text)} -->\n"
 
 
+class _Section(NamedTuple):
+    """What stands before, between and after the marks of a card, and the digest in the second mark."""
+
+    before: str
+    text: str
+    after: str
+    digest: str
+
+
+def _section(card: str) -> _Section | None:
+    """Return the section from the first mark that begins one to the last that ends one; None if there is none."""
+    begin = _BEGINS.search(card)
+    ends = [*_ENDS.finditer(card, begin.end())] if begin else []
+    if begin is None or not ends:
+        return None
+    return _Section(card[: begin.start()], card[begin.end() : ends[-1].start()], card[ends[-1].end() :], ends[-1][1])
+
+
+def _without_section(card: str) -> str:
+    there = _section(card)
+    return card if there is None else there.before + there.after
+
+
 def sealed_again(card: str) -> str:
     """Return a card after a change of ours between the marks."""
-    return _SECTION.sub(lambda found: marked(found[1]), card)
+    there = _section(card)
+    return card if there is None else there.before + marked(there.text) + there.after
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML without aliases: a few lines with them stand for more values than fit into memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name)")
+        return super().compose_node(parent, index)
 
 
 def _digest(text: str) -> str:
@@ -36,10 +71,13 @@ def _parsed(card: str) -> tuple[dict[str, Any], str]:
     if found is None:
         return {}, card
     try:
-        data = yaml.safe_load(found[2]) or {}
+        if len(found[2]) > MAX_METADATA:
+            raise ValueError(f"it has {len(found[2]):,} characters; {MAX_METADATA:,} are allowed")
+        data = yaml.load(found[2], _Loader) or {}
         if not isinstance(data, dict):
             raise ValueError(f"the metadata is a {type(data).__name__}")
-    except (yaml.YAMLError, ValueError) as error:
+        yaml_dump(data)  # an integer may have too many digits to be written
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             "The metadata of the model card that is there cannot be read.",
             seen=" ".join(str(error).split())[:300],
@@ -64,17 +102,18 @@ def updated(old: str, new: str, drawn: bool = False) -> str:
         ConfigError: the section between the marks was edited, or the metadata cannot be read.
     """
     (old_data, old_text), (new_data, new_text) = _parsed(old), _parsed(new)
-    there, ours = _SECTION.search(old_text), _SECTION.search(new_text)
+    there, ours = _section(old_text), _section(new_text)
     assert ours is not None
-    if there is not None and _digest(there[1]) != there[2]:
+    section = marked(ours.text)
+    if there is not None and _digest(there.text) != there.digest:
         raise ConfigError(
             "The section of the model card that every push writes again was edited by hand.",
             seen="README.md, between the marks bn-adapters:begin and bn-adapters:end",
             do="move your text above or below the marks and delete the section between them, or push without a card",
         )
     if there is not None:
-        text = old_text[: there.start()] + ours[0] + old_text[there.end() :]
-    elif old_text.split() in ([], ours[1].split()):  # none, or ours from before there were marks
+        text = there.before + section + there.after
+    elif old_text.split() in ([], ours.text.split()):  # none, or ours from before there were marks
         text = new_text
     else:
         warnings.warn(
@@ -82,7 +121,7 @@ def updated(old: str, new: str, drawn: bool = False) -> str:
             " If an earlier version wrote that text, delete it.",
             stacklevel=2,
         )
-        text = f"{old_text.rstrip()}\n\n{ours[0]}"
+        text = f"{old_text.rstrip()}\n\n{section}"
     return _joined(_updated_metadata(old_data, new_data, drawn), text)
 
 
@@ -91,7 +130,7 @@ def _updated_metadata(old: dict[str, Any], new: dict[str, Any], drawn: bool) -> 
     merged = {**old, **new}
     for key in ("tags", "datasets", "metrics"):
         if listed := [*_items(new.get(key)), *_items(old.get(key))]:
-            merged[key] = [item for i, item in enumerate(listed) if item not in listed[:i]]
+            merged[key] = [*{repr(item): item for item in listed}.values()]
     index = [*_items(new.get("model-index")), *_foreign_results(old.get("model-index"))]
     merged["model-index"] = _one_index(index)
     if not merged["model-index"]:
@@ -143,10 +182,11 @@ def joined(there: str, own: str, drawn: bool) -> str:
         ConfigError: as in `updated`.
     """
     (data, text), (own_data, own_text) = _parsed(there), _parsed(own)
-    around = _SECTION.sub("", own_text).split()
-    if _SECTION.search(own_text) and around in ([], _SECTION.sub("", text).split()):
+    around, outside = _without_section(own_text).split(), _without_section(text)
+    if _section(own_text) and around in ([], outside.split()):
         return updated(there, own, drawn)
-    lost = [line for line in _SECTION.sub("", text).splitlines() if line.strip() and line not in own_text]
+    known = {line.strip() for line in own_text.splitlines()} | {""}
+    lost = [line for line in outside.splitlines() if line.strip() not in known]
     if lost:
         raise HubConflictError(
             "The model card on the Hub has text that README.md of the folder lacks.",

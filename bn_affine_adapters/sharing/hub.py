@@ -53,10 +53,11 @@ from ..settings import (
 from .card import CARD_NAME, EVAL_RESULTS, write_card
 from .contents import read_tensors
 from .figure import FIGURE_NAME
-from .folder import COMMIT, MAX_BYTES, check_files, missing_file, read_settings
+from .folder import COMMIT, check_files, max_bytes, missing_file, read_settings
 from .handwritten import joined, sealed_again
 from .paths import local_paths
 from .results import RESULTS_NAME
+from .untrusted import MAX_BYTES, opened, present, read_text
 
 LIBRARY: dict[str, Any] = {"library_name": "bn_affine_adapters", "library_version": version("bn-affine-adapters")}
 BASE_FILE = "model.safetensors"
@@ -96,14 +97,18 @@ def fetch(
     with reading(adapter):
         here = Path(adapter).is_dir()
     if here or not HUB_ID.fullmatch(str(adapter)):
-        return Path(adapter, inside)
+        folder = Path(adapter, inside)
+        if inside.parts and not folder.resolve().is_relative_to(Path(adapter).resolve()):
+            what, seen = "A subfolder is inside its repository.", f"{folder} is a link to {folder.resolve()}"
+            raise AdapterFileError(what, seen=seen, do="give that folder itself")
+        return folder
     repo, token = str(adapter), client.get("token")
     with explained(f"The adapter {repo} cannot be loaded (and there is no folder of that name)", token):
         folder = _download(repo, inside / CONFIG_NAME, revision, MAX_BYTES, client).parent
         # The second file is taken from the commit of the first, in case the branch changes between the two.
         commit = folder.parents[len(inside.parts) - 1].name if inside.parts else folder.name
         try:
-            _download(repo, inside / SAFETENSORS_WEIGHTS_NAME, commit, _max_bytes(max_parameters), client)
+            _download(repo, inside / SAFETENSORS_WEIGHTS_NAME, commit, max_bytes(max_parameters), client)
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
@@ -130,11 +135,9 @@ def fetch_base(config: Settings, max_parameters: int | None = None, **client: An
             do="load_bn_only_model(adapter, model=base)",
         )
     with explained(f"The base {base} of the adapter cannot be fetched", client.get("token")):
-        return _download(base, Path(BASE_FILE), commit, _max_bytes(max_parameters), client)
-
-
-def _max_bytes(max_parameters: int | None) -> int | None:
-    return None if max_parameters is None else MAX_BYTES + 8 * max_parameters
+        # Twice the bytes of the network: the head of the file may be much larger than the adapter's.
+        limit = max_bytes(max_parameters and 2 * max_parameters)
+        return _download(base, Path(BASE_FILE), commit, limit, client)
 
 
 def cached_commit(repo: str) -> str | None:
@@ -241,13 +244,18 @@ def _stage(
     about: dict[str, Any],
 ) -> None:
     """Copy the files to push, write the card and the results, and mask the token in all texts."""
-    own_card = (CARD_NAME, FIGURE_NAME) if card and (folder / CARD_NAME).exists() else ()
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULTS_NAME, *own_card):
-        if (folder / name).exists():
-            shutil.copy(folder / name, staging)
+    own_card = (CARD_NAME, FIGURE_NAME) if card and present(folder, CARD_NAME) else ()
+    for name in (CONFIG_NAME, RESULTS_NAME, *own_card[:1]):
+        if present(folder, name):
+            (staging / name).write_text(read_text(folder, name), encoding="utf-8")
+    for name in (SAFETENSORS_WEIGHTS_NAME, *own_card[1:]):
+        if present(folder, name):
+            limit = None if name == SAFETENSORS_WEIGHTS_NAME else MAX_BYTES  # which `check_files` has checked
+            with opened(folder, name, limit) as theirs, (staging / name).open("wb") as copy:
+                shutil.copyfileobj(theirs, copy)
     _check_config(staging / CONFIG_NAME)
     if there is not None:
-        text = there.read_text(encoding="utf-8")
+        text = read_text(there.parent, CARD_NAME)
         if own_card:
             drawn = read_settings(folder).seed is not None
             text = joined(text, (staging / CARD_NAME).read_text(encoding="utf-8"), drawn)
@@ -276,7 +284,7 @@ def _download_card(repo: str, branch: str | None, token: str | bool | None) -> P
     """Return the model card that is on the Hub, of a new branch that of main; None if there is none."""
     for revision in dict.fromkeys((branch, None)):
         try:
-            return _download(repo, Path(CARD_NAME), revision, None, {"token": token})
+            return _download(repo, Path(CARD_NAME), revision, MAX_BYTES, {"token": token})
         except LocalEntryNotFoundError:
             raise
         except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:

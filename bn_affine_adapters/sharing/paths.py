@@ -11,8 +11,10 @@ _PATH = re.compile(r"(?<![\w./\\~-])(?:~|[A-Za-z]:)?[/\\][^\s'\"]*")
 
 def _is_local(path: str) -> bool:
     """Tell whether the first folder of an absolute path is here; /m/01g317, a class of Open Images, is no path."""
-    parts = Path(path).expanduser().parts
-    return len(parts) > 1 and os.path.exists(Path(*parts[:2]))  # False for a name that no file can have
+    drive, rest = os.path.splitdrive(os.path.expanduser(path))
+    top, _, under = rest.replace(os.sep, "/").partition("/")
+    name = under.lstrip("/").partition("/")[0]
+    return not top and bool(name) and os.path.exists(f"{drive}/{name}")  # False for a name that no file can have
 
 
 def local_paths(value: Any) -> list[str]:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError, printable
 from .paths import ELSEWHERE, without_paths
+from .untrusted import present, read_text
 
+MAX_LINES, MAX_SETS, MAX_RESULTS = 1_000, 100, 2_000_000  # lines of results, splits of data sets, bytes
 RESULTS_NAME = "results.json"  # beside an adapter: the list of its result lines
 
 
@@ -35,11 +37,12 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
     """Return an adapter's own results, then those given, without duplicates.
 
     Raises:
-        ConfigError: a line is not JSON, or has no "dataset" and no finite "top1".
+        AdapterFileError, TooLargeError: results.json is no regular file in the folder, or larger than a card's.
+        ConfigError: a line is not JSON, or has no "dataset" and no finite "top1"; or there are too many.
     """
-    own = folder / RESULTS_NAME
+    own = read_text(folder, RESULTS_NAME, MAX_RESULTS) if present(folder, RESULTS_NAME) else "[]"
     try:
-        lines = json.loads(own.read_text(encoding="utf-8")) if own.exists() else []
+        lines = json.loads(own)
         given: list[Mapping[str, Any]]
         if isinstance(results, str | os.PathLike):
             given = [json.loads(text) for text in Path(results).read_text(encoding="utf-8").splitlines()]
@@ -47,16 +50,24 @@ def merged(folder: Path, results: Sequence[Mapping[str, Any]] | str | os.PathLik
         else:
             given = [results] if isinstance(results, Mapping) else list(results or ())
         lines = [_public(line) for line in [*lines, *given]]
-        scores(lines)
-        strict_json(lines, default=float)
-        recipes = [line.get("recipe") for line in lines]  # with its seeds, a recipe identifies a run
+        sets = len(scores(lines))
+        size = len(strict_json(lines, default=float))
+        recipes = [strict_json(line.get("recipe"), sort_keys=True, default=float) for line in lines]
     except (ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise ConfigError(
             "The results cannot be read.",
             seen=f"{type(error).__name__}: {error}",
             do='give dictionaries with "dataset" and "top1" in %, or a .jsonl file that `bn-adapters train` wrote',
         ) from error
-    return [line for i, line in enumerate(lines) if recipes[i] is None or recipes[i] not in recipes[:i]]
+    if len(lines) > MAX_LINES or sets > MAX_SETS or size > MAX_RESULTS:
+        raise ConfigError(
+            "There are more results than a model card has.",
+            seen=f"{len(lines):,} lines of {sets:,} data sets, {size:,} bytes",
+            do=f"give at most {MAX_LINES:,} lines of {MAX_SETS} data sets, and {MAX_RESULTS:,} bytes",
+        )
+    # With its seeds, a recipe identifies a run.
+    first = {recipe: i for i, recipe in reversed([*enumerate(recipes)])}
+    return [line for i, line in enumerate(lines) if recipes[i] == "null" or first[recipes[i]] == i]
 
 
 def _public(line: Mapping[str, Any]) -> dict[str, Any]:

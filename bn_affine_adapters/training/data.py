@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -42,10 +43,21 @@ class Split:
     label_names: tuple[str, ...]
     name: str = ""  # what it is a split of, e.g. "test" or "100 held out of train"
     codes: Mapping[Any, int] | None = None
+    rows: Sequence[int] | None = None  # where its images are in the whole split, if it is a part of it
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.dataset)
+
+    def part(self, rows: Sequence[int]) -> "Split":
+        """Return the images of these rows."""
+        known = range(len(self)) if self.rows is None else self.rows
+        return replace(self, dataset=self.dataset.select(rows), rows=[known[row] for row in rows])
+
+    def place(self, row: int) -> str:
+        """Return how an error names an image: by its place in the whole split."""
+        whole = self.name.rpartition(" held out of ")[2]
+        return f"image {row if self.rows is None else self.rows[row]}" + (f" of the split {whole}" if whole else "")
 
 
 @dataclass(frozen=True)
@@ -123,8 +135,8 @@ def hold_out(split: Split, count: int) -> tuple[Split, Split]:
         do = "hold out some images, and leave some to train on"
         raise DataError("So many images cannot be held out.", seen=f"{count} of {total}", do=do)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-    out, left = (split.dataset.select(sorted(part.tolist())) for part in (order[:count], order[count:]))
-    return replace(split, dataset=left), replace(split, dataset=out, name=f"{count} held out of {split.name}")
+    out, left = (split.part(sorted(part.tolist())) for part in (order[:count], order[count:]))
+    return left, replace(out, name=f"{count} held out of {split.name}")
 
 
 def numbered(split: Split, names: Sequence[str]) -> Split:
@@ -177,14 +189,26 @@ def decode(
     how = {"crop_pct": 1.0, "crop_mode": "squash", **preparation, "input_size": [channels, height, width]}
     items = _Items(split, evaluation_transform(how), channels)
     labels = _labels(split)
-    if workers is None:  # not threads: PIL holds the interpreter. Only Linux starts processes without a new import.
-        workers = min(len(os.sched_getaffinity(0)), 8) if sys.platform == "linux" and len(labels) >= 4096 else 0
+    workers = _workers(len(labels)) if workers is None else workers
     length = max(1, 2**20 // (channels * height * width))  # 1 MiB a batch fits the small shared memory of a container
     images = torch.empty((len(labels), channels, height, width), dtype=torch.uint8)
     with _naming_images():
         for here, pixels in zip(images.split(length), DataLoader(items, length, num_workers=workers), strict=True):
             here.copy_(pixels)
     return TensorData(images, labels, split.label_names)
+
+
+def readable(split: Split, *, channels: int = 3, workers: int | None = None) -> tuple[Split, list[str]]:
+    """Return the images of a split that can be decoded, and what is wrong with each of the others, by its place.
+
+    Args: as in `decode`; every image is decoded once.
+    """
+    items = _Tried(_Items(split, _no_pixels, channels))
+    loader = DataLoader(items, 64, num_workers=_workers(len(split)) if workers is None else workers, collate_fn=list)
+    problems = [problem for batch in loader for problem in batch]
+    if not any(problems):
+        return split, []
+    return split.part([row for row, problem in enumerate(problems) if not problem]), [*filter(None, problems)]
 
 
 def epoch_order(n: int, data_seed: int, epoch: int, crop_padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,9 +223,14 @@ def epoch_order(n: int, data_seed: int, epoch: int, crop_padding: int = 0) -> tu
 
 
 def steps_per_epoch(n: int, batch_size: int, world: int = 1, accumulation: int = 1) -> int:
-    """Return how many optimiser steps an epoch of n images has; raise DataError or ConfigError if none."""
+    """Return how many optimiser steps an epoch of n images has; raise DataError or ConfigError if none.
+
+    Images that are left at the end are a step of their own if they are two or more for each part, or else belong to the
+    step before: BatchNorm takes no batch of one image where one pixel is left of it.
+    """
     parts = world * accumulation
-    steps = n // batch_size + (n % batch_size >= parts) if batch_size >= parts > 0 else 0
+    full, left = divmod(n, batch_size) if batch_size >= parts > 0 else (0, 0)
+    steps = full + (left >= 2 * parts) if full else int(left >= parts > 0)
     if steps < 1:
         error = DataError if 0 < parts <= batch_size else ConfigError
         seen = f"{n} images, {batch_size=}, {world=}, {accumulation=}"
@@ -219,8 +248,8 @@ def batches(
     A global batch is the ``batch_size`` images of one optimiser step over all processes and accumulation steps. It is
     cut into world * accumulation contiguous parts, equal but for one image; process r gets part a * world + r in
     accumulation step a. Hence each process gets equally many micro-batches, and the parts join to the single process's
-    batch bit for bit. The last global batch of an epoch may be smaller; it is left out if it has less than one image a
-    part. The global mean loss is the sum of ``loss_sum / global_count`` over all parts.
+    batch bit for bit. The last global batch of an epoch may be smaller; if it would have less than two images a part,
+    they belong to the batch before. The global mean loss is the sum of ``loss_sum / global_count`` over all parts.
 
     ``crop_padding`` pads this many black pixels (before normalisation) on each side and crops the old size at random;
     ``flip`` mirrors half of the images. ``mean`` and ``std`` are per channel, of values in 0..1. Source: the paper's
@@ -294,7 +323,7 @@ def _parts(
     """Yield process ``rank``'s parts of the global batches of n images in training, and the size of each batch."""
     steps, parts = steps_per_epoch(n, batch_size, world, accumulation), world * accumulation
     for first in range(first_step * batch_size, steps * batch_size, batch_size):
-        count = min(batch_size, n - first)
+        count = batch_size if first < (steps - 1) * batch_size else n - first
         for part in range(rank, parts, world):
             yield slice(first + part * count // parts, first + (part + 1) * count // parts), count
 
@@ -336,6 +365,7 @@ class _Items(Dataset[Tensor]):
         self.rows = split.dataset.select_columns([split.image_column]).with_format("arrow")
         self.feature = split.dataset.features[split.image_column]
         self.transform, self.channels, self.drawn = transform, channels, drawn
+        self.place = replace(split, dataset=()).place  # without the images, which need not go to a worker twice
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -346,9 +376,36 @@ class _Items(Dataset[Tensor]):
             image = as_mode(self.feature.decode_example(encoded), self.channels)
         except Exception as error:  # PIL raises OSError, ValueError, SyntaxError and more, by format
             path = f" ({encoded['path']})" if isinstance(encoded, dict) and encoded.get("path") else ""
-            raise _UndecodedError(f"image {index}{path}: {' '.join(str(error).split())}") from error
+            raise _UndecodedError(f"{self.place(index)}{path}: {' '.join(str(error).split())}") from error
         with _drawn_from(_seed(*self.drawn, index)) if self.drawn else nullcontext():
             return self.transform(image)
+
+
+class _Tried(Dataset[str | None]):
+    """What is wrong with an image, by row; None if it can be decoded."""
+
+    def __init__(self, items: _Items) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            self.items[index]
+        except _UndecodedError as error:
+            return str(error)
+        return None
+
+
+def _no_pixels(image: Image.Image) -> Tensor:
+    return torch.empty(0)
+
+
+def _workers(images: int) -> int:
+    """Return how many processes decode so many images: not threads, since PIL holds the interpreter."""
+    # Only Linux starts processes without a new import.
+    return min(len(os.sched_getaffinity(0)), 8) if sys.platform == "linux" and images >= 4096 else 0
 
 
 @contextmanager
@@ -394,6 +451,11 @@ def _column(dataset: Any, role: str, given: str | None) -> str:
     plain = [name for name in plain if name in (*usual, given)]
     found = typed or plain if given is None else [name for name in typed + plain if name == given]
     found = found if len(found) < 2 else [name for name in found if name in usual] or found
+    files = getattr(dataset.info, "builder_name", None) == "imagefolder"
+    if role == "label" and given is None and files and set(types.values()) == {"Image"}:
+        what = "The images have no labels: they lie in one folder, or there is a folder of one class alone."
+        do = "a folder for each class, two or more, in train and in test: train/cat, train/dog, test/cat, test/dog"
+        raise DataError(what, seen=f"columns {types}", do=do)
     if len(found) != 1:
         what = f"{len(found)} columns can be {role}_column={given!r}."
         do = f"pass {role}_column=, of type {kind}" + (", integer or string" if role == "label" else "")
@@ -409,12 +471,29 @@ def _classes(name: str, train: Any, test: Any, column: str) -> tuple[tuple[str, 
     if names:
         return tuple(names), None
     if train.features[column].dtype not in NAMED:
-        return tuple(map(str, range(max(_integers(train, column).tolist(), default=-1) + 1))), None
+        return _numbers(name, _integers(train, column)), None
     values, there = (sorted({*split.unique(column)} - {None}) for split in (train, test))
     if unseen := [value for value in there if value not in values]:
         do = "give every class some images to train on"
         raise DataError(f"{name}: the splits' classes differ.", seen=f"in the test split alone: {unseen[:20]}", do=do)
     return tuple(map(str, values)), {value: label for label, value in enumerate(values)}
+
+
+def _numbers(name: str, labels: Tensor) -> tuple[str, ...]:
+    """Return the names of classes that are plain integers: 0, 1, ... up to the largest, each with an image.
+
+    Raises:
+        DataError: a number is left out, as in 0, 1, 5: nobody knows whether that is a class.
+    """
+    there = labels[labels >= 0].unique().tolist()
+    if there != [*range(len(there))]:
+        absent = next(number for number, label in enumerate([*there, -1]) if number != label)
+        raise DataError(
+            f"{name}: the labels are integers that leave numbers out.",
+            seen=f"no image to train on has label {absent}; the largest of {len(there):,} labels is {there[-1]}",
+            do="number the classes 0, 1, 2, ..., or give names: a column of strings, or a ClassLabel",
+        )
+    return tuple(map(str, there))
 
 
 def _integers(dataset: Any, column: str) -> Tensor:
@@ -431,9 +510,23 @@ def _labels(split: Split) -> Tensor:
         values = dataset.select_columns(column).with_format("arrow")[:][column].to_pylist()
         labels = torch.tensor([split.codes.get(value, -1) for value in values], dtype=torch.int64)
     if not len(labels) or labels.min() < 0 or labels.max() >= count:
-        seen = f"{len(labels)} rows, labels {labels.unique()[:20].tolist()} (-1: none), {count} classes"
+        wrong = ((labels < 0) | (labels >= count)).nonzero().flatten()
+        first = f"the first without is {split.place(int(wrong[0]))}; " if len(wrong) else ""
+        seen = f"{first}{len(labels)} rows, labels {labels.unique()[:20].tolist()} (-1: none), {count} classes"
         raise DataError(f"Not every row has a label in {column!r}.", seen=seen, do="choose a split with all labels")
     return labels
+
+
+def check_training(split: Split) -> None:
+    """Warn of classes that no image of a training split has; raise DataError if there is one class alone."""
+    names = split.label_names
+    if len(names) < 2:
+        do = "give images of at least two classes, each class in a folder of its own"
+        raise DataError("There is nothing to tell apart.", seen=f"one class: {', '.join(names)}", do=do)
+    empty = sorted({*range(len(names))} - {*_labels(split).tolist()})
+    if empty:
+        shown = ", ".join(names[label] for label in empty[:20]) + (", ..." if empty[20:] else "")
+        warnings.warn(f"No image to train on is of {len(empty)} of {len(names)} classes: {shown}", stacklevel=2)
 
 
 def _crop_and_flip(images: Tensor, flips: Tensor, offsets: Tensor, padding: int) -> Tensor:

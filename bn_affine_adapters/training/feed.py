@@ -14,7 +14,7 @@ import torch
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from ..errors import BNAdapterError, DataError
+from ..errors import BNAdapterError, DataError, printable
 from ..model.images import completed, evaluation_transform, normaliser
 from .data import (
     Batch,
@@ -25,12 +25,14 @@ from .data import (
     eval_batches,
     load_splits,
     numbered,
+    readable,
     steps_per_epoch,
     stream,
 )
 from .options import DataOptions
 
 EVAL_BATCH = 512
+NAMED = 100  # of the images that are left out
 
 
 def own_options(data_config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -52,6 +54,7 @@ class Feed:
     Attributes:
         label_names: the classes in the order of their labels.
         steps: optimiser steps of an epoch.
+        left_out: how many images of each split cannot be decoded, where these are skipped.
     """
 
     def __init__(self, options: DataOptions, accelerator: Any) -> None:
@@ -69,6 +72,9 @@ class Feed:
         if not options.held_out and self.test.name != options.test_split:
             said = f"no split {options.test_split}: tested on {self.test.name}, {len(self.test):,} images"
             accelerator.print(f"{options.dataset} has {said}", file=sys.stderr)
+        self.left_out: dict[str, int] = {}
+        if options.on_bad_image == "skip":
+            self.train, self.test = self._readable(self.train), self._readable(self.test)
         self.label_names = self.train.label_names
         self.steps = steps_per_epoch(
             len(self.train),
@@ -76,6 +82,16 @@ class Feed:
             world=accelerator.num_processes,
             accumulation=options.accumulation,
         )
+
+    def _readable(self, split: Split) -> Split:
+        """Return the images of a split that can be decoded; count and name the others."""
+        left, problems = readable(split, channels=len(self.options.mean))
+        if problems:
+            self.left_out[split.name] = len(problems)
+            shown = "\n  ".join([*problems[:NAMED], *(["..."] if problems[NAMED:] else [])])
+            said = f"{len(problems):,} of {len(split):,} images of {split.name} cannot be decoded, and are left out:"
+            self.accelerator.print(f"{said}\n  {printable(shown, 10_000)}", file=sys.stderr)
+        return left
 
     def number_classes(self, names: Sequence[str]) -> None:
         """Number the classes in the order of a network's names; those of plain integers stay as they are.

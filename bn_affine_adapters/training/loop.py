@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..adapter.method import BNOnlyConfig
-from ..errors import ConfigError, DivergedError
+from ..errors import ConfigError, DataError, DivergedError
 from ..norms.statistics import sync_norms_
 from .checkpoint import load_checkpoint, save_checkpoint
-from .data import Batch
+from .data import Batch, check_training
 from .divergence import nonfinite_layer, nonfinite_value
 from .features import head_only
 from .feed import Feed, accuracy, side_by_side
@@ -118,6 +118,7 @@ def build(recipe: Recipe, accelerator: Any) -> list[Replicate]:
         do = "one process, or replicates=1"
         raise ConfigError("Replicates side by side train in one process.", seen=f"{accelerator.num_processes}", do=do)
     first = Feed(recipe, accelerator)
+    check_training(first.train)
     replicates = []
     for member in members(recipe):
         config = configuration(member, first.label_names)
@@ -386,12 +387,28 @@ def backward(training: Training, batch: Batch) -> torch.Tensor:
     """Add the gradients of a micro-batch; return its part of the step's mean loss, for each replicate."""
     if training.recipe.compile:
         torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs wrote may be overwritten
-    logits, labels = training.model(batch.images), batch.labels
+    with naming_lone_images(batch):
+        logits, labels = training.model(batch.images), batch.labels
     pairs = zip(logits, labels, strict=True) if training.stacked else [(logits, labels)]
     loss = torch.stack([F.cross_entropy(ours, right, reduction="sum") for ours, right in pairs]) / batch.global_count
     # Processes average their gradients; the gradient of the global mean is the sum of their parts.
     training.accelerator.backward(loss.sum() * training.accelerator.num_processes)
     return loss.detach()
+
+
+@contextmanager
+def naming_lone_images(batch: Batch) -> Iterator[None]:
+    """Turn what torch says of a BatchNorm that has one value per channel into DataError."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            "BatchNorm cannot train on one image of which one pixel is left.",
+            seen=f"{len(batch.labels)} image of {batch.global_count} in this process's part of the batch; {error}",
+            do="a larger batch_size, a smaller accumulation or fewer processes, or a larger image_size",
+        ) from error
 
 
 def finish_epoch(training: Training, epoch: int, losses: list[list[float]]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_choice
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's, of ImageNet
 
@@ -34,12 +34,14 @@ class DataOptions:
     # center, border or squash, as timm says it; by default center where streaming, else squash of the whole image
     crop_mode: str | None = None
     test_crop: float = 0.875  # streaming, or with crop_mode: crop over resized side
+    on_bad_image: str = "stop"  # or "skip": leave out images that cannot be decoded, of both splits
     batch_size: int = 128  # images an optimiser step, over all processes and accumulation steps
     accumulation: int = 1
     channels_last: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse an image size of another kind."""
+        """Refuse an image size of another kind, and unknown words."""
+        check_choice("on_bad_image", self.on_bad_image, ("stop", "skip"))
         sides = self.image_size if isinstance(self.image_size, list) else [self.image_size] * 2
         if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
             raise ConfigError(

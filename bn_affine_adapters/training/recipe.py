@@ -98,6 +98,7 @@ RANGES: dict[str, Range] = {
     "mean": "some of [-1e6, 1e6]", "std": "some of [1e-6, 1e6]", "flip": SWITCH, "crop_padding": "[0, 4096]",
     "crop_scale": "two of (0, 1e3]", "crop_ratio": "two of (0, 1e3]", "crop_mode": (None, *CROP_MODES),
     "test_crop": "[0.1, 2]", "batch_size": "[1, 1e6]", "accumulation": "[1, 1e6]", "channels_last": SWITCH,
+    "on_bad_image": ("stop", "skip"),
     # The network
     "model": TEXT, "model_args": VALUES, "pretrained": SWITCH, "pretrained_file": TEXT,
     "seed": "[0, 18446744073709551616)", "condition": (*CONDITIONS, *FULL_CONDITIONS), "weight_init": WEIGHT_INITS,

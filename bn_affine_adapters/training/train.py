@@ -246,6 +246,7 @@ def result_line(replicate: "Replicate", training: "Training") -> dict[str, Any]:
     return {
         **{key: round(value, 4) for key, value in epochs[-1].items()},
         **({"split": tested} if tested != recipe.test_split else {}),
+        **({"left_out": replicate.feed.left_out} if replicate.feed.left_out else {}),
         "trained": trained,
         "parameters": total,
         **({"skipped_steps": training.skipped} if recipe.skip_nonfinite_steps else {}),

@@ -1,6 +1,8 @@
-"""Mutated adapters: each loads to a verified network or raises our error; none crashes, hangs, or takes the memory.
+"""Mutated adapters, at every door: each is a verified network or our error; none crashes, hangs, or takes the memory.
 
-BNAA_FUZZ=10000 runs so many, BNAA_FUZZ_SEED=1 others. They are loaded in a process of their own, which may die.
+The files of a folder are mutated, and what they are: links, FIFOs, sparse files. No door reads or changes what lies
+outside the folder. BNAA_FUZZ=10000 runs so many, BNAA_FUZZ_SEED=1 others. They are opened in a process of their own,
+which may die.
 """
 
 import ctypes
@@ -9,6 +11,7 @@ import gc
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -16,26 +19,29 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from io import StringIO
 from pathlib import Path
 
-import peft
+import huggingface_hub
 import psutil
 import pytest
 import timm
 import torch
+from doors import DOORS, WRITING
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load as parse
 
-from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters import BNAdapterError, BNOnlyConfig, get_bn_only_model
 from bn_affine_adapters.adapter.limits import BUILD_SECONDS
 from bn_affine_adapters.adapter.rebuild import verify
 from bn_affine_adapters.adapter.tensors import digest_of
 from bn_affine_adapters.settings import bare
+from bn_affine_adapters.sharing.handwritten import marked
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc/self")
 
@@ -51,7 +57,9 @@ BASES = {
     "vit": ("test_vit", {"num_classes": 3, "img_size": 32}, {}, 32),
     "control": ("test_resnet", {}, {"control": "two_weights", "train_gamma": False, "train_beta": False}, 32),
 }
-DOORS = ("load", "load", "load", "load", "load", "load", "given", "peft", "peft", "add")
+LOADING = ("load", "given", "peft", "beside")
+CHOICES = [*["load"] * 4, *DOORS]
+SECRET = "what lies outside the folder"
 
 
 # -- what is loaded: real adapters, and what is done to them
@@ -132,14 +140,36 @@ ON_HEADER = st.one_of(
     st.tuples(st.just("fill"), AT, st.integers(0, 255)),
     st.tuples(st.just("length"), st.sampled_from([0, 1, -1, 100, 10**6, 2**40, 2**63])),
 )
+NAMES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "README.md", "results.json", "gamma.png", ".eval_results", "x"]
+NAME = st.sampled_from(NAMES)
+TARGETS = ["../outside/{}", "/absolute/outside/{}", "..", ".", "{}", "x", "not/there", "/dev/zero", "/proc/self/mem"]
+CARD = ["", "text", "---\n---\n", "---\na: &a [x, x]\nb: *a\n---\n", "---\na: &a [*a]\n---\n", "---\ntags: x\n---\n"]
+CARD += ["---\na: " + "[" * 5000, "---\na: " + "[" * 5000 + "]" * 5000 + "\n---\n", "---\n? [x]\n: x\n---\n"]
+CARD += ["---\na: 0x" + "f" * 9999 + "\n---\n", "---\na: .nan\nmodel-index: 5\n---\n", "\n" * 10**5, "\ud800"]
+CARD += ["---\nmodel-index:\n- name: x\n  results: [{}, 5, [x]]\n---\n" + marked("x"), marked("x") + "x"]
+CARD += ["<!-- bn-adapters:begin -->\n" * 999]
+LINE = st.fixed_dictionaries({"dataset": TEXT, "top1": st.sampled_from(NUMBERS)}, optional={
+    "split": ANY, "top5": ANY, "command": TEXT, "recipe": ANY, "seed": ANY})  # fmt: skip
+ON_FOLDER = st.one_of(
+    st.tuples(st.just("link"), NAME, st.sampled_from(TARGETS)),
+    st.tuples(st.just("FIFO"), NAME),
+    st.tuples(st.just("folder"), NAME),
+    st.tuples(st.just("sparse"), NAME, st.sampled_from([10**4, 10**7, 7 * 10**8, 3 * 10**9, 10**12])),
+    st.tuples(st.just("values"), st.sampled_from([10**4, 10**6, 2**27, 2**29, 2**34])),
+    st.tuples(st.just("remove"), NAME),
+    st.tuples(st.just("card"), st.sampled_from(CARD)),
+    st.tuples(st.just("results"), st.lists(LINE, max_size=3) | ANY),
+)
+ON_FILES = st.lists(ON_FOLDER, min_size=1, max_size=3)
 CASES = st.tuples(
     st.sampled_from(sorted(BASES)),
-    st.sampled_from(DOORS),
-    st.lists(ON_CONFIG, max_size=3),
+    st.sampled_from(CHOICES),
+    st.lists(ON_CONFIG, max_size=3) | st.just([]),
     RARELY,
     st.lists(ON_HEADER, max_size=2) | st.just([]),
     RARELY,
-)
+    ON_FILES | st.just([]) | st.just([]),
+) | st.tuples(st.sampled_from(sorted(BASES)), st.sampled_from([*DOORS, *WRITING]), *[st.just([])] * 4, ON_FILES)
 
 
 def change_config(content, op, key, *how):
@@ -210,7 +240,7 @@ def change_bytes(text, op, at, value):
 
 def mutate(originals, case):
     """Return the bytes of a configuration and of a safetensors file."""
-    base, _, on_config, on_text, on_header, on_bytes = case
+    base, _, on_config, on_text, on_header, on_bytes, _ = case
     config, tensors = originals[base]
     weights, content = mutated_tensors(tensors, on_header, on_bytes), json.loads(config)
     with suppress(Exception):  # as a stranger does who writes both files; what cannot be read has no digest
@@ -243,24 +273,75 @@ def mutated_tensors(tensors, on_header, on_bytes):
     return weights
 
 
-# -- loading, in a process of its own
+def write_folder(originals, case, target):
+    """Write a mutated adapter; beside it lies a folder "outside" with files of the same names."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for name, content in zip((CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), mutate(originals, case), strict=True):
+        (target / name).write_bytes(content)
+    for op in case[-1]:
+        # What PEFT itself reads before it comes to this package is bounded by nobody.
+        if op[:2] != ("sparse", CONFIG_NAME) or case[1] != "peft":
+            with suppress(OSError):  # an earlier change left nothing that this one fits
+                change_folder(target, *op)
 
 
-def load(folder, base, door):
-    """Return "loaded", the class of our error, or what is wrong; folder holds an adapter made from BASES[base]."""
-    architecture, args, config, side = BASES[base]
-    network = None if door == "load" else timm.create_model(architecture, **args)
+def change_folder(target, op, *how):
+    names = {"values": SAFETENSORS_WEIGHTS_NAME, "card": "README.md", "results": "results.json"}
+    path = target / (names.get(op) or how[0])
+    if op not in ("sparse", "values") or not path.is_file() or path.is_symlink():
+        path.unlink(missing_ok=True)
+    if op == "link":
+        path.symlink_to(how[1].format(path.name).replace("/absolute", str(target.parent)))
+    elif op == "FIFO":
+        os.mkfifo(path)
+    elif op == "folder":
+        path.mkdir()
+    elif op == "sparse":
+        path.touch()
+        os.truncate(path, how[1])
+    elif op == "values" and path.stat().st_size < 10**8:
+        claim(path, how[0])
+    elif op == "card":
+        path.write_bytes(how[0].encode(errors="surrogatepass"))
+    elif op == "results":
+        path.write_text(json.dumps(how[0]))
+
+
+def claim(path, values):
+    """Let a norm layer's gamma claim so many values, as many as the file then has."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    with suppress(ValueError):  # mutated before
+        header, end = json.loads(content[8 : 8 + size]), len(content) - 8 - size
+        entry = {"dtype": "F32", "shape": [values], "data_offsets": [end, end + 4 * values]}
+        head = json.dumps({**header, "base_model.model.bn1.bn_only_layers.alpha": entry}).encode()
+        path.write_bytes(len(head).to_bytes(8, "little") + head + content[8 + size :])
+        os.truncate(path, 8 + len(head) + end + 4 * values)
+
+
+def lay_outside(target):
+    """Lay files outside a folder that no door may read or change; return them."""
+    outside = target.parent / "outside"
+    shutil.rmtree(outside, ignore_errors=True)
+    outside.mkdir()
+    for name, content in zip((CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), originals()["cifar"], strict=True):
+        (outside / name).write_bytes(content)
+    (outside / "README.md").write_text(SECRET)
+    (outside / "results.json").write_text(json.dumps([{"dataset": SECRET, "top1": 50}]))
+    return {path: path.read_bytes() for path in outside.rglob("*")}
+
+
+# -- opening, in a process of its own
+
+
+def enter(folder, base, door, token=None):
+    """Return "loaded", "read", the class of our error, or what is wrong; folder holds one made from BASES[base]."""
+    architecture, args, *_ = BASES[base]
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, redirect_stdout(StringIO()) as printed:
             warnings.simplefilter("always")
-            if door in ("load", "given"):
-                model, name = load_bn_only_model(folder, network), "default"
-            elif door == "peft":
-                model, name = peft.PeftModel.from_pretrained(network, folder), "default"
-            else:
-                model, name = get_bn_only_model(network, BNOnlyConfig(seed=0, **config)), "two"
-                model.load_adapter(folder, name)
-                model.set_adapter(name)
+            found = DOORS[door](folder, partial(timm.create_model, architecture, **args), token)
     except BNAdapterError as error:
         whole = error.what and error.seen and error.do and "\x1b" not in str(error)
         return type(error).__name__ if whole else f"not as our errors are: {error!r}"
@@ -268,14 +349,22 @@ def load(folder, base, door):
         if door == "peft" and _before_us(error, folder):
             return "refused by PEFT itself"
         return "foreign: " + "".join(traceback.format_exception(error))[-3000:]
+    if door not in LOADING:
+        return "strange output" if SECRET in printed.getvalue() or "\x1b" in printed.getvalue() else "read"
     missing = [str(w.message)[:300] for w in caught if "missing" in str(w.message)]
-    if missing:
-        return f"warned: {missing[0]}"
+    return (
+        f"warned: {missing[0]}" if missing else network_problem(found, "two" if door == "beside" else "default", base)
+    )
+
+
+def network_problem(model, name, base):
+    """Return "loaded" if a model is the verified network of the adapter of this name, or what is wrong with it."""
+    model.set_adapter(name)
     found = model.peft_config[name]
     if found.verify != "full" or found.fresh:
         return f"not verified: verify={found.verify}"
     verify(model.get_base_model(), found)
-    channels = found.model_args.get("in_chans", 3)
+    channels, side = found.model_args.get("in_chans", 3), BASES[base][-1]
     try:
         logits = model.eval()(torch.zeros(1, channels, side, side))
     except Exception as error:  # a setting that changes no tensor and verifies, such as another stride
@@ -288,8 +377,11 @@ def _before_us(error, folder):
     frames = [Path(frame.filename).parts[-2:] for frame in traceback.extract_tb(error.__traceback__)]
     if any(parts[0] == "bn_affine_adapters" for parts in frames):
         return False
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file() or path.stat().st_size > BYTES:
+        return True
     try:
-        return json.loads((Path(folder) / CONFIG_NAME).read_text())["peft_type"] != "BN_ONLY"
+        return json.loads(path.read_text())["peft_type"] != "BN_ONLY"
     except (ValueError, KeyError, TypeError, RecursionError):
         return True
 
@@ -300,8 +392,9 @@ def kilobytes(key):
 
 
 def serve(loader, pipe):
-    """Load what is asked for, and answer (outcome, processor seconds, growth of the peak in bytes)."""
+    """Open what is asked for, and answer (outcome, processor seconds, growth of the peak in bytes)."""
     torch.set_num_threads(1)
+    huggingface_hub.constants.HF_HUB_DISABLE_XET = True  # its client remembers what a Hub had that is new again
     pipe.send("ready")  # what was imported is no part of a load
     while (request := pipe.recv()) is not None:
         gc.collect()
@@ -318,13 +411,13 @@ def serve(loader, pipe):
 
 
 class Server:
-    """A process that loads; another one takes its place when it dies or is killed because it hangs.
+    """A process that opens folders; another one takes its place when it dies or is killed because it hangs.
 
-    Bounds are of processor time, so that a busy machine hangs nothing.
+    Bounds are of processor time, so that a busy machine hangs nothing; one that takes none for long only waits.
     """
 
-    def __init__(self, loader=load, limit=None, method="spawn"):
-        self.loader, self.method, self.process = loader, method, None
+    def __init__(self, loader=enter, limit=None, method="spawn", idle=30.0):
+        self.loader, self.method, self.process, self.idle = loader, method, None, idle
         self.limit = limit or self.honest_limit()
 
     def honest_limit(self):
@@ -348,14 +441,17 @@ class Server:
         if self.process is None:
             self.start()
         self.pipe.send(request)
-        clock, start = psutil.Process(self.process.pid), time.monotonic()
-        used = sum(clock.cpu_times()[:2])
+        clock = psutil.Process(self.process.pid)
+        used, last, since = sum(clock.cpu_times()[:2]), 0.0, time.monotonic()
         try:
             while not self.pipe.poll(0.1):
                 seconds = sum(clock.cpu_times()[:2]) - used
-                if seconds > 3 * self.limit or time.monotonic() - start > 600:  # one that only waits
+                if seconds > last:
+                    last, since = seconds, time.monotonic()
+                waits = time.monotonic() - since
+                if seconds > 3 * self.limit or waits > self.idle:
                     self.stop()
-                    return f"hang: over {seconds:.1f} s", seconds, 0
+                    return f"hang: over {seconds:.1f} s, and {waits:.1f} s of waiting", seconds, 0
             return self.pipe.recv()
         except (EOFError, OSError, psutil.Error):
             self.process.join(60)
@@ -374,6 +470,7 @@ class Server:
 @dataclass
 class Summary:
     outcomes: Counter = field(default_factory=Counter)
+    doors: Counter = field(default_factory=Counter)
     seconds: float = 0.0
     grown: int = 0
 
@@ -383,6 +480,7 @@ class Summary:
 
     def __str__(self):
         found = ", ".join(f"{n:,} {outcome}" for outcome, n in self.outcomes.most_common())
+        found += "; " + ", ".join(f"{n:,} at {door}" for door, n in self.doors.most_common())
         return f"{self.count:,} adapters: {found}; slowest {self.seconds:.2f} s, most memory {self.grown / 1e6:.0f} MB"
 
 
@@ -392,33 +490,45 @@ REFUSED |= {kind.__name__ for family in BNAdapterError.__subclasses__() for kind
 
 def complaint(outcome, seconds, grown, limit):
     """Return what is wrong with how one adapter was loaded, or None."""
-    if not outcome.startswith(("loaded", "refused by PEFT")) and outcome not in REFUSED:
+    if not outcome.startswith(("loaded", "read", "refused by PEFT")) and outcome not in REFUSED:
         return outcome
     if seconds > limit:
         return f"{outcome} after {seconds:.1f} s of processor time, of {limit:.1f}"
     return f"{outcome} with {grown / 1e6:.0f} MB more" if grown > BYTES else None
 
 
-def fuzz(count, folder, server, phases=(Phase.generate, Phase.shrink)):
-    """Load so many mutated adapters; raise AssertionError with the first that is not as it should be."""
+def trespass(target, outside, hub):
+    """Return what was done outside the folder, or taken from there, or None."""
+    if {path: path.read_bytes() for path in target.parent.glob("outside/**/*")} != outside:
+        return "a file outside was changed"
+    written = [path for path in target.rglob("*") if path.is_file() and not path.is_symlink()]
+    held = [path.read_bytes() for path in written if path.stat().st_size < 10**8]
+    held += [hub.content(blob) for repo in hub.repos.values() for blob in repo.tree().values()]
+    return "a file outside was read" if any(SECRET.encode() in content for content in held) else None
+
+
+def fuzz(count, folder, server, hub, phases=(Phase.generate, Phase.shrink)):
+    """Open so many mutated adapters; raise AssertionError with the first that is not as it should be."""
     summary = Summary()
     target = folder / "mutated"
-    target.mkdir()
+    outside, token = lay_outside(target), hub.token("alice")
 
     @seed(SEED)
     @settings(max_examples=count, deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck))
     @given(case=CASES)
     def check(case):
-        files = mutate(originals(), case)
-        for name, content in zip((CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME), files, strict=True):
-            (target / name).write_bytes(content)
-        outcome, seconds, grown = server.ask(str(target), case[0], case[1])
+        write_folder(originals(), case, target)
+        outcome, seconds, grown = server.ask(str(target), case[0], case[1], token)
         summary.outcomes[outcome.partition(":")[0]] += 1
+        summary.doors[case[1]] += 1
         summary.seconds, summary.grown = max(summary.seconds, seconds), max(summary.grown, grown)
         if summary.count % 1000 == 0:
             print(summary, flush=True)
-        wrong = complaint(outcome, seconds, grown, server.limit)
-        assert wrong is None, f"{wrong}\nthe adapter lies in {target}, made by mutate(originals(), {case!r})"
+        wrong = complaint(outcome, seconds, grown, server.limit) or trespass(target, outside, hub)
+        if wrong:  # so that the next case is told by itself
+            lay_outside(target)
+            hub.reset()
+        assert wrong is None, f"{wrong}\nthe adapter lies in {target}, made by write_folder(originals(), {case!r}, ...)"
 
     check()
     return summary
@@ -435,23 +545,25 @@ def server():
     found.stop()
 
 
-def test_mutated_adapters_load_to_a_verified_network_or_are_refused(server, tmp_path, record_property):
-    summary = fuzz(COUNT, tmp_path, server)
+def test_mutated_adapters_load_to_a_verified_network_or_are_refused(server, hub, tmp_path, record_property):
+    summary = fuzz(COUNT, tmp_path, server, hub)
     record_property("mutated adapters", summary.count)
     print(f"{summary}; limit {server.limit:.1f} s")
     refusals = {outcome for outcome in summary.outcomes if outcome in REFUSED}
     assert summary.count >= 0.95 * COUNT
     assert summary.outcomes["loaded"] >= COUNT / 50, "hardly any mutated adapter loads: nothing is looked at in depth"
+    assert summary.outcomes["read"] >= COUNT / 50, "hardly any mutated adapter is read"
+    assert len(summary.doors) >= (5 if COUNT < 1000 else len(DOORS))
     assert len(refusals) >= (6 if COUNT < 1000 else 10), refusals
     assert summary.seconds > 0
     assert summary.grown > 0
 
 
-def test_the_adapters_load_before_they_are_mutated(server, tmp_path):
+def test_the_adapters_come_in_before_they_are_mutated(server, hub, alice, tmp_path):
     adapters(tmp_path)
-    found = {(base, door): server.ask(str(tmp_path / base), base, door)[0] for base in BASES for door in {*DOORS}}
-    assert set(found.values()) == {"loaded"}, found
-    assert len(found) == 20
+    found = {(base, door): server.ask(str(tmp_path / base), base, door, alice)[0] for base in BASES for door in DOORS}
+    assert found == {(base, door): "loaded" if door in LOADING else "read" for base, door in found}
+    assert len(found) == 45
 
 
 LIMIT = 0.4  # of what follows, in seconds of processor time
@@ -465,6 +577,11 @@ def crashing(*request):
 def hanging(*request):
     while True:
         pass
+
+
+def waiting(folder, *request):
+    os.mkfifo(f"{folder}/pipe")
+    Path(folder, "pipe").read_bytes()
 
 
 def foreign(*request):
@@ -482,6 +599,16 @@ def slow(*request):
     return "loaded"
 
 
+def overwriting(folder, *request):
+    Path(folder, "../outside/README.md").write_text("owned")
+    return "read"
+
+
+def leaking(folder, *request):
+    shutil.copy(Path(folder, "../outside/README.md"), folder)
+    return "read"
+
+
 def silent(*request):
     return "not verified: verify=off"
 
@@ -491,19 +618,22 @@ def silent(*request):
     [
         (crashing, "crash: exit code -11"),
         (hanging, "hang: over 1."),
+        (waiting, r"hang: over 0\.\d s, and 1\.\d s of waiting"),
         (foreign, "foreign: KeyError: 'stranger'"),
         (greedy, "MB more"),
         (slow, r"loaded after 0\.[6-9] s of processor time, of 0\.4"),
         (silent, "not verified"),
+        (overwriting, "a file outside was changed"),
+        (leaking, "a file outside was read"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_the_fuzzer_notices(loader, words, tmp_path):
+def test_the_fuzzer_notices(loader, words, hub, tmp_path):
     # Forked, because these load nothing and need not import what a load needs.
-    server = Server(loader, 10 if loader is greedy else LIMIT, method="fork")
+    server = Server(loader, 10 if loader is greedy else LIMIT, method="fork", idle=1.0)
     try:
         with pytest.raises(AssertionError, match=words) as caught:
-            fuzz(1, tmp_path, server, phases=[Phase.generate])
+            fuzz(1, tmp_path, server, hub, phases=[Phase.generate])
     finally:
         server.stop()
-    assert "made by mutate(originals(), (" in str(caught.value)
+    assert "made by write_folder(originals(), (" in str(caught.value)

@@ -27,11 +27,14 @@ from bn_affine_adapters.training.data import (
     TensorData,
     batches,
     check_classes,
+    check_training,
     decode,
     epoch_order,
     eval_batches,
+    hold_out,
     load_splits,
     numbered,
+    readable,
     steps_per_epoch,
     stream,
 )
@@ -177,10 +180,13 @@ def test_a_broken_image_is_named(digits, refused, workers):
     cells = split.dataset.to_dict()
     cells["image"][2]["bytes"] = cells["image"][2]["bytes"][:40]
     broken = replace(split, dataset=datasets.Dataset.from_dict(cells, features=split.dataset.features))
-    with refused(DataError, "image 2"):
+    with refused(DataError, "image 2 of the split test"):
         decode(broken, size=8, workers=workers)
-    with refused(DataError, "image 2"):
+    with refused(DataError, "image 2 of the split test"):
         list(stream(broken, T.pil_to_tensor, batch_size=2, epoch=None, workers=workers))
+    left, out = hold_out(broken, 1)  # in either part it is called by its place in the whole split
+    with refused(DataError, "image 2 of the split test"):
+        decode(left if 2 in left.rows else out, size=8, workers=workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -190,8 +196,31 @@ def test_a_broken_file_is_named_by_its_path(digits, refused, tmp_path, workers):
         digits[1].dataset[i]["image"].save(tmp_path / f"train/{i % 2}/{i}.png")
     (tmp_path / "train/1/3.png").write_bytes(b"no image")
     train, _ = load_splits(str(tmp_path), held_out=1)
-    with refused(DataError, str(Path("1", "3.png"))):
+    with refused(DataError, str(Path("1", "3.png")), "of the split train"):
         decode(train, size=8, workers=workers)
+    with refused(DataError, str(Path("1", "3.png")), "of the split train"):
+        list(stream(train, T.pil_to_tensor, batch_size=2, epoch=0, workers=workers))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_truncated_image_is_named_when_it_is_streamed(digits, refused, kind):
+    images = [digits[1].dataset[i]["image"].resize((64, 64)) for i in range(4)]
+    split = coded(digits[1], images, kind)
+    cells = split.dataset.to_dict()
+    cells["image"][2]["bytes"] = cells["image"][2]["bytes"][: len(cells["image"][2]["bytes"]) * 2 // 3]
+    broken = replace(split, dataset=datasets.Dataset.from_dict(cells, features=split.dataset.features))
+    for epoch in (0, None):
+        with refused(DataError, "image 2 of the split test"):
+            list(stream(broken, T.pil_to_tensor, batch_size=2, epoch=epoch))
+    left, problems = readable(broken)
+    assert (len(left), left.rows, len(problems)) == (3, [0, 1, 3], 1)
+    assert problems[0].startswith("image 2 of the split test: ")
+    assert torch.equal(decode(left, size=64).labels, decode(split, size=64).labels[[0, 1, 3]])
+
+
+def test_images_that_all_decode_are_all_kept(digits):
+    left, problems = readable(digits[1], workers=2)
+    assert (left, problems) == (digits[1], [])
 
 
 def test_a_folder_of_image_files_is_a_data_set(digits, tmp_path):
@@ -219,8 +248,33 @@ def test_integer_labels_are_classes_up_to_the_largest_in_train(digits, folder, r
     assert load_splits(folder(train=train, test=test))[1].label_names == tuple("0123456789")
     few = load_splits(folder(train=train.filter(lambda row: row["label"] < 8), test=test))
     assert few[1].label_names == tuple("01234567")
-    with refused(DataError, "9"):
+    with refused(DataError, "9", "the first without is image 1 of the split test"):
         decode(few[1], size=8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "word"),
+    [([0, 100_000], "label 1"), ([0, 2**40], "label 1"), ([1, 2], "label 0"), ([0, 1, 5], "label 2")],
+)
+def test_integer_labels_that_leave_numbers_out_are_refused(labels, word, digits, folder, refused):
+    """They are no names of classes, and 2**40 of these would fill the memory."""
+    rows = digits[1].dataset.select(range(6)).remove_columns("label")
+    path = folder(train=rows.add_column("label", [labels[i % len(labels)] for i in range(6)]))
+    with refused(DataError, word, f"is {labels[-1]}", "ClassLabel"):
+        load_splits(path)
+
+
+def test_labels_that_leave_numbers_out_may_have_names(digits, folder, recwarn):
+    kind = datasets.ClassLabel(names=["ant", "bee", "cat", "dog"])
+    rows = digits[1].dataset.select(range(6)).remove_columns("label")
+    path = folder(train=rows.add_column("label", [0, 3] * 3, feature=kind))
+    train, _ = load_splits(path, held_out=2)
+    assert train.label_names == ("ant", "bee", "cat", "dog")
+    with pytest.warns(UserWarning, match="No image to train on is of 2 of 4 classes: bee, cat"):
+        check_training(train)
+    recwarn.clear()
+    check_training(digits[0])
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
@@ -320,14 +374,31 @@ def test_the_parts_of_all_processes_join_to_the_single_batch_bit_for_bit(held_ou
         assert {part.global_count for rank in parts for part in rank} == {batch.global_count} == {sum(counts)}
 
 
-def test_the_last_batch_is_kept_unless_too_small_to_share(held_out):
+def test_images_that_are_left_join_the_last_batch_unless_there_are_two_for_each_part(held_out):
     assert steps_per_epoch(50_000, 128) * 160 == 62_560
-    cases = [({}, 5), ({"world": 3}, 5), ({"world": 2, "accumulation": 2}, 4)]
-    for share, steps in cases:
+    cases = [({}, 5, 3), ({"world": 2}, 4, 92), ({"world": 3}, 4, 92), ({"world": 2, "accumulation": 2}, 4, 92)]
+    for share, steps, last in cases:
         made = list(batches(held_out, batch_size=89, **share, **PLAIN))
         assert len(made) == steps * share.get("accumulation", 1)
         assert steps_per_epoch(359, 89, **share) == steps
-        assert made[-1].global_count == (3 if steps == 5 else 89)
+        assert made[-1].global_count == last
+
+
+@pytest.mark.parametrize("n", [8, 9, 10, 16, 17, 18, 23])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_no_image_is_left_out_and_none_is_alone(held_out, n, parts):
+    few = TensorData(held_out.images[:n], held_out.labels[:n], held_out.label_names)
+    ranks = [list(batches(few, batch_size=8, rank=rank, world=parts, **PLAIN)) for rank in range(parts)]
+    sizes = [len(batch.labels) for rank in ranks for batch in rank]
+    assert sum(sizes) == n
+    assert min(sizes) > 1
+    assert max(sum(len(batch.labels) for batch in step) for step in zip(*ranks, strict=True)) <= 8 + 2 * parts - 1
+
+
+def test_fewer_images_than_a_batch_are_one_step():
+    assert [steps_per_epoch(n, 8) for n in (1, 2, 7, 8, 9, 10)] == [1, 1, 1, 1, 1, 2]
+    assert [steps_per_epoch(n, 1) for n in (1, 2, 3)] == [1, 2, 3]
+    assert [steps_per_epoch(n, 8, 4) for n in (4, 7, 8, 15, 16)] == [1, 1, 1, 1, 2]
 
 
 @pytest.mark.parametrize(("size", "padding", "flip"), [(8, 2, True), (8, 0, True), (8, 1, False), (32, 4, True)])
@@ -598,6 +669,21 @@ def test_a_fifth_is_held_out_of_a_folder_of_classes_alone(digits, tmp_path, refu
     for asked in ("val", "page"):
         with refused(DataError, f"lacks ['{asked}']", "splits ['train']"):
             load_splits(path, test_split=asked)
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("",)])
+def test_folders_of_one_class_have_no_labels_and_are_told_so(digits, tmp_path, splits, refused):
+    """`datasets` makes no label column of one folder's name."""
+    path = picture_folder(digits, tmp_path, *splits, classes=("cat",))
+    with refused(DataError, "a folder of one class alone", "train/cat, train/dog"):
+        load_splits(path)
+
+
+def test_one_class_is_nothing_to_train(digits, folder, refused):
+    rows = digits[1].dataset.remove_columns("label").add_column("label", ["cat"] * 359)
+    train, _ = load_splits(folder(train=rows))
+    with refused(DataError, "one class: cat"):
+        check_training(train)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: is its batch that of the CPU?")

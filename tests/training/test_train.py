@@ -17,7 +17,9 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 
 from bn_affine_adapters import reinit_
 from bn_affine_adapters.errors import AdapterFileError, ConfigError, DataError, OutputFolderError, UnknownKeyError
@@ -358,6 +360,68 @@ def test_a_data_set_that_cannot_be_found_is_one_clear_error(train, tmp_path):
     with pytest.raises(DataError, match="no-such-folder"):
         tiny(train, tmp_path / "run", "dataset=./no-such-folder")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Make a folder of so many digits in two classes, and four of each to test on."""
+
+    def make(count):
+        images = load_digits().images
+        for split, rows in (("train", range(count)), ("test", range(8))):
+            for i in rows:
+                (folder := tmp_path / "pictures" / split / ("cat", "dog")[i % 2]).mkdir(parents=True, exist_ok=True)
+                Image.fromarray((images[i] * 15).astype("uint8")).resize((16, 16)).save(folder / f"{i}.png")
+        return tmp_path / "pictures"
+
+    return make
+
+
+SMALL = ("model=resnet18", "image_size=16", "batch_size=8")
+
+
+@pytest.mark.parametrize("lean", ["null", "exact"])
+def test_a_last_image_alone_joins_the_batch_before(lean, train, pictures, tmp_path):
+    """In BatchNorm it would have one pixel: torch refuses to train on it."""
+    result = tiny(train, tmp_path / "run", f"dataset={pictures(17)}", *SMALL, f"lean={lean}")
+    assert len(result["first_losses"]) == 2
+
+
+def test_a_batch_of_one_pixel_is_refused(train, pictures, tmp_path, refused):
+    with refused(DataError, "BatchNorm cannot train on one image", "batch_size"):
+        tiny(train, tmp_path / "run", f"dataset={pictures(3)}", *SMALL, "batch_size=1")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_that_cannot_be_decoded_are_left_out_counted_and_named(
+    streaming, train, validate, pictures, tmp_path, refused, capsys
+):
+    folder = pictures(20)
+    for broken in ("train/cat/4.png", "train/dog/7.png", "test/dog/1.png"):
+        (folder / broken).write_bytes((folder / broken).read_bytes()[:60])
+    how = [f"dataset={folder}", "model=test_resnet", "batch_size=6", f"streaming={str(streaming).lower()}", "workers=0"]
+    with refused(DataError, "of the split t"):
+        tiny(train, tmp_path / "stopped", *how)
+    capsys.readouterr()
+    result = tiny(train, tmp_path / "run", *how, "on_bad_image=skip")
+    assert result["left_out"] == {"train": 2, "test": 1}
+    assert len(result["first_losses"]) == 3
+    said = capsys.readouterr().err
+    assert "2 of 20 images of train cannot be decoded, and are left out" in said
+    assert "1 of 8 images of test" in said
+    assert all(name in said for name in ("4.png", "7.png", "1.png"))
+    found = validate.run(validate.read_options([result["adapter"], f"dataset={folder}", "on_bad_image=skip"]))
+    assert found["images"] == 7
+    with refused(ConfigError, "on_bad_image has no such value"):
+        train.read_recipe(["on_bad_image=leave"])
+
+
+def test_a_class_without_an_image_to_train_on_is_named(train, pictures, tmp_path):
+    folder = pictures(20)
+    (folder / "test" / "owl").mkdir()
+    (folder / "test" / "cat" / "0.png").rename(folder / "test" / "owl" / "0.png")
+    with pytest.warns(UserWarning, match="No image to train on is of 1 of 3 classes: owl"):
+        tiny(train, tmp_path / "run", f"dataset={folder}", "model=test_resnet", "batch_size=8")
 
 
 def test_mixed_precision_checkpoints_trackers_and_result_files_work_together(train, tmp_path):
