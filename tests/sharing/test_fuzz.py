@@ -395,10 +395,12 @@ def serve(loader, pipe):
     """Open what is asked for, and answer (outcome, processor seconds, growth of the peak in bytes)."""
     torch.set_num_threads(1)
     huggingface_hub.constants.HF_HUB_DISABLE_XET = True  # its client remembers what a Hub had that is new again
-    pipe.send("ready")  # what was imported is no part of a load
+    gc.collect()
+    gc.freeze()  # what was imported, or forked from a process that has fuzzed for long, is no part of a load
+    pipe.send("ready")
     while (request := pipe.recv()) is not None:
         gc.collect()
-        gc.freeze()  # so that the next collection need not go through all that was imported
+        gc.freeze()  # so that the next collection need not go through it again
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before, start = kilobytes("VmRSS"), time.process_time()
