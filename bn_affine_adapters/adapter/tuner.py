@@ -36,6 +36,7 @@ from .control import Control, controlled
 from .layer import BNOnlyLayer, adapter_layers
 from .limits import bounded
 from .method import BNOnlyConfig
+from .mixed import Batch, Mixture, batch_of
 from .rebuild import (
     build,
     check_rebuild,
@@ -62,6 +63,7 @@ class BNOnlyTuner(BaseTuner):
     lean: Report | None = None  # what lean training saves, while it is on
     wrapped: dict[str, Traits]  # the network's traits when it was wrapped
     _base_classes: int | None = None  # of the network without an adapter
+    mixture: Mixture  # the batch of several adapters that runs, if one does
     _loading = False  # whether the adapter that is injected comes from a file
     prefix = TUNER_PREFIX
     tuner_layer_cls = BNOnlyLayer
@@ -83,7 +85,7 @@ class BNOnlyTuner(BaseTuner):
             if not config.built_here:
                 check_network(model)
                 check_wrappable(model)
-            self.wrapped = traits(model)
+            self.wrapped, self.mixture = traits(model), Mixture()
             self._base_classes = getattr(model, "num_classes", None)
         self._check_network(model, config, first)
         # Up to here nothing has changed the network; all checks that need no redrawing have passed.
@@ -212,7 +214,15 @@ class BNOnlyTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate an adapter. Args: as in `peft.PeftModel.set_adapter`."""
-        super().set_adapter(adapter_name, inference_mode)
+        # PEFT's own method would walk the copies of all adapters.
+        layers = list(adapter_layers(self.model))
+        if merged := [layer for layer in layers if layer.merged_adapters]:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            for layer in merged:
+                layer.unmerge()
+        for layer in layers:
+            layer.set_adapter(adapter_name, inference_mode)
+        self.active_adapter = adapter_name
         self._follow_classes()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -229,6 +239,15 @@ class BNOnlyTuner(BaseTuner):
         config = self.peft_config.get(names[0]) if len(names) == 1 else None
         own = config.model_args.get("num_classes") if config is not None and config.train_head else None
         self.model.num_classes = self._base_classes if own is None else own
+
+    @torch.compiler.disable
+    @torch.inference_mode(False)
+    def batch_of(self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """Check the adapters named for the images of a batch, and prepare the layers for them: see `mixed`."""
+        layers = list(adapter_layers(self.model))
+        for layer in layers:
+            layer.mixture = self.mixture
+        return batch_of(self.model, layers, self.peft_config, names, [*args, *kwargs.values()])
 
     def _check_merge(self, names: list[str], safe_merge: bool) -> None:
         """Raise AdapterError before anything changes if there is no such adapter, or it is not safe to merge."""
