@@ -247,8 +247,9 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
             return self._read(name)
 
     def _read(self, name: str) -> Any:
-        value = getattr(self.active_module(), name)
-        if isinstance(value, torch.Tensor) and self.mixture is not None and self.mixture.now() is not None:
+        batch = None if self.mixture is None else self.mixture.now()
+        value = getattr(self.active_module() if batch is None else self.base_layer, name)
+        if batch is not None and isinstance(value, torch.Tensor) and batch.has_any(self.configs):
             raise impossible(self, f"the network reads its {name}", "is called, and its tensors are not read")
         return value
 

@@ -5,7 +5,7 @@ A norm layer gathers a scale and a shift per image (`norms.scale_shift`). Other 
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,6 +42,10 @@ class Batch:
     parts: list[tuple[int, Tensor]]
     widths: list[int] | None
     known: bool
+
+    def has_any(self, names: Collection[str]) -> bool:
+        """Tell whether an image has one of these adapters."""
+        return any(self.order[row] in names for row, _ in self.parts)
 
 
 class Mixture:

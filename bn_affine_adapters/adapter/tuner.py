@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, check_choice
 from ..lean import Report, lean_, plain_
 from ..norms import COPIES
 from ..norms.find import STATISTICS, canonical, is_norm, without_wrappers
@@ -19,6 +19,7 @@ from ..norms.statistics import hold_statistics_
 from ..seed.generator import OwnGenerator
 from ..seed.rules import check_memory, draw_into_, draw_norm_, reinit_, rule_for
 from ..settings import CUSTOM, bare
+from .blend import blended, fill_
 from .checks import (
     TUNER_PREFIX,
     check_adapter_name,
@@ -261,6 +262,51 @@ class BNOnlyTuner(BaseTuner):
                         seen = f"{layer.canonical_name}.{key}"
                         do = "merge an adapter whose training did not diverge, or safe_merge=False"
                         raise AdapterError(f"The adapter {name!r} has values that are not finite.", seen=seen, do=do)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        head: str | None = None,
+    ) -> None:
+        """Add an adapter that is the weighted mean of others and the base, which has what is left of 1.
+
+        Running statistics are pooled as those of a mixture, by the law of total variance. They are those of the
+        adapters apart: `recalibrate` computes those of the blend.
+
+        Args:
+            adapters: their names.
+            weights: of each. With BatchNorm, at least 0 and at most 1 in sum.
+            adapter_name: of the new adapter.
+            combination_type: only "linear"; as in PEFT's LoRA.
+            head: the adapter whose head the new one gets. By default heads are averaged, class by class, if all have
+                the same ``label_names``; that of a single adapter is kept.
+
+        Raises:
+            AdapterError: there is no such adapter, the heads do not match, or there are no statistics for the weights.
+            ConfigError: adapters and weights do not match.
+        """
+        check_choice("combination_type", combination_type, ("linear",))
+        if adapter_name in self.peft_config:
+            what, do = f"There is an adapter {adapter_name!r} already.", "choose another name, or delete_adapter first"
+            raise AdapterError(what, seen=f"adapters: {', '.join(self.peft_config)}", do=do)
+        config = blended(self.model, self.peft_config, adapters, weights, head)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            fill_(self.model, adapter_name, adapters, weights, head)
+        except Exception:
+            self.delete_adapter(adapter_name)
+            raise
+
+    def scale_adapter(self, adapter_name: str, scale: float, new_name: str) -> None:
+        """Add an adapter between the base, at 0, and an adapter, at 1, whose head it keeps.
+
+        Args: as of `add_weighted_adapter`; with BatchNorm, ``scale`` is from 0 to 1.
+        """
+        self.add_weighted_adapter([adapter_name], [scale], new_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active, the first of those left is activated on every layer."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from operator import is_
 from typing import Any
 
 import torch
@@ -41,12 +42,16 @@ def kind_of(module: nn.Module) -> str | None:
     Classes are compared exactly, since a subclass may compute anything.
     """
     kind = _KINDS.get(type(module))
-    if kind is None or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    if kind is None or not _runs_as_its_class(module):
         return None
     behind = list(module._modules.items())
     if any(name not in _BEHIND or next(child.parameters(), None) is not None for name, child in behind):
         return None
     return None if kind == BATCH and module._buffers.get("running_mean") is None else kind
+
+
+def _runs_as_its_class(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class ScaleShift:
@@ -60,7 +65,7 @@ class ScaleShift:
         """Stack the copies of all names, which are of the same class: see `built`."""
         modules = [module_of(name) for name in names]
         self.names, self.kind = names, kind
-        self.keys = [_key(module) for module in modules]
+        self.states = [_state(module) for module in modules]
         self.table = _folded(modules, kind)
         self.bare = None if kind == BATCH else _bare(modules[0])
         self.behind = [module for name in _BEHIND if (module := modules[0]._modules.get(name)) is not None]
@@ -77,8 +82,8 @@ class ScaleShift:
     def refresh_(self, module_of: Callable[[str], nn.Module], rows: Sequence[int]) -> bool:
         """Compute those of these rows again whose copies have changed; return False if all must be stacked anew."""
         modules = [module_of(self.names[row]) for row in rows]
-        keys = [_key(module) for module in modules]
-        changed = [place for place, row in enumerate(rows) if keys[place].numbers != self.keys[row].numbers]
+        states = [_state(module) for module in modules]
+        changed = [place for place, row in enumerate(rows) if not _same(states[place], self.states[row])]
         if not changed:
             return True
         others = [modules[place] for place in changed]
@@ -90,7 +95,7 @@ class ScaleShift:
             return False
         self.table[[rows[place] for place in changed]] = new
         for place in changed:
-            self.keys[rows[place]] = keys[place]
+            self.states[rows[place]] = states[place]
         return True
 
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -106,22 +111,24 @@ class ScaleShift:
         return x
 
 
-class _Key:
-    """Tells whether a layer's tensors are still those that were read; holds them, so that no id is used again."""
+def _state(module: Any) -> tuple[tuple[Tensor, ...], int | None]:
+    """Return a layer's tensors, to be compared by identity, and a hash of their versions and of its settings.
 
-    def __init__(self, numbers: tuple[Any, ...], tensors: list[Tensor]) -> None:
-        self.numbers, self.tensors = numbers, tensors
+    The hash is None if only reading the tensors tells whether they have changed.
+    """
+    tensors = tuple(t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+    # Tensors made in inference mode have no version. And PyTorch's kernel moves running statistics without a new
+    # version: that of the counter tells.
+    uncounted = module._buffers.get("running_mean") is not None and module._buffers.get("num_batches_tracked") is None
+    if uncounted or any(tensor.is_inference() for tensor in tensors):
+        return tensors, None
+    numbers = [number for tensor in tensors for number in (tensor._version, tensor.data_ptr())]
+    return tensors, hash((type(module), module.eps, _runs_as_its_class(module), *numbers))
 
 
-def _key(module: Any) -> _Key:
-    tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    numbers: list[Any] = [type(module), module.eps]
-    for tensor in tensors:
-        # Tensors made in inference mode have no version: they are read again each time.
-        numbers += [id(tensor), tensor.data_ptr(), object() if tensor.is_inference() else tensor._version]
-    if module._buffers.get("running_mean") is not None and module._buffers.get("num_batches_tracked") is None:
-        numbers.append(object())  # PyTorch's kernel moves running statistics without a new version
-    return _Key(tuple(numbers), tensors)
+def _same(one: tuple[tuple[Tensor, ...], int | None], other: tuple[tuple[Tensor, ...], int | None]) -> bool:
+    counted = one[1] is not None and one[1] == other[1] and len(one[0]) == len(other[0])
+    return counted and all(map(is_, one[0], other[0]))
 
 
 def _fits(module: Any, base: Any, kind: str) -> bool:
