@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, ConfigError, check_choice, nearest_name
+from ..errors import AdapterError, ConfigError, check_adapter, check_choice
 from ..norms.find import plain_modules
 from .control import Control
 from .layer import BNOnlyLayer, adapter_layers
@@ -62,18 +62,19 @@ def blended(
 
 def _check(configs: Mapping[str, BNOnlyConfig], adapters: Any, weights: Any) -> None:
     listed = isinstance(adapters, list | tuple) and isinstance(weights, list | tuple)
-    if not listed or len(adapters) != len(weights) or not adapters or len({*adapters}) < len(adapters):
+    if not listed or len(adapters) != len(weights) or not adapters or len({*map(str, adapters)}) < len(adapters):
         do = 'adapters=["one", "two"], weights=[0.5, 0.5]'
         raise ConfigError(
             "Blending takes a list of different adapters and a weight for each.",
             seen=f"adapters={adapters!r}, weights={weights!r}"[:200],
             do=do,
         )
-    if strange := [name for name in adapters if name not in configs]:
-        seen = f"{strange[0]!r}{nearest_name(str(strange[0]), configs)}; adapters: {', '.join(configs)}"
-        raise AdapterError("There is no such adapter to blend.", seen=seen, do="give the names of loaded adapters")
+    for name in adapters:
+        check_adapter(name, configs, "to blend")
     if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights):
-        raise ConfigError("A weight is not a finite number.", seen=f"weights={weights!r}"[:200], do="weights=[0.5, 0.5]")
+        raise ConfigError(
+            "A weight is not a finite number.", seen=f"weights={weights!r}"[:200], do="weights=[0.5, 0.5]"
+        )
 
 
 def _check_statistics(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]) -> None:

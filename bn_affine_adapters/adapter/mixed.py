@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import AdapterError, nearest_name
+from ..errors import AdapterError, check_adapter
 from ..norms.find import Scale
 from ..norms.scale_shift import ScaleShift
 from ..settings import CUSTOM
@@ -122,9 +122,9 @@ def _check_names(names: Any, order: Sequence[str], images: Tensor | None) -> Non
             seen=f"{len(names)} names, {'no' if images is None else len(images)} images",
             do=f"a list as long as the batch; {BASE!r} stands for the network without an adapter",
         )
-    if strange := [name for name in names if name not in order]:
-        seen = f"{strange[0]!r}{nearest_name(strange[0], order)}; adapters: {', '.join(order[1:])}"
-        raise AdapterError("adapter_names names an adapter that is not loaded.", seen=seen, do="model.load_adapter")
+    for name in dict.fromkeys(names):
+        if name != BASE:
+            check_adapter(name, order[1:], "for an image of the batch")
 
 
 def _check_state(network: nn.Module, layers: Sequence[Any]) -> None:

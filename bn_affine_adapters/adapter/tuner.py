@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..errors import AdapterError, check_choice
+from ..errors import AdapterError, check_adapter, check_choice
 from ..lean import Report, lean_, plain_
 from ..norms import COPIES
 from ..norms.find import STATISTICS, canonical, is_norm, without_wrappers
@@ -218,12 +218,12 @@ class BNOnlyTuner(BaseTuner):
         # PEFT's own method would walk the copies of all adapters.
         layers = list(adapter_layers(self.model))
         if merged := [layer for layer in layers if layer.merged_adapters]:
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
             for layer in merged:
                 layer.unmerge()
         for layer in layers:
             layer.set_adapter(adapter_name, inference_mode)
-        self.active_adapter = adapter_name
+        self.active_adapter: str | list[str] = adapter_name
         self._follow_classes()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -310,9 +310,7 @@ class BNOnlyTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active, the first of those left is activated on every layer."""
-        if adapter_name not in self.peft_config:
-            seen, do = f"adapters: {', '.join(self.peft_config)}", "give the name of one of them"
-            raise AdapterError(f"There is no adapter {adapter_name!r} to delete.", seen=seen, do=do)
+        check_adapter(adapter_name, self.peft_config, "to delete")
         if any(adapter_name in layer.merged_adapters for layer in adapter_layers(self.model)):
             what, do = "An adapter cannot be deleted while it is merged.", "model.unmerge_adapter() first"
             raise AdapterError(what, seen=f"merged: {adapter_name}", do=do)
@@ -324,11 +322,11 @@ class BNOnlyTuner(BaseTuner):
             name = next(iter(self.peft_config))
             warnings.warn(
                 f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {name}.",
-                stacklevel=3,
+                stacklevel=4,
             )
             self.set_adapter(name)
         elif was_active:
-            self.active_adapter: str | list[str] = []
+            self.active_adapter = []
             self._follow_classes()
 
     @classmethod

@@ -23,7 +23,7 @@ from ..adapter.method import BNOnlyConfig
 from ..adapter.mixed import split_logits
 from ..adapter.rebuild import create_pretrained, verify
 from ..adapter.tensors import value_problem
-from ..errors import AdapterError, AdapterTensorError, BNAdapterError, ConfigError, check_choice
+from ..errors import AdapterError, AdapterTensorError, BNAdapterError, ConfigError, check_adapter, check_choice
 from ..lean import Report, lean_, plain_
 from ..settings import CUSTOM, LEAN, SAFETENSORS_WEIGHTS_NAME, hub_id
 from ..sharing.card import write_card
@@ -203,9 +203,7 @@ class BNOnlyPeftModel(PeftModel):
             AdapterError: there is no such adapter.
         """
         name = adapter_name or self.active_adapter
-        if name not in self.peft_config:
-            seen, do = f"adapters: {', '.join(self.peft_config)}", "give the name of one of them"
-            raise AdapterError(f"There is no adapter {name!r} to push.", seen=seen, do=do)
+        check_adapter(name, self.peft_config, "to push")
         config = self.peft_config[name]
         if config.seed is None and hub_id(config.base_model_name_or_path) is None:
             _pin_base(config, self.get_base_model())
@@ -225,6 +223,29 @@ class BNOnlyPeftModel(PeftModel):
             raise
         shutil.rmtree(scratch, ignore_errors=True)
         return commit
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Activate an adapter: its norm layers, statistics, head, number of classes and label names.
+
+        Args:
+            adapter_name: of an adapter that is loaded.
+            inference_mode: nothing requires a gradient then. Switching takes less than a millisecond, however many
+                adapters there are.
+
+        Raises:
+            AdapterError: there is no such adapter.
+        """
+        check_adapter(adapter_name, self.peft_config, "to activate")
+        super().set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, also the last one: the network then runs without an adapter.
+
+        Raises:
+            AdapterError: there is no such adapter, or it is merged.
+        """
+        check_adapter(adapter_name, self.peft_config, "to delete")
+        super().delete_adapter(adapter_name)
 
     def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter from a complete safetensors file; if loading fails, the model is as before.

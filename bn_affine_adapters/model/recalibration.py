@@ -33,7 +33,7 @@ class _Pool:
         self.count, self.batches = total, self.batches + 1
 
     def write_(self, module: _BatchNorm) -> None:
-        module.running_mean.copy_(self.mean)  # type: ignore[union-attr, arg-type]
+        module.running_mean.copy_(self.mean)  # type: ignore[union-attr]
         module.running_var.copy_(self.squares / (self.count - 1))  # type: ignore[union-attr]
         if module.num_batches_tracked is not None:
             module.num_batches_tracked.fill_(self.batches)
@@ -63,30 +63,35 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
     >>> recalibrate(model, [torch.rand(8, 3, 32, 32) for _ in range(2)])
     """
     network = uncompiled(model)
-    copy = with_own_statistics(network)
-    originals, norms = (_changing(each) for each in (network, copy))
+    norms = _changing(network)
     if not norms:
         raise ConfigError(
             "There are no running statistics to recompute.",
             seen="the active adapter owns no BatchNorm layer with running statistics, or adapters are disabled",
             do="recalibrate a network with BatchNorm, with its adapter enabled",
         )
+    ran = [(norm, pool) for norm, pool in zip(norms, _pools(network, loader), strict=True) if pool.count > 1]
+    if not ran:
+        raise DataError("There are no images to recompute statistics from.", seen="an empty loader", do="give batches")
+    for norm, pool in ran:
+        pool.write_(norm)
+
+
+def _pools(network: nn.Module, loader: Iterable[Any]) -> list[_Pool]:
+    """Run a copy of a network, whose running statistics are its own, and return what each of its layers got."""
+    copy = with_own_statistics(network)
     for module in copy.modules():
         module.__dict__["training"] = False
-    pools = {}
-    for norm in norms:
+    pools = []
+    for norm in _changing(copy):
         norm.__dict__["training"] = True
-        pools[norm] = _Pool()
-        norm.register_forward_pre_hook(pools[norm])
+        pools.append(_Pool())
+        norm.register_forward_pre_hook(pools[-1])
     first = next(network.parameters())
     for batch in loader:
         images = batch[0] if isinstance(batch, list | tuple) else batch
         copy(images.to(first.device, first.dtype))
-    ran = [(original, pools[norm]) for original, norm in zip(originals, norms, strict=True) if pools[norm].count > 1]
-    if not ran:
-        raise DataError("There are no images to recompute statistics from.", seen="an empty loader", do="give batches")
-    for original, pool in ran:
-        pool.write_(original)
+    return pools
 
 
 def _changing(network: nn.Module) -> list[_BatchNorm]:

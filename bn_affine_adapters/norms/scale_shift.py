@@ -45,7 +45,7 @@ def kind_of(module: nn.Module) -> str | None:
     if kind is None or not _runs_as_its_class(module):
         return None
     behind = list(module._modules.items())
-    if any(name not in _BEHIND or next(child.parameters(), None) is not None for name, child in behind):
+    if any(name not in _BEHIND or next(child.parameters(), None) is not None for name, child in behind if child):
         return None
     return None if kind == BATCH and module._buffers.get("running_mean") is None else kind
 

@@ -2,15 +2,15 @@
 
 import copy
 import threading
+import time
 
 import pytest
 import timm
 import torch
-from conftest import each_once
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
+from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, predict
 from bn_affine_adapters.adapter.layer import adapter_layers
 from bn_affine_adapters.errors import AdapterError
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This adapter belongs to weights"
 NAMES = ["signs", "leaves", "__base__", "tiles", "leaves", "signs", "signs"]
 
 
-def images(count=len(NAMES), size=32):
+def images(count=7, size=32):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
@@ -65,7 +65,9 @@ def equal(found, expected, tolerance=1e-5):
     assert len(found) == len(expected)
     assert [each.shape for each in found] == [each.shape for each in expected]
     scale = max(each.abs().max() for each in expected)
-    return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale) for a, b in zip(found, expected, strict=True))
+    return all(
+        torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale) for a, b in zip(found, expected, strict=True)
+    )
 
 
 NETWORKS = [name for name in timm.list_models("test_*") if name != "test_nfnet"]  # which has no norm layer
@@ -283,7 +285,9 @@ def test_one_graph_serves_every_mixture():
     assert counter.frame_count == 2  # the second is that of the active adapter alone
     with torch._dynamo.config.patch(recompile_limit=2):  # graphs that PyTorch makes of a function
         for count in range(1, 5):
-            assert equal(compiled(images(count), adapter_names=NAMES[:count]), apart(model, images(count), NAMES[:count]))
+            assert equal(
+                compiled(images(count), adapter_names=NAMES[:count]), apart(model, images(count), NAMES[:count])
+            )
 
 
 def test_a_network_compiled_inside_the_model_takes_mixed_batches():
@@ -395,3 +399,64 @@ def test_a_head_whose_width_the_output_does_not_show_is_refused(refused):
         model(images(), adapter_names=NAMES)
 
 
+# -- switching
+
+
+def test_an_adapter_brings_its_classes_label_names_and_layers():
+    model = resnet()
+    model.peft_config["signs"].label_names = list("abcde")
+    model.peft_config["leaves"].label_names = list("xyz")
+    photo = torch.zeros(3, 32, 32)
+    labels = {}
+    for name in ("signs", "leaves", "tiles"):
+        model.set_adapter(name, inference_mode=True)
+        labels[name] = {prediction.label for prediction in predict(model, photo)}
+        assert model.num_classes == model(images()).shape[1] == len(labels[name])
+    assert labels == {"signs": {*"abcde"}, "leaves": {*"xyz"}, "tiles": {*"01234"}}
+
+
+@pytest.mark.parametrize("do", ["set_adapter", "delete_adapter"])
+def test_an_unknown_adapter_is_refused_with_the_nearest_name(do, refused):
+    with refused(AdapterError, "'sings'", "nearest name is 'signs'", "leaves"):
+        getattr(resnet(), do)("sings")
+
+
+def test_switching_for_inference_turns_gradients_off():
+    model = resnet()
+
+    def training():
+        return {
+            key.split(".bn_only_layers.")[1].split(".")[0] for key, p in model.named_parameters() if p.requires_grad
+        }
+
+    model.set_adapter("leaves")
+    assert training() == {"leaves"}
+    model.set_adapter("signs", inference_mode=True)
+    assert training() == set()
+    model.set_requires_grad("tiles")
+    assert training() == {"tiles"}
+    model.set_adapter("leaves", inference_mode=True)
+    assert training() == set()
+    for name in ("signs", "leaves"):
+        model.delete_adapter(name)
+    model.set_adapter("tiles")
+    assert training() == {"tiles"}
+
+
+def test_switching_for_inference_takes_as_long_with_many_adapters_as_with_few():
+    model, times = resnet(), []
+
+    def seconds(name):
+        start = time.process_time()
+        model.set_adapter(name, inference_mode=True)
+        return time.process_time() - start
+
+    for count in (3, 43):
+        while len(model.peft_config) < count:
+            name = f"late_{len(model.peft_config)}"
+            model.peft_config[name] = model.peft_config["tiles"]
+            for layer in adapter_layers(model):
+                if "tiles" in layer.configs:
+                    layer.add_copy(name, layer.copy_of_base(), layer.configs["tiles"])
+        times.append(min(seconds(name) for name in ["signs", "leaves", "tiles"] * 10))
+    assert times[1] < 2 * times[0]
