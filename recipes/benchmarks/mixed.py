@@ -3,7 +3,8 @@
     python recipes/benchmarks/mixed.py [--write] [--models resnet18 ...] [--adapters 1 4 16 64] [--batch 64]
         [--size 160] [--rounds 5] [--held 100]
 
-Every adapter has its own norm layers and head. The sides run in turn in each round, and ratios are of one round:
+Every adapter has its own norm layers and head. The sides run in turn in each round, and ratios are of one round. On a
+CPU the time is the processor time of one thread, so that other programs count little:
 
 - merged: one adapter, merged into a plain network; BatchNorm in evaluation mode;
 - folded: the same with BatchNorm folded into the convolutions;
@@ -47,11 +48,13 @@ def many(name: str, count: int, size: int) -> BNOnlyPeftModel:
     arguments = {"img_size": size} if "vit" in name else {}
     network = timm.create_model(name, num_classes=CLASSES, **arguments)
     model = get_bn_only_model(network, BNOnlyConfig(train_head=True), "task_0")
-    for number in range(1, count):
-        model.add_adapter(f"task_{number}", BNOnlyConfig(train_head=True))
+    config = model.peft_config["task_0"]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in adapter_layers(model):
+            for number in range(1, count):  # as add_adapter does, which verifies the frozen weights each time
+                model.peft_config[f"task_{number}"] = config
+                layer.add_copy(f"task_{number}", layer.copy_of_base(), config)
             for parameter in layer.bn_only_layers.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.01)
     return model.eval()
@@ -97,12 +100,15 @@ def in_parts(model: BNOnlyPeftModel, images: Tensor, names: list[str]) -> Any:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Return how long a call takes, to the end of what it launched."""
-    finish = torch.cuda.synchronize if torch.cuda.is_available() else bool
-    finish()
+    """Return how long a call takes: on a GPU to the end of what it launched, on a CPU in processor time."""
+    if not torch.cuda.is_available():
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     run()
-    finish()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -170,7 +176,8 @@ def memory(count: int) -> dict[str, float]:
 
 
 def compare(models: list[str], adapters: list[int], batch: int, size: int, rounds: int, held: int) -> dict[str, Any]:
-    """Measure all of it."""
+    """Measure all of it; on a CPU in one thread, so that processor time is that of the work."""
+    torch.set_num_threads(1)
     return {
         "options": {
             "models": models,
@@ -190,7 +197,7 @@ TEXT = """Written by `python recipes/benchmarks/mixed.py {arguments}`;
 {hardware}.
 
 A batch of {batch} images at {size} px in float32, each image with its own of K adapters (norm layers and head), against
-one merged adapter. The sides take turns, {rounds} rounds; ratios are medians over rounds.
+one merged adapter. The sides take turns, {rounds} rounds; ratios are medians over rounds.{clock}
 
 {table}
 
@@ -221,6 +228,7 @@ def page(result: dict[str, Any]) -> str:
         batch=options["batch"],
         size=options["size"],
         rounds=options["rounds"],
+        clock="" if torch.cuda.is_available() else " Times are processor time of one thread.",
         table=markdown_table([*head, *beside], rows),
         paired=PAIRED,
         switch=result["switch_ms"],
