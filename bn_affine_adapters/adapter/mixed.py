@@ -113,7 +113,7 @@ def batch_of(
 
 
 def _check_names(names: Any, order: Sequence[str], images: Tensor | None) -> None:
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
         do = 'adapter_names=["one", "two", ...], a name for each image'
         raise AdapterError("adapter_names is a list of names.", seen=repr(names)[:200], do=do)
     if images is None or len(names) != len(images):

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, predict
 from bn_affine_adapters.adapter.layer import adapter_layers
-from bn_affine_adapters.errors import AdapterError
+from bn_affine_adapters.errors import AdapterError, AdapterNameError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This adapter belongs to weights")
 NAMES = ["signs", "leaves", "__base__", "tiles", "leaves", "signs", "signs"]
@@ -330,6 +330,7 @@ REFUSED = {
     "too many": (bool, NAMES * 2, ("14 names, 7 images",)),
     "one name": (bool, "signs", ("'signs'", "a name for each image")),
     "no names": (bool, [None] * 7, ("a name for each image",)),
+    "an empty list": (bool, [], ("a name for each image",)),
 }
 
 
@@ -413,6 +414,11 @@ def test_an_adapter_brings_its_classes_label_names_and_layers():
         labels[name] = {prediction.label for prediction in predict(model, photo)}
         assert model.num_classes == model(images()).shape[1] == len(labels[name])
     assert labels == {"signs": {*"abcde"}, "leaves": {*"xyz"}, "tiles": {*"01234"}}
+
+
+def test_no_adapter_can_have_the_name_of_the_base(refused):
+    with refused(AdapterNameError, "'__base__'", "without one"):
+        resnet().add_adapter("__base__", BNOnlyConfig())
 
 
 @pytest.mark.parametrize("do", ["set_adapter", "delete_adapter"])
