@@ -207,7 +207,7 @@ runs each layer's copies on their own images: how many times the mixed batch's t
 `set_adapter(name, inference_mode=True)` of a ResNet-50 takes {switch} ms. A process that holds a ResNet-50 with {held}
 adapters, ready for mixed batches, takes {resident} MB more than an empty one; the tensors of backbone and adapters, the
 stacked scales and shifts included, have {tensors} MB: {ratio} times. The rest is what Python and PyTorch need for each
-module and tensor, about 7 kB for a norm layer's copy.
+module and tensor.
 """
 
 
