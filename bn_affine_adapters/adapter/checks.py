@@ -29,7 +29,6 @@ from ..settings import PEFT_PREFIX
 from .control import is_conv
 from .layer import adapter_layers
 from .method import BNOnlyConfig
-from .mixed import BASE
 from .rebuild import holder, infer_architecture, infer_args
 
 TUNER_PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT recognises an adapter's tensors
@@ -61,8 +60,6 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
         why = f"it has {len(name)} characters, and becomes the name of a folder"
     elif hasattr(nn.ModuleDict, name):
         why = "torch.nn.ModuleDict has an attribute of that name"
-    elif name == BASE:
-        why = "in a batch of several adapters it stands for the network without one"
     elif name in TUNER_PREFIX:
         why = f"PEFT takes it for part of the prefix {TUNER_PREFIX!r}"
     else:

@@ -417,7 +417,7 @@ def test_an_adapter_brings_its_classes_label_names_and_layers():
 
 
 def test_no_adapter_can_have_the_name_of_the_base(refused):
-    with refused(AdapterNameError, "'__base__'", "without one"):
+    with refused(AdapterNameError, "'__base__'"):
         resnet().add_adapter("__base__", BNOnlyConfig())
 
 
