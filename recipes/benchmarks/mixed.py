@@ -40,6 +40,14 @@ from bn_affine_adapters.study.pages import benchmark, machine
 from bn_affine_adapters.training.tables import markdown_table
 
 CLASSES, PAIRED, SWITCHED = 10, 16, "resnet50"
+USUAL: dict[str, Any] = {
+    "models": ["resnet18", "resnet50", "convnext_tiny", "vit_small_patch16_224"],
+    "adapters": [1, 4, 16, 64],
+    "batch": 64,
+    "size": 160,
+    "rounds": 5,
+    "held": 100,
+}
 warnings.simplefilter("ignore")  # of bases that nobody else can have
 
 
@@ -197,7 +205,8 @@ TEXT = """Written by `python recipes/benchmarks/mixed.py {arguments}`;
 {hardware}.
 
 A batch of {batch} images at {size} px in float32, each image with its own of K adapters (norm layers and head), against
-one merged adapter. The sides take turns, {rounds} rounds; ratios are medians over rounds.{clock}
+one merged adapter. The sides take turns, {rounds} rounds; ratios are medians over rounds.
+{clock}
 
 {table}
 
@@ -222,14 +231,15 @@ def page(result: dict[str, Any]) -> str:
         ratio, over = each["over_merged"], each["over_mixed"]
         values = [ratio.get("folded", "-"), *(ratio[side] for side in mixed), *(over.get(side, "-") for side in beside)]
         rows.append([each["network"], each["ms"]["merged"], *values])
-    words = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in options.items()}
+    others = {key: value for key, value in options.items() if value != USUAL[key]}
+    words = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in others.items()}
     return TEXT.format(
         arguments=" ".join(["--write", *(f"--{key} {value}" for key, value in words.items())]),
         hardware=machine(),
         batch=options["batch"],
         size=options["size"],
         rounds=options["rounds"],
-        clock="" if torch.cuda.is_available() else " Times are processor time of one thread.",
+        clock="" if torch.cuda.is_available() else "Times are processor time of one thread.",
         table=markdown_table([*head, *beside], rows),
         paired=PAIRED,
         switch=result["switch_ms"],
@@ -241,6 +251,4 @@ def page(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    networks = ["resnet18", "resnet50", "convnext_tiny", "vit_small_patch16_224"]
-    usual = {"models": networks, "adapters": [1, 4, 16, 64], "batch": 64, "size": 160, "rounds": 5, "held": 100}
-    benchmark(__file__, __doc__, compare, page, **usual)
+    benchmark(__file__, __doc__, compare, page, **USUAL)

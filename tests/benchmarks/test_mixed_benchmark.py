@@ -33,4 +33,4 @@ def test_the_page_has_a_row_for_each_network():
     rows = [line for line in page.splitlines() if line.startswith("| test_")]
     assert [row.split(" | ")[2] == "-" for row in rows] == [False, True]  # without BatchNorm nothing is folded
     assert all(row.count("|") == 8 for row in rows)
-    assert "--models test_resnet test_vit --adapters 1 16" in page
+    assert "--models test_resnet test_vit --adapters 1 16 --batch 16" in page
