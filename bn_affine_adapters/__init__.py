@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .model.loading import get_bn_only_model, load_bn_only_model
     from .model.peft_model import BNOnlyPeftModel
     from .model.prediction import predict
+    from .model.recalibration import recalibrate
     from .norms.find import shortcut_convs
     from .seed.rules import reinit_
 
@@ -35,6 +36,7 @@ __all__ = [
     "get_bn_only_model",
     "load_bn_only_model",
     "predict",
+    "recalibrate",
     "reinit_",
     "shortcut_convs",
     "zoo",
@@ -48,6 +50,7 @@ _HOMES = {
     "get_bn_only_model": "model.loading",
     "load_bn_only_model": "model.loading",
     "predict": "model.prediction",
+    "recalibrate": "model.recalibration",
     "reinit_": "seed.rules",
     "shortcut_convs": "norms.find",
 }

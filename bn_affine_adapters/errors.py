@@ -225,6 +225,18 @@ def nearest_name(name: str, known: Collection[str]) -> str:
     return f"; the nearest name is {near[0]!r}" if near else ""
 
 
+def check_adapter(name: Any, known: Collection[str], purpose: str) -> None:
+    """Raise AdapterError unless there is an adapter of that name, naming the nearest one."""
+    if not isinstance(name, str) or name not in known:
+        near = nearest_name(name, known) if isinstance(name, str) else ""
+        shown = f"{name!r}"[:100]
+        raise AdapterError(
+            f"There is no adapter {shown} {purpose}: it does not exist.",
+            seen=f"{shown}{near}; adapters: {', '.join(known) or 'none'}",
+            do="give the name of one of them, or model.load_adapter(folder, name) first",
+        )
+
+
 def causes(error: BaseException | None) -> list[BaseException]:
     """Return an error, the error that it was raised from, and so on."""
     chain: list[BaseException] = []

@@ -3,6 +3,8 @@
 - ``method.py``: `BNOnlyConfig`, the settings (``settings.py`` of the package) as a PEFT configuration.
 - ``tuner.py``: `BNOnlyTuner`, which puts an adapter into a network and takes it out.
 - ``layer.py``: `BNOnlyLayer`, which holds a copy of one module for each adapter.
+- ``mixed.py``: a batch whose images have different adapters.
+- ``blend.py``: a new adapter from the weighted mean of others.
 - ``control.py``: the paper's controls, which train other parameters per channel.
 - ``checks.py``: which layers an adapter owns, and whether it fits the network and the other adapters.
 - ``tensors.py``: whether the tensors of an adapter fit the network.

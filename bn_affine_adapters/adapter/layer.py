@@ -1,7 +1,7 @@
 """The PEFT layer: a module of the network with one copy of it, parameters and buffers, per adapter."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -13,10 +13,12 @@ from ..errors import AdapterError
 from ..norms import COPIES
 from ..norms.copies import with_own_statistics
 from ..norms.find import Scale, affine, is_norm
+from ..norms.scale_shift import ScaleShift
 from ..norms.statistics import hold_statistics_, recomputing
 from ..seed.rules import Rule, draw_into_, rule_for
 from .control import Control
 from .method import BNOnlyConfig
+from .mixed import Mixture, impossible, run_layer
 
 
 def trained(module: nn.Module, name: str, config: BNOnlyConfig) -> list[str]:
@@ -52,6 +54,8 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = (COPIES,)
     other_param_names = ("configs",)
+    mixture: Mixture | None = None  # of the network: whether a batch of several adapters runs
+    scale_shift: ScaleShift | None = None  # of the base layer and all copies, for such a batch
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         """Wrap ``base_layer``, whose canonical name in the network is ``name``."""
@@ -63,6 +67,7 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         self.canonical_name = name
         self._active_adapter: str | list[str] = []
         self._flags_while_disabled: dict[str, bool] = {}
+        self._with_gradients: set[str] = set()  # adapters that may have parameters with gradients
         self.training = base_layer.training
 
     def add_copy(self, adapter_name: str, copy: nn.Module, config: BNOnlyConfig) -> None:
@@ -90,7 +95,12 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         return self.bn_only_layers[names[0]] if names[0] in self.bn_only_layers else self.base_layer  # noqa: SIM401
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the active adapter's copy; its running statistics move once a step, not while it is computed again."""
+        """Run the active adapter's copy; its running statistics move once a step, not while it is computed again.
+
+        In a batch of several adapters, run each image's own: see `mixed`.
+        """
+        if self.mixture is not None and (batch := self.mixture.now()) is not None:
+            return run_layer(self, batch, *args, **kwargs)
         active = self.active_module()
         if self.training and recomputing():
             active = with_own_statistics(active)
@@ -124,26 +134,33 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         self._hold_statistics()
         return self
 
-    def _hold_statistics(self) -> None:
-        """Protect all running statistics but those that move: of the copy that runs."""
-        hold_statistics_(self.base_layer)
+    def _hold_statistics(self, among: Collection[str] | None = None) -> None:
+        """Protect all running statistics but those that move: of the copy that runs. Without names, look at all."""
+        if among is None:
+            hold_statistics_(self.base_layer)
         running = () if self.disable_adapters else self.merged_adapters or self.active_adapters
-        for name, copy in self.bn_only_layers.items():
-            hold_statistics_(copy, name not in running or self.configs[name].running_statistics == "frozen")
+        for name in self.configs if among is None else self.configs.keys() & among:
+            held = name not in running or self.configs[name].running_statistics == "frozen"
+            hold_statistics_(self.bn_only_layers[name], held)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate an adapter: its trainable parameters require gradients, unless in inference mode."""
+        before = self.active_adapters
         self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._require_grad({name: False for name, _ in self.bn_only_layers.named_parameters()})
+        # In inference mode only those that were given gradients, so that switching stays fast with many adapters.
+        for name in (self._with_gradients if inference_mode else self.configs.keys()) & self.configs.keys():
+            self._require_grad({f"{name}.{key}": False for key, _ in self.bn_only_layers[name].named_parameters()})
+        self._with_gradients.clear()
         if not inference_mode:
             self.set_requires_grad(self._active_adapter)
-        self._hold_statistics()
+        self._hold_statistics({*before, *self._active_adapter})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Turn gradients on or off for what the adapters train."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in set(names) & set(self.bn_only_layers):
             self._require_grad(dict.fromkeys(self.trainable(name), requires_grad))
+            self._with_gradients.add(name)
 
     def _require_grad(self, flags: dict[str, bool]) -> None:
         # While the adapters are disabled nothing requires gradients; the flags are kept for when they are enabled.
@@ -172,6 +189,7 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.bn_only_layers:
             del self.bn_only_layers[adapter_name]
             del self.configs[adapter_name]
+        self._with_gradients.discard(adapter_name)
         kept = {n: flag for n, flag in self._flags_while_disabled.items() if not n.startswith(f"{adapter_name}.")}
         self._flags_while_disabled = kept
         self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
@@ -212,12 +230,12 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> torch.Tensor:
         """The active module's weight: some networks read it instead of calling the layer."""
-        return self.active_module().weight  # type: ignore[return-value]  # nn.Module.__getattr__ says Tensor | Module
+        return self._read("weight")
 
     @property
     def bias(self) -> torch.Tensor:
         """The active module's bias."""
-        return self.active_module().bias  # type: ignore[return-value]  # nn.Module.__getattr__ says Tensor | Module
+        return self._read("bias")
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the active module, e.g. `eps` or `in_features`."""
@@ -226,7 +244,14 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         except AttributeError:
             if name in ("base_layer", COPIES):  # not set yet, while __init__ or unpickling runs
                 raise
-            return getattr(self.active_module(), name)
+            return self._read(name)
+
+    def _read(self, name: str) -> Any:
+        batch = None if self.mixture is None else self.mixture.now()
+        value = getattr(self.active_module() if batch is None else self.base_layer, name)
+        if batch is not None and isinstance(value, torch.Tensor) and batch.has_any(self.configs):
+            raise impossible(self, f"the network reads its {name}", "is called, and its tensors are not read")
+        return value
 
     def __repr__(self) -> str:
         """Show the layer as PEFT's other tuners do."""
@@ -234,5 +259,16 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
 
 
 def adapter_layers(model: nn.Module) -> Iterator[BNOnlyLayer]:
-    """Yield the layers of a network that hold per-adapter copies."""
-    return (layer for layer in model.modules() if isinstance(layer, BNOnlyLayer))
+    """Yield the layers of a network that hold per-adapter copies, each once.
+
+    None lies inside another, so that the copies, which may be thousands of modules, are not walked.
+    """
+    waiting, seen = [model], {model}
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, BNOnlyLayer):
+            yield module
+            continue
+        new = [child for child in module._modules.values() if child is not None and child not in seen]
+        seen.update(new)
+        waiting += reversed(new)

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, check_adapter, check_choice
 from ..lean import Report, lean_, plain_
 from ..norms import COPIES
 from ..norms.find import STATISTICS, canonical, is_norm, without_wrappers
@@ -19,6 +19,7 @@ from ..norms.statistics import hold_statistics_
 from ..seed.generator import OwnGenerator
 from ..seed.rules import check_memory, draw_into_, draw_norm_, reinit_, rule_for
 from ..settings import CUSTOM, bare
+from .blend import blended, fill_
 from .checks import (
     TUNER_PREFIX,
     check_adapter_name,
@@ -36,6 +37,7 @@ from .control import Control, controlled
 from .layer import BNOnlyLayer, adapter_layers
 from .limits import bounded
 from .method import BNOnlyConfig
+from .mixed import Batch, Mixture, batch_of
 from .rebuild import (
     build,
     check_rebuild,
@@ -62,6 +64,7 @@ class BNOnlyTuner(BaseTuner):
     lean: Report | None = None  # what lean training saves, while it is on
     wrapped: dict[str, Traits]  # the network's traits when it was wrapped
     _base_classes: int | None = None  # of the network without an adapter
+    mixture: Mixture  # the batch of several adapters that runs, if one does
     _loading = False  # whether the adapter that is injected comes from a file
     prefix = TUNER_PREFIX
     tuner_layer_cls = BNOnlyLayer
@@ -83,7 +86,7 @@ class BNOnlyTuner(BaseTuner):
             if not config.built_here:
                 check_network(model)
                 check_wrappable(model)
-            self.wrapped = traits(model)
+            self.wrapped, self.mixture = traits(model), Mixture()
             self._base_classes = getattr(model, "num_classes", None)
         self._check_network(model, config, first)
         # Up to here nothing has changed the network; all checks that need no redrawing have passed.
@@ -212,7 +215,15 @@ class BNOnlyTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate an adapter. Args: as in `peft.PeftModel.set_adapter`."""
-        super().set_adapter(adapter_name, inference_mode)
+        # PEFT's own method would walk the copies of all adapters.
+        layers = list(adapter_layers(self.model))
+        if merged := [layer for layer in layers if layer.merged_adapters]:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
+            for layer in merged:
+                layer.unmerge()
+        for layer in layers:
+            layer.set_adapter(adapter_name, inference_mode)
+        self.active_adapter: str | list[str] = adapter_name
         self._follow_classes()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -230,6 +241,15 @@ class BNOnlyTuner(BaseTuner):
         own = config.model_args.get("num_classes") if config is not None and config.train_head else None
         self.model.num_classes = self._base_classes if own is None else own
 
+    @torch.compiler.disable
+    @torch.inference_mode(False)
+    def batch_of(self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """Check the adapters named for the images of a batch, and prepare the layers for them: see `mixed`."""
+        layers = list(adapter_layers(self.model))
+        for layer in layers:
+            layer.mixture = self.mixture
+        return batch_of(self.model, layers, self.peft_config, names, [*args, *kwargs.values()])
+
     def _check_merge(self, names: list[str], safe_merge: bool) -> None:
         """Raise AdapterError before anything changes if there is no such adapter, or it is not safe to merge."""
         if isinstance(names, str) or not set(names) <= self.peft_config.keys():
@@ -243,11 +263,54 @@ class BNOnlyTuner(BaseTuner):
                         do = "merge an adapter whose training did not diverge, or safe_merge=False"
                         raise AdapterError(f"The adapter {name!r} has values that are not finite.", seen=seen, do=do)
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        head: str | None = None,
+    ) -> None:
+        """Add an adapter that is the weighted mean of others and the base, which has what is left of 1.
+
+        Running statistics are pooled as those of a mixture, by the law of total variance. They are those of the
+        adapters apart: `recalibrate` computes those of the blend.
+
+        Args:
+            adapters: their names.
+            weights: of each. With BatchNorm, at least 0 and at most 1 in sum.
+            adapter_name: of the new adapter.
+            combination_type: only "linear"; as in PEFT's LoRA.
+            head: the adapter whose head the new one gets. By default heads are averaged, class by class, if all have
+                the same ``label_names``; that of a single adapter is kept.
+
+        Raises:
+            AdapterError: there is no such adapter, the heads do not match, or there are no statistics for the weights.
+            ConfigError: adapters and weights do not match.
+        """
+        check_choice("combination_type", combination_type, ("linear",))
+        if adapter_name in self.peft_config:
+            what, do = f"There is an adapter {adapter_name!r} already.", "choose another name, or delete_adapter first"
+            raise AdapterError(what, seen=f"adapters: {', '.join(self.peft_config)}", do=do)
+        config = blended(self.model, self.peft_config, adapters, weights, head)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            fill_(self.model, adapter_name, adapters, weights, head)
+        except Exception:
+            self.delete_adapter(adapter_name)
+            raise
+
+    def scale_adapter(self, adapter_name: str, scale: float, new_name: str) -> None:
+        """Add an adapter between the base, at 0, and an adapter, at 1, whose head it keeps.
+
+        Args: as of `add_weighted_adapter`; with BatchNorm, ``scale`` is from 0 to 1.
+        """
+        self.add_weighted_adapter([adapter_name], [scale], new_name)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active, the first of those left is activated on every layer."""
-        if adapter_name not in self.peft_config:
-            seen, do = f"adapters: {', '.join(self.peft_config)}", "give the name of one of them"
-            raise AdapterError(f"There is no adapter {adapter_name!r} to delete.", seen=seen, do=do)
+        check_adapter(adapter_name, self.peft_config, "to delete")
         if any(adapter_name in layer.merged_adapters for layer in adapter_layers(self.model)):
             what, do = "An adapter cannot be deleted while it is merged.", "model.unmerge_adapter() first"
             raise AdapterError(what, seen=f"merged: {adapter_name}", do=do)
@@ -259,11 +322,11 @@ class BNOnlyTuner(BaseTuner):
             name = next(iter(self.peft_config))
             warnings.warn(
                 f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {name}.",
-                stacklevel=3,
+                stacklevel=4,
             )
             self.set_adapter(name)
         elif was_active:
-            self.active_adapter: str | list[str] = []
+            self.active_adapter = []
             self._follow_classes()
 
     @classmethod

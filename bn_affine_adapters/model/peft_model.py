@@ -20,9 +20,10 @@ from ..adapter.checks import choose_layers
 from ..adapter.control import Control
 from ..adapter.layer import adapter_layers
 from ..adapter.method import BNOnlyConfig
+from ..adapter.mixed import split_logits
 from ..adapter.rebuild import create_pretrained, verify
 from ..adapter.tensors import value_problem
-from ..errors import AdapterError, AdapterTensorError, BNAdapterError, ConfigError, check_choice
+from ..errors import AdapterError, AdapterTensorError, BNAdapterError, ConfigError, check_adapter, check_choice
 from ..lean import Report, lean_, plain_
 from ..settings import CUSTOM, LEAN, SAFETENSORS_WEIGHTS_NAME, hub_id
 from ..sharing.card import write_card
@@ -44,15 +45,41 @@ class BNOnlyPeftModel(PeftModel):
         """Return the network, with its per-adapter layers; it runs as it is when no adapter is left."""
         return self.base_model.model
 
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, padded: bool = False, **kwargs: Any) -> Any:
+        """Run the network with the active adapter, or each image with an adapter of its own.
+
+        Args:
+            args: of the network: the images.
+            adapter_names: of each image, the name of its adapter, or "__base__" for none. In evaluation mode, and
+                without gradients. All images pass the frozen layers together.
+            padded: where heads have different widths, return one tensor, (N, classes of the widest), with -inf for
+                classes that an image's head does not have.
+            kwargs: of the network.
+
+        Returns:
+            What the network returns; with heads of different widths a list of logits, (classes,) for each image.
+
+        Raises:
+            AdapterError: a name is unknown, the list is not as long as the batch, the model trains or is merged, or the
+                images of several adapters cannot pass a layer together.
+        """
+        if adapter_names is None:
+            return super().forward(*args, **{**kwargs, "padded": True} if padded else kwargs)
+        tuner = self.base_model
+        batch = tuner.batch_of(adapter_names, args, kwargs)
+        with torch.no_grad():
+            logits = tuner.mixture.run(tuner.model, batch, *args, **kwargs)
+        return split_logits(logits, batch, padded)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Refuse what PEFT would ignore, whenever it runs the network (`forward` and others)."""
         ignored = [key for key in sorted(self.special_peft_forward_args) if kwargs.get(key) is not None]
         if ignored:
             raise AdapterError(
-                "One batch with several adapters is not supported yet: all images go through the active adapter.",
+                "Only the forward of the model takes several adapters: here all images go through the active one.",
                 seen=f"{ignored[0]}={kwargs[ignored[0]]!r}"[:200],
-                do="run one batch for each adapter, after model.set_adapter(name)",
+                do="model(images, adapter_names=[...]), or one batch for each adapter after model.set_adapter(name)",
             )
         if not torch.compiler.is_compiling():
             self._check_distributed()
@@ -177,9 +204,7 @@ class BNOnlyPeftModel(PeftModel):
             AdapterError: there is no such adapter.
         """
         name = adapter_name or self.active_adapter
-        if name not in self.peft_config:
-            seen, do = f"adapters: {', '.join(self.peft_config)}", "give the name of one of them"
-            raise AdapterError(f"There is no adapter {name!r} to push.", seen=seen, do=do)
+        check_adapter(name, self.peft_config, "to push")
         config = self.peft_config[name]
         if config.seed is None and hub_id(config.base_model_name_or_path) is None:
             _pin_base(config, self.get_base_model())
@@ -199,6 +224,29 @@ class BNOnlyPeftModel(PeftModel):
             raise
         shutil.rmtree(scratch, ignore_errors=True)
         return commit
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Activate an adapter: its norm layers, statistics, head, number of classes and label names.
+
+        Args:
+            adapter_name: of an adapter that is loaded.
+            inference_mode: nothing requires a gradient then. Switching takes less than a millisecond, however many
+                adapters there are.
+
+        Raises:
+            AdapterError: there is no such adapter.
+        """
+        check_adapter(adapter_name, self.peft_config, "to activate")
+        super().set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, also the last one: the network then runs without an adapter.
+
+        Raises:
+            AdapterError: there is no such adapter, or it is merged.
+        """
+        check_adapter(adapter_name, self.peft_config, "to delete")
+        super().delete_adapter(adapter_name)
 
     def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter from a complete safetensors file; if loading fails, the model is as before.

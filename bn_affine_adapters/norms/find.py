@@ -164,14 +164,21 @@ def norm_layers(model: nn.Module, active: bool = False) -> dict[str, nn.Module]:
 def head_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return what timm's ``get_classifier()`` returns, by canonical name; empty if there is no head."""
     get_classifier: Any = getattr(unwrapped(model), "get_classifier", tuple)
-    head = get_classifier()
-    parts = list(head) if isinstance(head, tuple | list | nn.ModuleList) else [head]
-    wanted = {id(unwrapped(part)) for part in parts if isinstance(part, nn.Module)}
+    wanted = {id(unwrapped(part)) for part in _parts(get_classifier()) if isinstance(part, nn.Module)}
     return {
         name: module
         for name, module in plain_modules(model)
         if id(module) in wanted and next(module.parameters(), None) is not None
     }
+
+
+def _parts(head: Any) -> Iterator[Any]:
+    """Yield the modules of a head; networks iterate over a list of them, so that none may be wrapped as a whole."""
+    if isinstance(head, tuple | list | nn.ModuleList):
+        for part in head:
+            yield from _parts(part)
+    else:
+        yield head
 
 
 def has_copies(module: nn.Module) -> bool:

@@ -370,3 +370,14 @@ def test_the_networks_that_the_readme_excepts_have_no_norm_layer():
             norm_layers(timm.create_model(name))
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert f"the {len(free)} networks without one: {len(free) - 4} NFNets" in text
+
+
+def test_a_head_of_two_lists_is_found_part_by_part_and_runs_wrapped():
+    if not timm.is_model("efficientvim_m1_dist"):
+        pytest.skip(f"timm {timm.__version__} has no EfficientViM")
+    network = timm.create_model("efficientvim_m1_dist", num_classes=3)  # two ModuleLists, over which it iterates
+    heads, lists = head_layers(network), network.get_classifier()
+    assert len(heads) == sum(map(len, lists)) > 2
+    assert not any(isinstance(module, nn.ModuleList) for module in heads.values())
+    model = get_bn_only_model(network, BNOnlyConfig(seed=0, train_head=True)).eval()
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
