@@ -1,10 +1,10 @@
-"""Write an adapted network for tools that do not know this package: for timm, or for PEFT."""
+"""Write an adapted network for tools that do not know this package, for timm or PEFT, or as one compact file."""
 
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..norms.find import named_layers
 from ..seed.rules import constants_only
 from ..settings import CUSTOM, PEFT_PREFIX, hub_id
 from ..sharing.folder import written_whole
+from .compact import write_compact
 
 # The keys that an export keeps of timm's configuration, the origin only for given weights, and of data_config.
 _ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
@@ -33,22 +34,37 @@ _DATA = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 def export(
     model: BNOnlyPeftModel,
     folder: str | os.PathLike[str],
-    format: Literal["timm", "ln_tuning"] = "timm",
+    format: Literal["timm", "ln_tuning", "compact"] = "timm",
     adapter_name: str | None = None,
+    *,
+    bits: int = 8,
+    images: torch.Tensor | None = None,
+    test: Iterable[tuple[torch.Tensor, torch.Tensor]] = (),
+    qr: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write a network as a folder of timm, or an adapter as PEFT's LN tuning; the model is not changed.
+    """Write a network as a folder of timm, an adapter as PEFT's LN tuning or as one compact file.
+
+    The model is not changed.
 
     Args:
         model: what `get_bn_only_model` or `load_bn_only_model` returned.
-        folder: does not exist yet, or is empty.
+        folder: does not exist yet, or is empty. For "compact" the file; in a folder, adapter_compact.safetensors.
         format: "timm" writes config.json and model.safetensors, the network with the adapter merged, for
             ``timm.create_model("hf-hub:...", pretrained=True)``, or "local-dir:FOLDER"; it comes
             back in float32. "ln_tuning" writes adapter_config.json and adapter_model.safetensors for
             ``peft.PeftModel.from_pretrained(base, FOLDER)``; the base is ``load_bn_only_model(adapter).unload()``.
+            "compact" writes one file for `load_bn_only_model`: statistics folded, values rounded; for inference. It
+            prints the largest difference of the logits, see docs/compact-adapters.md.
         adapter_name: by default the active adapter.
+        bits: of "compact", a value: 4, 6, 8 or 16. Below 8 the rounding is fitted to ``images``.
+        images: of "compact", a few hundred without labels, prepared as the network takes them, (N, C, H, W); by default
+            random ones.
+        test: of "compact", batches (images, labels): the accuracy before and after is printed.
+        qr: of "compact", a picture of the file as a QR code, .png or .svg; needs the extra "qr".
 
     Returns:
-        The folder. Before this returns, timm or PEFT has loaded it and given the same tensors and logits.
+        The folder or file. Before this returns, timm, PEFT or `load_bn_only_model` has loaded it; the first two have
+        given the same tensors and logits.
 
     Raises:
         OutputFolderError: the folder is not empty.
@@ -56,6 +72,8 @@ def export(
         AdapterError: there is no one such adapter, or PEFT gives other logits (the network reads a layer's weight).
         ConfigError: there is no such format, or the network takes no images of data_config's size.
         NoSpaceError: the disk is full.
+        AdapterError: of "compact": statistics do not fold into gamma and beta.
+        ConfigError: of "compact": there is no such number of bits, or the file does not fit into a QR code.
 
     >>> import tempfile, timm
     >>> from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
@@ -64,8 +82,13 @@ def export(
     ...     sorted(path.name for path in export(model, folder).iterdir())
     ['config.json', 'model.safetensors']
     """
-    check_choice("format", format, ("timm", "ln_tuning"))
+    check_choice("format", format, ("timm", "ln_tuning", "compact"))
     name = _chosen(model, adapter_name)
+    if format == "compact":
+        return write_compact(model, name, Path(folder), bits, images, test, qr and Path(qr))
+    if bits != 8 or images is not None or test or qr:
+        what, do = "bits, images, test and qr are for the compact format.", 'format="compact"'
+        raise ConfigError(what, seen=f"format={format!r}", do=do)
     config = model.peft_config[name]
     with written_whole(_empty(folder)) as files:
         (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, name), config, files)

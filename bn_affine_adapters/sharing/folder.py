@@ -18,6 +18,7 @@ from ..errors import AdapterFileError, AdapterTensorError, ConfigError, NoSpaceE
 from ..norms import COPIES, SCALE_SUFFIX
 from ..settings import (
     BN_ONLY,
+    COMPACT_NAME,
     CONFIG_NAME,
     MAX_TENSORS,
     PEFT_PREFIX,
@@ -145,22 +146,26 @@ def check_files(folder: Path) -> None:
             names = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else None
             seen = "no such folder" if names is None else f"the folder holds {', '.join(names) or 'nothing'}"
             do = 'give a folder that model.save_pretrained(...) wrote, or "owner/name" on the Hub; a tag is revision='
+            if folder.is_file() or (folder / COMPACT_NAME).is_file():
+                seen, do = "a compact adapter", "load_bn_only_model(it).save_pretrained(folder), and use that folder"
             pickled = file == weights and (folder / WEIGHTS_NAME).exists()
             raise missing_file(folder, file.name, pickled, seen, do)
-        _check_size(file)
+        check_size(file)
     read_entries(folder)
 
 
-def _check_size(file: Path) -> None:
+def check_size(file: Path) -> None:
+    """Raise TooLargeError if a configuration, or the header of a safetensors file, is larger than any adapter's."""
     size = file.stat().st_size
-    if file.name == SAFETENSORS_WEIGHTS_NAME:
+    if file.suffix == ".safetensors":
         with open(file, "rb") as opened:  # the first 8 bytes are the length of the header, little-endian
             size = min(size, int.from_bytes(opened.read(8), "little"))
     if size > MAX_BYTES:
-        raise _too_large(file, f"{size:,} bytes of names and settings; {MAX_BYTES:,} are allowed")
+        raise too_large(file, f"{size:,} bytes of names and settings; {MAX_BYTES:,} are allowed")
 
 
-def _too_large(file: Path, seen: str) -> TooLargeError:
+def too_large(file: Path, seen: str) -> TooLargeError:
+    """Return the error for a file with more names and settings than any adapter."""
     do = "do not load it; an adapter has a few kB of names and settings"
     return TooLargeError(f"{file} is larger than any adapter needs.", seen=seen, do=do)
 
@@ -179,7 +184,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         with safe_open(weights, "np") as file:
             names = list(file.keys())
             if len(names) > MAX_TENSORS:
-                raise _too_large(weights, f"{len(names):,} tensors; {MAX_TENSORS:,} are allowed")
+                raise too_large(weights, f"{len(names):,} tensors; {MAX_TENSORS:,} are allowed")
             for name in names:
                 part = file.get_slice(name)
                 entries[bare(name)] = Entry(part.get_shape(), part.get_dtype())
@@ -275,18 +280,33 @@ def read_settings(folder: Path) -> Settings:
     return _read(folder, Settings)
 
 
+def parsed(path: Path, text: str) -> Any:
+    """Return what a stranger's JSON says.
+
+    Raises:
+        AdapterFileError: it is not JSON.
+        TooLargeError: it holds more lists than any configuration.
+    """
+    lists = text.count("[") + text.count("{")  # parsing these takes much more time than other text
+    if lists > MAX_LISTS:
+        raise too_large(path, f"{lists:,} lists; {MAX_LISTS:,} are allowed")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _no_json(path, error) from error
+
+
+def _no_json(path: Path, error: Exception) -> AdapterFileError:
+    return AdapterFileError(f"{path} is not a JSON file.", seen=str(error), do="download or save the adapter again")
+
+
 def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
     path = folder / CONFIG_NAME
     try:
         text = path.read_text(encoding="utf-8")
-        lists = text.count("[") + text.count("{")  # parsing these takes much more time than other text
-        content: Any = json.loads(text) if lists <= MAX_LISTS else None
-    except (ValueError, OSError, RecursionError) as error:
-        raise AdapterFileError(
-            f"{path} is not a JSON file.", seen=str(error), do="download or save the adapter again"
-        ) from error
-    if lists > MAX_LISTS:
-        raise _too_large(path, f"{lists:,} lists; {MAX_LISTS:,} are allowed")
+    except (ValueError, OSError) as error:
+        raise _no_json(path, error) from error
+    content = parsed(path, text)
     method = content.get("peft_type") if isinstance(content, dict) else None
     if method != BN_ONLY:
         raise AdapterFileError(
@@ -295,12 +315,7 @@ def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
             do="load it with peft itself",
         )
     config = kind(**kind.check_kwargs(**content))
-    if config.architecture is None or config.fresh:
-        raise ConfigError(
-            f"{folder} does not say which network it belongs to.",
-            seen=f"architecture={config.architecture!r}, backbone_fingerprint={config.backbone_fingerprint!r}",
-            do="save the adapter again with model.save_pretrained",
-        )
+    check_network_named(config, folder)
     if config.format_version >= 2 and None in (config.traits_fingerprint, config.traits_digests, config.tensors_digest):
         raise ConfigError(
             f"{folder} lacks a digest that every adapter of its format has.",
@@ -308,3 +323,13 @@ def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
             do="save the adapter again with model.save_pretrained",
         )
     return config
+
+
+def check_network_named(config: Settings, where: Path) -> None:
+    """Raise ConfigError unless a configuration says which network it belongs to."""
+    if config.architecture is None or config.fresh:
+        raise ConfigError(
+            f"{where} does not say which network it belongs to.",
+            seen=f"architecture={config.architecture!r}, backbone_fingerprint={config.backbone_fingerprint!r}",
+            do="save the adapter again with model.save_pretrained",
+        )

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from ..errors import (
     disk_is_full,
 )
 from ..settings import (
+    COMPACT_NAME,
     CONFIG_NAME,
     HUB_ID,
     LIFT,
@@ -79,7 +80,9 @@ def fetch(
     max_parameters: int | None = MAX_PARAMETERS,
     **client: Any,
 ) -> Path:
-    """Return the folder of an adapter: a local folder, or a snapshot of a Hub repository's two files.
+    """Return the folder of an adapter: a local folder, or a snapshot of a Hub repository's two files, or compact one.
+
+    The path of a file is returned as it is.
 
     Args: as in `load_bn_only_model`; ``client`` is token, cache_dir and local_files_only.
 
@@ -91,11 +94,17 @@ def fetch(
     inside = Path(subfolder or "")
     if inside.is_absolute() or ".." in inside.parts:
         raise AdapterFileError("A subfolder is inside its repository.", seen=repr(subfolder), do="give a plain name")
-    if Path(adapter).is_dir() or not HUB_ID.fullmatch(str(adapter)):
+    if Path(adapter).exists() or not HUB_ID.fullmatch(str(adapter)):
         return Path(adapter, inside)
     repo, token = str(adapter), client.get("token")
     with explained(f"The adapter {repo} cannot be loaded (and there is no folder of that name)", token):
-        folder = _download(repo, inside / CONFIG_NAME, revision, MAX_BYTES, client).parent
+        try:
+            folder = _download(repo, inside / CONFIG_NAME, revision, MAX_BYTES, client).parent
+        except EntryNotFoundError as error:
+            with suppress(EntryNotFoundError):
+                compact = inside / COMPACT_NAME
+                return _download(repo, compact, revision, _max_bytes(max_parameters), client).parent
+            raise error
         # The second file is taken from the commit of the first, in case the branch changes between the two.
         commit = folder.parents[len(inside.parts) - 1].name if inside.parts else folder.name
         try:
