@@ -161,7 +161,11 @@ def _fitted(
     steps = [torch.tensor(step).log().requires_grad_() for step, _ in plain]
     offsets = [torch.tensor(offset / step).requires_grad_() for step, offset in plain]  # in steps
     inner = [((t - o) / s).requires_grad_() for t, (s, o) in zip(values.values(), plain, strict=True)]
-    groups = [{"params": inner}, {"params": steps, "lr": 0.02 * LR}, {"params": offsets, "lr": 0.2 * LR}]
+    groups: list[dict[str, Any]] = [
+        {"params": inner},
+        {"params": steps, "lr": 0.02 * LR},
+        {"params": offsets, "lr": 0.2 * LR},
+    ]
     optimizer = torch.optim.Adam(groups, lr=LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     generator = torch.Generator().manual_seed(0)

@@ -85,7 +85,7 @@ def export(
     check_choice("format", format, ("timm", "ln_tuning", "compact"))
     name = _chosen(model, adapter_name)
     if format == "compact":
-        return write_compact(model, name, Path(folder), bits, images, test, qr and Path(qr))
+        return write_compact(model, name, Path(folder), bits, images, test, Path(qr) if qr else None)
     if bits != 8 or images is not None or test or qr:
         what, do = "bits, images, test and qr are for the compact format.", 'format="compact"'
         raise ConfigError(what, seen=f"format={format!r}", do=do)

@@ -17,8 +17,8 @@ from ..adapter.tensors import check_tensors
 from ..adapter.tuner import BNOnlyTuner, unwrap_
 from ..errors import AdapterError, BaseRequiredError, ConfigError, check_choice
 from ..settings import BN_ONLY, CUSTOM, LEAN, MAX_PARAMETERS, VERIFY
-from ..sharing.compact import compact_file, read_compact, read_values
-from ..sharing.folder import check_files, check_header, read_config
+from ..sharing.compact import compact_file, read_adapter, read_values
+from ..sharing.folder import check_header
 from ..sharing.hub import fetch, fetch_base
 from .peft_model import BNOnlyPeftModel
 
@@ -124,8 +124,10 @@ def load_bn_only_model(
     dtype = _floating(dtype)
     client: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = fetch(adapter, revision=revision, subfolder=subfolder, max_parameters=max_parameters, **client)
-    compact = compact_file(folder)
-    config = _read(folder) if compact is None else _read_compact(compact, is_trainable)
+    compact, config = compact_file(folder), read_adapter(folder, BNOnlyConfig)
+    if compact and is_trainable:
+        what = "A compact adapter is for inference: its statistics are folded into gamma and beta."
+        raise AdapterError(what, seen=f"is_trainable=True, {compact}", do="train the adapter that it was exported from")
     config.verify = "full" if compact and verify == "sampled" else verify  # a compact file has no sampled fingerprint
     if model is None:
         model = _build(config, str(adapter), folder, max_parameters, client)
@@ -151,18 +153,6 @@ def load_bn_only_model(
     if lean is not None:
         wrapped.set_lean(lean)
     return wrapped
-
-
-def _read(folder: Path) -> BNOnlyConfig:
-    check_files(folder)
-    return read_config(folder)
-
-
-def _read_compact(file: Path, is_trainable: bool) -> BNOnlyConfig:
-    if is_trainable:
-        what = "A compact adapter is for inference: its statistics are folded into gamma and beta."
-        raise AdapterError(what, seen=f"is_trainable=True, {file}", do="train the adapter that it was exported from")
-    return read_compact(file, BNOnlyConfig)
 
 
 def _wrap_compact(model: nn.Module, file: Path, adapter_name: str, config: BNOnlyConfig) -> BNOnlyPeftModel:

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from ..errors import AdapterFileError, AdapterTensorError, ConfigError, FormatVersionError, check_keys
 from ..settings import COMPACT_NAME, CONFIG_NAME, CUSTOM, Settings
-from .folder import AnySettings, check_network_named, check_size, parsed
+from .folder import AnySettings, check_files, check_network_named, check_size, parsed, read_folder
 
 VERSION = 1
 BITS = (4, 6, 8, 16)
@@ -101,6 +101,14 @@ def compact_file(folder: Path) -> Path | None:
         return folder
     file = folder / COMPACT_NAME
     return file if file.is_file() and not (folder / CONFIG_NAME).exists() else None
+
+
+def read_adapter(folder: Path, kind: type[AnySettings]) -> AnySettings:
+    """Read and check the settings of an adapter, a folder or a compact file. Raises: as the functions for each."""
+    if (file := compact_file(folder)) is not None:
+        return read_compact(file, kind)
+    check_files(folder)
+    return read_folder(folder, kind)
 
 
 def read_compact(file: Path, kind: type[AnySettings]) -> AnySettings:

@@ -266,7 +266,7 @@ def read_config(folder: Path) -> "BNOnlyConfig":
     """Read and check an adapter folder's configuration. Raises: as `read_settings`."""
     from ..adapter.method import BNOnlyConfig
 
-    return _read(folder, BNOnlyConfig)
+    return read_folder(folder, BNOnlyConfig)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -277,7 +277,7 @@ def read_settings(folder: Path) -> Settings:
         TooLargeError: it holds more lists than any configuration.
         UnknownKeyError, FormatVersionError, ConfigError: a key or value is not usable, or it names no network.
     """
-    return _read(folder, Settings)
+    return read_folder(folder, Settings)
 
 
 def parsed(path: Path, text: str) -> Any:
@@ -300,7 +300,8 @@ def _no_json(path: Path, error: Exception) -> AdapterFileError:
     return AdapterFileError(f"{path} is not a JSON file.", seen=str(error), do="download or save the adapter again")
 
 
-def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
+def read_folder(folder: Path, kind: type[AnySettings]) -> AnySettings:
+    """Read and check an adapter folder's configuration, as this class. Raises: as `read_settings`."""
     path = folder / CONFIG_NAME
     try:
         text = path.read_text(encoding="utf-8")
