@@ -23,7 +23,7 @@ from ..sharing.compact import Rounded, check_bits, encode, grid_size, stored_set
 from ..sharing.folder import write_file
 from .qr import check_qr, write_qr
 
-RANDOM_IMAGES = 256
+RANDOM_IMAGES, TO_COMPARE = 256, 16  # to fit the rounding; to compare logits alone
 BATCH, STEPS, LR = 64, 300, 0.02  # of the fit; the learning rate is in steps of the grid
 LEAST_STEP = 2.0**-24  # the smallest number of binary16 above 0
 # What else decides which layers an adapter has, and so what the default of their names is
@@ -47,7 +47,8 @@ def write_compact(
     model.base_model.check_unchanged(name)
     before = _folded(model, name)
     config = before.peft_config[name]
-    given, images = images is not None, _random(config) if images is None else images.cpu().float()
+    which = "images" if images is not None else "random images"
+    images = _random(config, bits) if images is None else images.cpu().float()
     found = _rounded(before, name, bits, images)
     settings = stored_settings(config, _default(before, config))
     content = encode(settings, config.to_dict(), found, bits)
@@ -59,8 +60,8 @@ def write_compact(
         write_qr(content, picture)
     network = before.get_base_model()
     difference = max(float((_logits(network, x) - _logits(after, x)).abs().max()) for x in images.split(BATCH))
-    which = f"{len(images):,} {'' if given else 'random '}images"
-    print(f"{len(content):,} bytes, {bits} bits; largest difference of the logits {difference:.3g} on {which}")
+    said = f"largest difference of the logits {difference:.3g} on {len(images):,} {which}"
+    print(f"{len(content):,} bytes, {bits} bits; {said}")
     if batches := list(test):
         accuracies = [f"{_accuracy(each, batches):.2f} %" for each in (network, after)]
         count = sum(len(labels) for _, labels in batches)
@@ -91,12 +92,13 @@ def _default(model: BNOnlyPeftModel, config: BNOnlyConfig) -> BNOnlyConfig:
     return default
 
 
-def _random(config: BNOnlyConfig) -> torch.Tensor:
+def _random(config: BNOnlyConfig, bits: int) -> torch.Tensor:
     size = (config.data_config or {}).get("input_size")
     if size is None:
         do = "images=..., a few hundred as the network takes them, or data_config={'input_size': [3, H, W]}"
         raise ConfigError("It is not known which images the network takes.", seen="data_config=None", do=do)
-    return torch.randn(RANDOM_IMAGES, *size, generator=torch.Generator().manual_seed(0))
+    count = RANDOM_IMAGES if bits < 8 else TO_COMPARE
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
 
 
 def _rounded(model: BNOnlyPeftModel, name: str, bits: int, images: torch.Tensor) -> list[Rounded]:
