@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.func import functional_call
 
@@ -136,19 +137,30 @@ def _plain_grid(tensor: torch.Tensor, bits: int) -> tuple[float, float]:
 
 
 def _on_grid(tensor: torch.Tensor, step: float, offset: float, bits: int) -> Rounded:
-    """Round a tensor to the nearest values of a grid, whose numbers are rounded to binary16 first.
+    """Round a tensor to the nearest values of a grid, whose numbers are rounded to binary16 first."""
+    grid = _grid(step, offset, bits)
+    steps = (tensor.double() - (float(grid[1]) if bits < 8 else 0.0)) / float(grid[0])
+    return Rounded(_codes(steps, bits), grid)
+
+
+def _grid(step: float, offset: float, bits: int) -> NDArray[np.float16]:
+    """Return a grid in binary16.
 
     Raises:
-        AdapterTensorError: they are too large for binary16.
+        AdapterTensorError: its numbers are too large.
     """
     with np.errstate(over="ignore"):
         grid = np.array([max(step, LEAST_STEP), offset][: grid_size(bits)], np.float16)
     if not np.isfinite(grid).all():
         seen, do = f"step {step:.3g}, offset {offset:.3g}", "bits=16, or model.save_pretrained(folder)"
         raise AdapterTensorError("A tensor has values too large for a compact adapter.", seen=seen, do=do)
-    steps = (tensor.double().flatten().numpy() - (float(grid[1]) if bits < 8 else 0.0)) / float(grid[0])
+    return grid
+
+
+def _codes(steps: torch.Tensor, bits: int) -> NDArray[np.uint16]:
+    """Return the codes of values in steps from the offset."""
     half = 2 ** (bits - 1)
-    return Rounded((np.clip(np.rint(steps), -half, half - 1) + half).astype(np.uint16), grid)
+    return (steps.flatten().round().clamp(-half, half - 1) + half).numpy().astype(np.uint16)
 
 
 def _fitted(
@@ -182,12 +194,10 @@ def _fitted(
         loss.backward()
         optimizer.step()
         schedule.step()
-    numbers = [
-        (float(step.detach().exp()), float(offset.detach())) for step, offset in zip(steps, offsets, strict=True)
-    ]
+    # Many values come to lie between two codes: each gets the one that it was fitted with.
     return [
-        _on_grid((x.detach() + offset) * step, step, offset * step, bits)
-        for x, (step, offset) in zip(inner, numbers, strict=True)
+        Rounded(_codes(x.detach(), bits), _grid(float(step.exp()), float(offset * step.exp()), bits))
+        for x, step, offset in zip(inner, steps, offsets, strict=True)
     ]
 
 
