@@ -1,6 +1,7 @@
 """An adapter as files.
 
 - ``folder.py``: write a folder whole or not at all; read a stranger's within bounds (on the header: `MAX_BYTES`).
+- ``compact.py``: the format of compact files, and how one is read.
 - ``contents.py``: what an adapter holds, as plain data, and two adapters compared.
 - ``paths.py``: paths of this machine, which stay here.
 - ``results.py``: the scores that were measured of an adapter.
