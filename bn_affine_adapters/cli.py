@@ -397,7 +397,7 @@ def export_(
     """
     from .deploy.exporting import export
 
-    compact: dict[str, Any] = {"bits": bits, "qr": qr}
+    compact: dict[str, Any] = {"bits": bits, "qr": qr} if form == "compact" or bits != 8 or qr else {}
     if dataset is not None:
         from .training.scripts import installed
 

@@ -1,7 +1,8 @@
 """Write an adapter as one compact file: statistics folded, values rounded to a few bits, fitted to images below 8."""
 
+import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -34,40 +35,75 @@ _DECIDE = ("architecture", "model_args", "seed", "train_head", "layer_scale", "c
 def write_compact(
     model: BNOnlyPeftModel,
     name: str,
-    target: Path,
-    bits: int,
-    images: torch.Tensor | None,
-    test: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    picture: Path | None,
+    file: str | os.PathLike[str],
+    *,
+    bits: int = 8,
+    images: torch.Tensor | None = None,
+    test: Iterable[tuple[torch.Tensor, torch.Tensor]] = (),
+    qr: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write an adapter as a compact file, load it again, and print how the logits differ. Args: as in `export`."""
+    """Write an adapter as a compact file, load it again, and print the largest difference of the logits.
+
+    Args:
+        model: what `get_bn_only_model` or `load_bn_only_model` returned; it is not changed.
+        name: of the adapter.
+        file: does not exist yet; in a folder it is called adapter_compact.safetensors.
+        bits: of a value: 4, 6, 8 or 16. Below 8 the rounding is fitted to ``images``.
+        images: a few hundred without labels, prepared as the network takes them, (N, C, H, W); random ones by default.
+        test: batches (images, labels): the accuracy before and after is printed.
+        qr: where to write the file as a QR code, .png or .svg; needs the extra "qr".
+
+    Raises:
+        ConfigError: there is no such number of bits, or the file does not fit into a QR code.
+        OutputFolderError: the file exists.
+        AdapterError: statistics do not fold into gamma and beta, or a value is not finite.
+    """
     check_bits(bits)
-    target = target / COMPACT_NAME if target.is_dir() else target
-    if target.exists():
-        raise OutputFolderError(f"{target} exists.", seen=f"{target.stat().st_size:,} bytes", do="choose another name")
+    target, picture = _new(Path(file)), Path(qr) if qr else None
     model.base_model.check_unchanged(name)
     before = _folded(model, name)
-    config = before.peft_config[name]
-    which = "images" if images is not None else "random images"
-    images = _random(config, bits) if images is None else images.cpu().float()
-    found = _rounded(before, name, bits, images)
-    settings = stored_settings(config, _default(before, config))
-    content = encode(settings, config.to_dict(), found, bits)
-    check_qr(content, settings, [tensor.codes.size for tensor in found], bits, picture)
+    inputs = _random(before.peft_config[name], bits) if images is None else images.cpu().float()
+    content = _content(before, name, bits, inputs, picture)
     after = _loaded_again(content, model)
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_file(target, content)
-    if picture is not None:
+    if picture:
         write_qr(content, picture)
-    network = before.get_base_model()
-    difference = max(float((_logits(network, x) - _logits(after, x)).abs().max()) for x in images.split(BATCH))
-    said = f"largest difference of the logits {difference:.3g} on {len(images):,} {which}"
-    print(f"{len(content):,} bytes, {bits} bits; {said}")
+    print(f"{len(content):,} bytes, {bits} bits;", _difference(before, after, inputs, images is None))
     if batches := list(test):
-        accuracies = [f"{_accuracy(each, batches):.2f} %" for each in (network, after)]
-        count = sum(len(labels) for _, labels in batches)
-        print(f"accuracy {accuracies[0]} before, {accuracies[1]} after, {count:,} images")
+        print(_accuracies(before, after, batches))
     return target
+
+
+def _new(file: Path) -> Path:
+    target = file / COMPACT_NAME if file.is_dir() else file
+    if target.exists():
+        raise OutputFolderError(f"{target} exists.", seen=f"{target.stat().st_size:,} bytes", do="choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _content(model: BNOnlyPeftModel, name: str, bits: int, images: torch.Tensor, picture: Any) -> bytes:
+    """Return the compact file of an adapter whose statistics are folded."""
+    config, found = model.peft_config[name], _rounded(model, name, bits, images)
+    settings = stored_settings(config, _default(model, config))
+    content = encode(settings, config.to_dict(), found, bits)
+    if picture:
+        check_qr(content, settings, [tensor.codes.size for tensor in found], bits, picture)
+    return content
+
+
+def _difference(before: nn.Module, after: nn.Module, images: torch.Tensor, random: bool) -> str:
+    largest = max(float((_logits(before, x) - _logits(after, x)).abs().max()) for x in images.split(BATCH))
+    return f"largest difference of the logits {largest:.3g} on {len(images):,} {'random ' * random}images"
+
+
+def _accuracies(before: nn.Module, after: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> str:
+    def accuracy(network: nn.Module) -> float:
+        right = [_logits(network, images).argmax(1) == labels for images, labels in batches]
+        return 100 * float(torch.cat(right).float().mean())
+
+    count = sum(len(labels) for _, labels in batches)
+    return f"accuracy {accuracy(before):.2f} % before, {accuracy(after):.2f} % after, {count:,} images"
 
 
 def _folded(model: BNOnlyPeftModel, name: str) -> BNOnlyPeftModel:
@@ -196,7 +232,7 @@ def _fitted(
         schedule.step()
     # Many values come to lie between two codes: each gets the one that it was fitted with.
     return [
-        Rounded(_codes(x.detach(), bits), _grid(float(step.exp()), float(offset * step.exp()), bits))
+        Rounded(_codes(x.detach(), bits), _grid(step.exp().item(), (offset * step.exp()).item(), bits))
         for x, step, offset in zip(inner, steps, offsets, strict=True)
     ]
 
@@ -209,11 +245,6 @@ def _logits(network: nn.Module, images: torch.Tensor, values: dict[str, torch.Te
 def _outputs(found: Any) -> torch.Tensor:
     """Return a network's outputs as one tensor: a head of two parts answers with two."""
     return found if isinstance(found, torch.Tensor) else torch.cat([part.flatten(1) for part in found], 1)
-
-
-def _accuracy(network: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    right = [_logits(network, images).argmax(1) == labels for images, labels in batches]
-    return 100 * float(torch.cat(right).float().mean())
 
 
 def _loaded_again(content: bytes, model: BNOnlyPeftModel) -> nn.Module:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -32,48 +32,28 @@ _DATA = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def export(
-    model: BNOnlyPeftModel,
-    folder: str | os.PathLike[str],
-    format: Literal["timm", "ln_tuning", "compact"] = "timm",
-    adapter_name: str | None = None,
-    *,
-    bits: int = 8,
-    images: torch.Tensor | None = None,
-    test: Iterable[tuple[torch.Tensor, torch.Tensor]] = (),
-    qr: str | os.PathLike[str] | None = None,
-) -> Path:
-    """Write a network as a folder of timm, an adapter as PEFT's LN tuning or as one compact file.
-
-    The model is not changed.
+    model: BNOnlyPeftModel, folder: str | os.PathLike[str], format: Literal["timm", "ln_tuning", "compact"] = "timm",
+    adapter_name: str | None = None, **compact: Any,
+) -> Path:  # fmt: skip
+    """Write a network as a folder of timm, an adapter as PEFT's LN tuning or as one compact file; no model is changed.
 
     Args:
         model: what `get_bn_only_model` or `load_bn_only_model` returned.
-        folder: does not exist yet, or is empty. For "compact" the file; in a folder, adapter_compact.safetensors.
-        format: "timm" writes config.json and model.safetensors, the network with the adapter merged, for
-            ``timm.create_model("hf-hub:...", pretrained=True)``, or "local-dir:FOLDER"; it comes
-            back in float32. "ln_tuning" writes adapter_config.json and adapter_model.safetensors for
-            ``peft.PeftModel.from_pretrained(base, FOLDER)``; the base is ``load_bn_only_model(adapter).unload()``.
-            "compact" writes one file for `load_bn_only_model`: statistics folded, values rounded; for inference. It
-            prints the largest difference of the logits, see docs/compact-adapters.md.
+        folder: does not exist yet, or is empty; for "compact" the file.
+        format: "timm" is for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, in float32; "ln_tuning" for
+            ``peft.PeftModel.from_pretrained(base, FOLDER)`` with the base ``load_bn_only_model(adapter).unload()``;
+            "compact" for `load_bn_only_model`, for inference alone, and it prints how the logits differ.
         adapter_name: by default the active adapter.
-        bits: of "compact", a value: 4, 6, 8 or 16. Below 8 the rounding is fitted to ``images``.
-        images: of "compact", a few hundred without labels, prepared as the network takes them, (N, C, H, W); by default
-            random ones.
-        test: of "compact", batches (images, labels): the accuracy before and after is printed.
-        qr: of "compact", a picture of the file as a QR code, .png or .svg; needs the extra "qr".
+        compact: of "compact": bits, images, test, qr; see `bn_affine_adapters.deploy.compact.write_compact`.
 
     Returns:
-        The folder or file. Before this returns, timm, PEFT or `load_bn_only_model` has loaded it; the first two have
-        given the same tensors and logits.
+        The folder or file. Before this returns, it has been loaded: by timm or PEFT with the same tensors and logits.
 
     Raises:
-        OutputFolderError: the folder is not empty.
+        OutputFolderError, NoSpaceError: the folder is not empty, or the file exists; the disk is full.
         RebuildError: timm does not build the same network; it cannot build one of your own code ("custom").
         AdapterError: there is no one such adapter, or PEFT gives other logits (the network reads a layer's weight).
         ConfigError: there is no such format, or the network takes no images of data_config's size.
-        NoSpaceError: the disk is full.
-        AdapterError: of "compact": statistics do not fold into gamma and beta.
-        ConfigError: of "compact": there is no such number of bits, or the file does not fit into a QR code.
 
     >>> import tempfile, timm
     >>> from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
@@ -85,13 +65,11 @@ def export(
     check_choice("format", format, ("timm", "ln_tuning", "compact"))
     name = _chosen(model, adapter_name)
     if format == "compact":
-        return write_compact(model, name, Path(folder), bits, images, test, Path(qr) if qr else None)
-    if bits != 8 or images is not None or test or qr:
-        what, do = "bits, images, test and qr are for the compact format.", 'format="compact"'
-        raise ConfigError(what, seen=f"format={format!r}", do=do)
-    config = model.peft_config[name]
+        return write_compact(model, name, folder, **compact)
+    if compact:
+        raise ConfigError(f"{', '.join(compact)}: for the compact format.", seen=f"format={format}", do="leave it out")
     with written_whole(_empty(folder)) as files:
-        (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, name), config, files)
+        (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, name), model.peft_config[name], files)
     return Path(folder)
 
 

@@ -13,9 +13,7 @@ MAX_BYTES = 2_953  # in the largest code, version 40, with the least error corre
 KINDS = (".png", ".svg")
 
 
-def check_qr(
-    content: bytes, settings: Mapping[str, Any], sizes: Sequence[int], bits: int, picture: Path | None
-) -> None:
+def check_qr(content: bytes, settings: Mapping[str, Any], sizes: Sequence[int], bits: int, picture: Path) -> None:
     """Raise ConfigError unless a compact file fits into a QR code and the picture can be written.
 
     Args:
@@ -23,10 +21,8 @@ def check_qr(
         settings: that it stores.
         sizes: of its tensors, to say which number of bits would fit.
         bits: that it has.
-        picture: where the code is to be written, if anywhere.
+        picture: where the code is to be written.
     """
-    if picture is None:
-        return
     try:
         import segno  # noqa: F401
     except ModuleNotFoundError as error:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from ..errors import AdapterFileError, AdapterTensorError, ConfigError, FormatVersionError, check_keys
 from ..settings import COMPACT_NAME, CONFIG_NAME, CUSTOM, Settings
@@ -74,6 +73,8 @@ def encode(
 
 def as_file(settings: Mapping[str, Any], content: bytes, bits: int) -> bytes:
     """Return the file of a tensor's bytes."""
+    from safetensors.numpy import save
+
     text = json.dumps({"version": VERSION, "bits": bits, **settings}, separators=(",", ":"), allow_nan=False)
     return save({TENSOR: np.frombuffer(content, np.uint8)}, {METADATA: text})
 

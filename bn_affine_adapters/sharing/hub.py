@@ -98,13 +98,9 @@ def fetch(
         return Path(adapter, inside)
     repo, token = str(adapter), client.get("token")
     with explained(f"The adapter {repo} cannot be loaded (and there is no folder of that name)", token):
-        try:
-            folder = _download(repo, inside / CONFIG_NAME, revision, MAX_BYTES, client).parent
-        except EntryNotFoundError as error:
-            with suppress(EntryNotFoundError):
-                compact = inside / COMPACT_NAME
-                return _download(repo, compact, revision, _max_bytes(max_parameters), client).parent
-            raise error
+        first = _first_file(repo, inside, revision, max_parameters, client)
+        if (folder := first.parent) and first.name == COMPACT_NAME:
+            return folder
         # The second file is taken from the commit of the first, in case the branch changes between the two.
         commit = folder.parents[len(inside.parts) - 1].name if inside.parts else folder.name
         try:
@@ -116,6 +112,18 @@ def fetch(
             do = "ask its owner to push it with model.push_to_hub(...)"
             raise missing_file(repo, SAFETENSORS_WEIGHTS_NAME, pickled, f"commit {commit}", do) from error
     return folder
+
+
+def _first_file(
+    repo: str, inside: Path, revision: str | None, max_parameters: int | None, client: dict[str, Any]
+) -> Path:
+    """Return the configuration in a repository, or the compact file where there is none."""
+    try:
+        return _download(repo, inside / CONFIG_NAME, revision, MAX_BYTES, client)
+    except EntryNotFoundError as error:
+        with suppress(EntryNotFoundError):
+            return _download(repo, inside / COMPACT_NAME, revision, _max_bytes(max_parameters), client)
+        raise error
 
 
 def fetch_base(config: Settings, max_parameters: int | None = None, **client: Any) -> Path:
