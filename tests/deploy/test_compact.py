@@ -97,7 +97,7 @@ def test_a_compact_file_loads_to_the_network_that_was_exported(name, bits, train
 def test_the_fit_keeps_the_logits_better_than_plain_rounding(model, tmp_path, monkeypatch, capsys):
     images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     errors = []
-    for steps in (0, 60):
+    for steps in (0, 40):
         monkeypatch.setattr("bn_affine_adapters.deploy.compact.STEPS", steps)
         made = export(model, tmp_path / f"{steps}.safetensors", format="compact", bits=4, images=images)
         errors.append((load_bn_only_model(made)(images) - model(images)).square().mean().item())
@@ -360,6 +360,18 @@ def test_what_takes_no_compact_file_says_so(command, file, tmp_path):
     assert result.exit_code == 2, result.output
     assert "a compact adapter" in result.output
     assert "save_pretrained" in result.output
+
+
+def test_a_compact_file_is_no_further_adapter_of_a_model(file, tmp_path, refused):
+    loaded = load_bn_only_model(file)
+    with refused(AdapterFileError, "a compact adapter", "save_pretrained"):
+        loaded.load_adapter(file, "two")
+    loaded.save_pretrained(tmp_path)
+    loaded.load_adapter(tmp_path, "two")
+    loaded.set_adapter("two")
+    assert torch.equal(loaded(X), load_bn_only_model(file)(X))
+    again = export(loaded, tmp_path / "again.safetensors", format="compact", adapter_name="two")
+    assert torch.equal(load_bn_only_model(again)(X), loaded(X))
 
 
 # -- the command line, QR codes, sizes
