@@ -168,7 +168,7 @@ def _plain_grid(tensor: torch.Tensor, bits: int) -> tuple[float, float]:
     low, high = float(tensor.min()), float(tensor.max())
     if bits >= 8:
         return max(abs(low), abs(high)) / (2 ** (bits - 1) - 1), 0.0
-    step = (high - low) / (2**bits - 1)
+    step = (high - low) / (2**bits - 1) or abs(high) / 2**bits  # of a constant: something that can be fitted
     return step, low + 2 ** (bits - 1) * step
 
 
