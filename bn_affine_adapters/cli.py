@@ -96,10 +96,12 @@ def _load(adapter: str, base: Path | None, verify: str = "full", **where: Any) -
     from .adapter.limits import bounded
     from .adapter.rebuild import create_pretrained
     from .model.loading import load_bn_only_model
+    from .sharing.compact import read_adapter
+    from .sharing.hub import fetch
 
     network = None
     if base is not None:
-        _, config, _ = _read(adapter, **where)
+        config = read_adapter(fetch(adapter, **where), Settings)
         with bounded(config, where["max_parameters"]):
             network = create_pretrained(str(config.architecture), config.model_args, base)
     return load_bn_only_model(adapter, network, verify=verify, **where)  # type: ignore[arg-type]  # click's Choice
@@ -401,19 +403,38 @@ def card(folder: str, repo_id: str, output: Path | None, results: str | None, **
 @main.command("export")
 @click.argument("adapter")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(["timm", "ln_tuning"]), default="timm", show_default=True)
+@click.option(
+    "--format", "form", type=click.Choice(["timm", "ln_tuning", "compact"]), default="timm", show_default=True
+)
+@click.option("--bits", type=int, default=8, show_default=True, help="Of compact, a value: 4, 6, 8 or 16.")
+@click.option("--dataset", help="Of compact: fit the rounding to its training images, and print its test accuracy.")
+@click.option("--qr", type=click.Path(path_type=Path), help="Of compact: a picture of the file as a QR code.")
 @_network
-def export_(adapter: str, folder: Path, form: str, **where: Any) -> None:
-    """Write a plain timm checkpoint, or an adapter that PEFT alone loads on the rebuilt network.
+def export_(
+    adapter: str, folder: Path, form: str, bits: int, dataset: str | None, qr: Path | None, **where: Any
+) -> None:
+    """Write a plain timm checkpoint, an adapter that PEFT alone loads on the rebuilt network, or a compact file.
+
+    A compact file is for inference. Below 8 bits its rounding is fitted to 400 training images of the data set, whose
+    labels are not used, or to random ones.
 
     \b
     Example:
       bn-adapters export me/cifar10-resnet110-bn-only plain && python -c "import bn_affine_adapters, timm;
       timm.create_model('local-dir:plain', pretrained=True)"
+      bn-adapters export runs/digits/adapter digits.safetensors --format compact --qr digits.png
     """
     from .deploy.exporting import export
 
-    click.echo(str(export(_load(adapter, **where), folder, form)))  # type: ignore[arg-type]  # of click's Choice
+    compact: dict[str, Any] = {"bits": bits, "qr": qr} if form == "compact" or bits != 8 or qr else {}
+    if dataset is not None:
+        from .training.scripts import installed
+
+        with installed("train"):
+            from .training.validate import sample
+
+            compact["images"], compact["test"] = sample(adapter, dataset, 400)
+    click.echo(str(export(_load(adapter, **where), folder, form, **compact)))  # type: ignore[arg-type]  # click's Choice
 
 
 @main.command()

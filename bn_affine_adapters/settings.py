@@ -22,6 +22,7 @@ CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"  # a pickle
 PEFT_PREFIX = "base_model.model."
+COMPACT_NAME = "adapter_compact.safetensors"  # of a compact adapter in a folder or repository
 
 
 CUSTOM = "custom"  # the architecture of a network that timm cannot build: loads only with model=
@@ -172,6 +173,7 @@ class Settings:
     verify: Literal["full", "sampled", "off"] = "full"
     lean: Literal["exact", "rounded", "smallest"] | None = None
 
+    compact = False  # True if it comes from a compact file: for inference, with the first digits of its fingerprints
     built_here = False  # True if the network was just built from this configuration: not built again to compare
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

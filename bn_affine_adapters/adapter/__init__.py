@@ -8,6 +8,7 @@
 - ``control.py``: the paper's controls, which train other parameters per channel.
 - ``checks.py``: which layers an adapter owns, and whether it fits the network and the other adapters.
 - ``tensors.py``: whether the tensors of an adapter fit the network.
+- ``fold.py``: statistics folded into gamma and beta, as compact files hold them.
 - ``traits.py``: classes and settings of a network's modules, and their digest.
 - ``unchanged.py``: whether a wrapped network is still the one that loading an adapter gives.
 - ``rebuild.py``: build the frozen network again, write its fingerprints, verify it.

@@ -102,9 +102,20 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
         if self.mixture is not None and (batch := self.mixture.now()) is not None:
             return run_layer(self, batch, *args, **kwargs)
         active = self.active_module()
+        if self.training:
+            self._check_trainable(active)
         if self.training and recomputing():
             active = with_own_statistics(active)
         return active(*args, **kwargs)
+
+    def _check_trainable(self, active: nn.Module) -> None:
+        names = self.merged_adapters or self.active_adapters
+        if active is not self.base_layer and self.configs[names[0]].compact:
+            raise AdapterError(
+                "A compact adapter is for inference: its statistics are folded into gamma and beta.",
+                seen=f"{names[0]!r} runs in training mode",
+                do="model.eval(); to go on training, load the adapter that it was exported from",
+            )
 
     def trainable(self, adapter_name: str) -> list[str]:
         """Return the parameters that an adapter's configuration trains, as named in `bn_only_layers`."""

@@ -31,6 +31,7 @@ from ..settings import CUSTOM, FORBIDDEN_ARGS, FORMAT_VERSION, Settings, is_plai
 from .method import BNOnlyConfig
 from .traits import MODULE_DIGEST, Traits, digest, traits
 
+SHORT = 16  # bytes that a compact adapter stores of a fingerprint
 NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # of an architecture, with timm's optional tag of weights
 
 
@@ -328,7 +329,9 @@ def verify_layout(model: nn.Module, config: BNOnlyConfig) -> None:
     Raises:
         FingerprintError: they differ; the message names a layer that is missing.
     """
-    if config.verify != "off" and _layout(model, config, frozen_tensors(model, config)[0]) != config.layout_hash:
+    if config.verify == "off":
+        return
+    if not _equal(_layout(model, config, frozen_tensors(model, config)[0]), config.layout_hash, config):
         advice = "" if config.architecture == CUSTOM else f"pass {_creation_call(config)}, or "
         raise _mismatch(config, "its layers have other names or shapes", _absent(model, config), advice)
 
@@ -361,13 +364,18 @@ def frozen_difference(model: nn.Module, config: BNOnlyConfig, sample: bool = Fal
     arrays = _arrays(model, config, backbone)
     if sample and sampled(arrays) != config.backbone_fingerprint_sampled:
         return "the sampled values differ", "4,096 values a tensor were compared"
-    if not sample and (hashes := fingerprint(arrays)).full != config.backbone_fingerprint:
+    if not sample and not _equal((hashes := fingerprint(arrays)).full, config.backbone_fingerprint, config):
         name = first_difference(list(backbone), hashes.tensors, config.backbone_digests or "")
         dtype = f" ({backbone[name].dtype})" if name in backbone else ""
         return "frozen weights differ", f"the first layer that differs is {name}{dtype}"
-    if rest and fingerprint(_arrays(model, config, rest)).full != config.frozen_fingerprint:
+    if rest and not _equal(fingerprint(_arrays(model, config, rest)).full, config.frozen_fingerprint, config):
         return "the frozen head or norm layers differ", f"among {', '.join(list(rest)[:3])} ..."
     return None
+
+
+def _equal(found: str, stored: str | None, config: BNOnlyConfig) -> bool:
+    """Compare two sha256 in hex; a compact adapter stores the first 16 of 32 bytes."""
+    return stored in ((found, found[: 2 * SHORT]) if config.compact else (found,))
 
 
 def _absent(model: nn.Module, config: BNOnlyConfig) -> str:
@@ -381,14 +389,15 @@ def _absent(model: nn.Module, config: BNOnlyConfig) -> str:
 def _mismatch(config: BNOnlyConfig, why: str, seen: str, advice: str = "") -> FingerprintError:
     now = versions()
     changed = [f"{k} {v} -> {now.get(k)}" for k, v in config.versions.items() if now.get(k) != v]
+    shown = ", ".join(changed) or ("not stored" if config.compact else "the same")
     if config.seed is None:
         do = "pass the base that the adapter was trained on as model="
-    elif changed:
+    elif changed or config.compact:
         do = "install the versions that made the adapter"
     else:
         do = f"report this: seed {config.seed} promises the same bits"
     return FingerprintError(
         f"This is not the network that the adapter was trained on: {why}.",
-        seen=f"{seen}; {config.architecture}, versions then and now: {', '.join(changed) or 'the same'}",
+        seen=f"{seen}; {config.architecture}, versions then and now: {shown}",
         do=advice + do,
     )

@@ -109,6 +109,8 @@ class BNOnlyTuner(BaseTuner):
         if config.fresh:
             infer(model, config, first)
         elif not config.built_here:
+            if config.compact:  # it leaves out the names of layers that follow from the network
+                choose_layers(model, config)
             verify_layout(model, config)
             check_traits(self.wrapped, config)
         if first is not None:
@@ -132,7 +134,9 @@ class BNOnlyTuner(BaseTuner):
             warn_of_lost_base(model, config)
             return
         verify(model, config)
-        if config.traits_fingerprint is None or config.architecture == CUSTOM:
+        if config.compact:  # its file holds the first digits alone
+            write_fingerprints(model, config, self.wrapped)
+        elif config.traits_fingerprint is None or config.architecture == CUSTOM:
             write_traits(self.wrapped, config)  # format 1 has none; another one has warned, or was not asked for
 
     def _prepare_adapter_config(self, peft_config: BNOnlyConfig, model_config: dict[str, Any]) -> BNOnlyConfig:

@@ -1,4 +1,5 @@
 """Write an adapted network for tools that do not know this package.
 
 - ``exporting.py``: `export` to timm's folder or PEFT's LN tuning; `export_network` for a network that trained whole.
+- ``compact.py``: write a compact file; fit its rounding. ``qr.py``: the file as a QR code.
 """

@@ -1,4 +1,4 @@
-"""Write an adapted network for tools that do not know this package: for timm, or for PEFT."""
+"""Write an adapted network for tools that do not know this package, for timm or PEFT, or as one compact file."""
 
 import json
 import os
@@ -24,6 +24,7 @@ from ..norms.find import named_layers
 from ..seed.rules import constants_only
 from ..settings import CUSTOM, PEFT_PREFIX, hub_id
 from ..sharing.folder import written_whole
+from .compact import write_compact
 
 # The keys that an export keeps of timm's configuration, the origin only for given weights, and of data_config.
 _ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
@@ -31,27 +32,25 @@ _DATA = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def export(
-    model: BNOnlyPeftModel,
-    folder: str | os.PathLike[str],
-    format: Literal["timm", "ln_tuning"] = "timm",
-    adapter_name: str | None = None,
-) -> Path:
-    """Write a network as a folder of timm, or an adapter as PEFT's LN tuning; the model is not changed.
+    model: BNOnlyPeftModel, folder: str | os.PathLike[str], format: Literal["timm", "ln_tuning", "compact"] = "timm",
+    adapter_name: str | None = None, **compact: Any,
+) -> Path:  # fmt: skip
+    """Write a network as a folder of timm, an adapter as PEFT's LN tuning or as one compact file; no model is changed.
 
     Args:
         model: what `get_bn_only_model` or `load_bn_only_model` returned.
-        folder: does not exist yet, or is empty.
-        format: "timm" writes config.json and model.safetensors, the network with the adapter merged, for
-            ``timm.create_model("hf-hub:...", pretrained=True)``, or "local-dir:FOLDER"; it comes
-            back in float32. "ln_tuning" writes adapter_config.json and adapter_model.safetensors for
-            ``peft.PeftModel.from_pretrained(base, FOLDER)``; the base is ``load_bn_only_model(adapter).unload()``.
+        folder: does not exist yet, or is empty; for "compact" the file.
+        format: "timm" is for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, in float32; "ln_tuning" for
+            ``peft.PeftModel.from_pretrained(base, FOLDER)`` with the base ``load_bn_only_model(adapter).unload()``;
+            "compact" for `load_bn_only_model`, for inference alone, and it prints how the logits differ.
         adapter_name: by default the active adapter.
+        compact: of "compact": bits, images, test, qr; see `bn_affine_adapters.deploy.compact.write_compact`.
 
     Returns:
-        The folder. Before this returns, timm or PEFT has loaded it and given the same tensors and logits.
+        The folder or file. Before this returns, it has been loaded: by timm or PEFT with the same tensors and logits.
 
     Raises:
-        OutputFolderError: the folder is not empty.
+        OutputFolderError, NoSpaceError: the folder is not empty, or the file exists; the disk is full.
         RebuildError: timm does not build the same network; it cannot build one of your own code ("custom").
         AdapterError: there is no one such adapter, or PEFT gives other logits (the network reads a layer's weight).
         ConfigError: there is no such format, or the network takes no images of data_config's size.
@@ -64,11 +63,14 @@ def export(
     ...     sorted(path.name for path in export(model, folder).iterdir())
     ['config.json', 'model.safetensors']
     """
-    check_choice("format", format, ("timm", "ln_tuning"))
+    check_choice("format", format, ("timm", "ln_tuning", "compact"))
     name = _chosen(model, adapter_name)
-    config = model.peft_config[name]
+    if format == "compact":
+        return write_compact(model, name, folder, **compact)
+    if compact:
+        raise ConfigError(f"{', '.join(compact)}: for the compact format.", seen=f"format={format}", do="leave it out")
     with written_whole(_empty(folder)) as files:
-        (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, name), config, files)
+        (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, name), model.peft_config[name], files)
     return Path(folder)
 
 

@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 from ..adapter.checks import check_network, choose_layers
+from ..adapter.fold import copies, parameters, settle_
 from ..adapter.limits import build_within
 from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import build, create_pretrained, verify_layout
+from ..adapter.tensors import check_tensors
 from ..adapter.tuner import BNOnlyTuner, unwrap_
-from ..errors import BaseRequiredError, ConfigError, check_choice
+from ..errors import AdapterError, BaseRequiredError, ConfigError, check_choice
 from ..settings import BN_ONLY, CUSTOM, LEAN, MAX_PARAMETERS, VERIFY
-from ..sharing.folder import check_files, check_header, read_config
+from ..sharing.compact import compact_file, read_adapter, read_values
+from ..sharing.folder import check_header
 from ..sharing.hub import fetch, fetch_base
 from .peft_model import BNOnlyPeftModel
 
@@ -84,13 +87,14 @@ def load_bn_only_model(
     """Rebuild a network from an adapter: architecture + seed redraw the weights, which are then verified.
 
     Args:
-        adapter: a folder that ``model.save_pretrained`` wrote, or the Hub id of what ``model.push_to_hub`` pushed.
+        adapter: a folder that ``model.save_pretrained`` wrote, or the Hub id of what ``model.push_to_hub`` pushed; or
+            a compact file that `export` wrote, or a folder or repository that holds one and no adapter_config.json.
         model: the base of an adapter without a seed; verified against the adapter's fingerprint. By default it is
             fetched from the Hub, if the adapter names its repository and commit. With a seed it may be any network of
             the same architecture, which is redrawn in place.
         adapter_name: as in PEFT.
         is_trainable: continue training; otherwise the adapter is frozen and the network in evaluation mode.
-        verify: compare every frozen value, at most 4,096 values a tensor, or none.
+        verify: compare every frozen value, at most 4,096 values a tensor (of a compact file every value), or none.
         device: where the network is moved after it was drawn on the CPU.
         dtype: of the whole network, cast after it was verified, e.g. torch.bfloat16 or "bfloat16".
         lean: with ``is_trainable``, train in less memory and time, see `bn_affine_adapters.lean`.
@@ -107,6 +111,7 @@ def load_bn_only_model(
         BaseRequiredError: the adapter belongs to given weights: pass ``model``.
         FingerprintError: the network is not the one that the adapter was trained on.
         AdapterTensorError: the adapter's tensors do not fit the network.
+        AdapterError: ``is_trainable`` asks for a compact file to be trained.
         TooLargeError: the network asked for, or a file, is over the limit.
         NetworkError: ``model`` is no network, or has an adapter already.
         ConfigError: there is no such ``dtype``.
@@ -119,9 +124,12 @@ def load_bn_only_model(
     dtype = _floating(dtype)
     client: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = fetch(adapter, revision=revision, subfolder=subfolder, max_parameters=max_parameters, **client)
-    check_files(folder, max_parameters if model is None else None)
-    config = read_config(folder)
-    config.verify = verify
+    most = max_parameters if model is None else None
+    compact, config = compact_file(folder), read_adapter(folder, BNOnlyConfig, most)
+    if compact and is_trainable:
+        what = "A compact adapter is for inference: its statistics are folded into gamma and beta."
+        raise AdapterError(what, seen=f"is_trainable=True, {compact}", do="train the adapter that it was exported from")
+    config.verify = "full" if compact and verify == "sampled" else verify  # a compact file has no sampled fingerprint
     if model is None:
         model = _build(config, str(adapter), folder, max_parameters, client)
         config.built_here = True
@@ -129,9 +137,12 @@ def load_bn_only_model(
     classes = getattr(model, "num_classes", None)
     try:
         # The configuration is passed so that the tuner sees `verify`, which is not in the file.
-        wrapped = peft.PeftModel.from_pretrained(
-            model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config, torch_device="cpu"
-        )
+        how: dict[str, Any] = {"adapter_name": adapter_name, "config": config}
+        if compact is not None:
+            wrapped = _wrap_compact(model, compact, **how)
+        else:
+            how |= {"is_trainable": is_trainable, "torch_device": "cpu"}
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder), **how)
     except Exception:
         unwrap_(model)
         for parameter in trained:
@@ -143,6 +154,22 @@ def load_bn_only_model(
     if lean is not None:
         wrapped.set_lean(lean)
     return wrapped
+
+
+def _wrap_compact(model: nn.Module, file: Path, adapter_name: str, config: BNOnlyConfig) -> BNOnlyPeftModel:
+    """Redraw and verify a network, and fill the copies of a compact adapter from its file."""
+    config.inference_mode = True
+    wrapped = BNOnlyPeftModel(model, config, adapter_name)
+    held = copies(wrapped.get_base_model(), adapter_name, wrapped.peft_config[adapter_name])
+    targets = parameters(held)
+    values = read_values(file, [tensor.numel() for tensor in targets.values()])
+    given = {k: torch.from_numpy(v).view(t.shape) for (k, t), v in zip(targets.items(), values, strict=True)}
+    check_tensors(given, targets)
+    settle_(held)
+    with torch.no_grad():
+        for name, tensor in targets.items():
+            tensor.copy_(given[name])
+    return wrapped.eval()
 
 
 def _floating(dtype: Any) -> torch.dtype | None:
@@ -165,9 +192,12 @@ def _build(
             do=f"load_bn_only_model({adapter!r}, model=base)",
         )
     outline = build_within(config, max_parameters)
+    if config.compact:  # it leaves out the names of layers that follow from the network
+        choose_layers(outline, config)
     verify_layout(outline, config)
     choose_layers(outline, config)
-    check_header(folder, outline, config)
+    if not config.compact:
+        check_header(folder, outline, config)
     if config.seed is not None:
         return build(config).eval()
     base = fetch_base(config, max_parameters=max_parameters, **client)

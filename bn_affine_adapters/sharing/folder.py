@@ -29,6 +29,7 @@ from ..errors import (
 from ..norms import COPIES, SCALE_SUFFIX
 from ..settings import (
     BN_ONLY,
+    COMPACT_NAME,
     CONFIG_NAME,
     MAX_PARAMETERS,
     MAX_TENSORS,
@@ -222,22 +223,34 @@ def check_files(folder: Path, max_parameters: int | None = MAX_PARAMETERS) -> No
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
             _check_present(folder, name)
         opened(folder, CONFIG_NAME).close()
-        with opened(folder, SAFETENSORS_WEIGHTS_NAME, max_bytes(max_parameters)) as file:
-            # The first 8 bytes are the length of the header, little-endian.
-            size = min(int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size)
-    if size > MAX_BYTES:
-        seen = f"{size:,} bytes of names and shapes; {MAX_BYTES:,} are allowed"
-        raise too_large(folder / SAFETENSORS_WEIGHTS_NAME, seen)
+        check_size(folder, SAFETENSORS_WEIGHTS_NAME, max_parameters)
     read_entries(folder)
 
 
 def _check_present(folder: Path, name: str) -> None:
-    if not present(folder, name):
-        names = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else None
-        seen = "no such folder" if names is None else f"the folder holds {', '.join(names) or 'nothing'}"
-        do = 'give a folder that model.save_pretrained(...) wrote, or "owner/name" on the Hub; a tag is revision='
-        pickled = name == SAFETENSORS_WEIGHTS_NAME and present(folder, WEIGHTS_NAME)
-        raise missing_file(folder, name, pickled, seen, do)
+    if present(folder, name):
+        return
+    names = sorted(path.name for path in folder.iterdir())[:10] if folder.is_dir() else None
+    seen = "no such folder" if names is None else f"the folder holds {', '.join(names) or 'nothing'}"
+    do = 'give a folder that model.save_pretrained(...) wrote, or "owner/name" on the Hub; a tag is revision='
+    if folder.is_file() or present(folder, COMPACT_NAME):
+        seen, do = "a compact adapter", "load_bn_only_model(it).save_pretrained(folder), and use that folder"
+    pickled = name == SAFETENSORS_WEIGHTS_NAME and present(folder, WEIGHTS_NAME)
+    raise missing_file(folder, name, pickled, seen, do)
+
+
+def check_size(folder: Path, name: str, max_parameters: int | None) -> None:
+    """Check that a safetensors file is regular, inside its folder, and of bounded size, and its header too.
+
+    Raises:
+        AdapterFileError: it leads out of the folder, or is no regular file.
+        TooLargeError: it is larger than an adapter of such a network, or has more names than any adapter.
+    """
+    with opened(folder, name, max_bytes(max_parameters)) as file:
+        # The first 8 bytes are the length of the header, little-endian.
+        size = min(int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size)
+    if size > MAX_BYTES:
+        raise too_large(folder / name, f"{size:,} bytes of names and shapes; {MAX_BYTES:,} are allowed")
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
@@ -336,7 +349,7 @@ def read_config(folder: Path) -> "BNOnlyConfig":
     """Read and check an adapter folder's configuration. Raises: as `read_settings`."""
     from ..adapter.method import BNOnlyConfig
 
-    return _read(folder, BNOnlyConfig)
+    return read_folder(folder, BNOnlyConfig)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -347,23 +360,39 @@ def read_settings(folder: Path) -> Settings:
         TooLargeError: it holds more lists than any configuration.
         UnknownKeyError, FormatVersionError, ConfigError: a key or value is not usable, or it names no network.
     """
-    return _read(folder, Settings)
+    return read_folder(folder, Settings)
 
 
-def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
+def parsed(path: Path, text: str) -> Any:
+    """Return what a stranger's JSON says.
+
+    Raises:
+        AdapterFileError: it is not JSON.
+        TooLargeError: it holds more lists than any configuration.
+    """
+    lists = text.count("[") + text.count("{")  # parsing these takes much more time than other text
+    if lists > MAX_LISTS:
+        raise too_large(path, f"{lists:,} lists; {MAX_LISTS:,} are allowed")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _no_json(path, error) from error
+
+
+def _no_json(path: Path, error: Exception) -> AdapterFileError:
+    return AdapterFileError(f"{path} is not a JSON file.", seen=str(error), do="download or save the adapter again")
+
+
+def read_folder(folder: Path, kind: type[AnySettings]) -> AnySettings:
+    """Read and check an adapter folder's configuration, as this class. Raises: as `read_settings`."""
     path = folder / CONFIG_NAME
     with opened(folder, CONFIG_NAME) as file:
         data = file.read(MAX_BYTES)
     try:
         text = data.decode()
-        lists = text.count("[") + text.count("{")  # parsing these takes much more time than other text
-        content: Any = json.loads(text) if lists <= MAX_LISTS else None
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(
-            f"{path} is not a JSON file.", seen=str(error), do="download or save the adapter again"
-        ) from error
-    if lists > MAX_LISTS:
-        raise too_large(path, f"{lists:,} lists; {MAX_LISTS:,} are allowed")
+    except ValueError as error:
+        raise _no_json(path, error) from error
+    content = parsed(path, text)
     method = content.get("peft_type") if isinstance(content, dict) else None
     if method != BN_ONLY:
         raise AdapterFileError(
@@ -372,12 +401,7 @@ def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
             do="load it with peft itself",
         )
     config = kind(**kind.check_kwargs(**content))
-    if config.architecture is None or config.fresh:
-        raise ConfigError(
-            f"{folder} does not say which network it belongs to.",
-            seen=f"architecture={config.architecture!r}, backbone_fingerprint={config.backbone_fingerprint!r}",
-            do="save the adapter again with model.save_pretrained",
-        )
+    check_network_named(config, folder)
     if config.format_version >= 2 and None in (config.traits_fingerprint, config.traits_digests, config.tensors_digest):
         raise ConfigError(
             f"{folder} lacks a digest that every adapter of its format has.",
@@ -385,3 +409,13 @@ def _read(folder: Path, kind: type[AnySettings]) -> AnySettings:
             do="save the adapter again with model.save_pretrained",
         )
     return config
+
+
+def check_network_named(config: Settings, where: Path) -> None:
+    """Raise ConfigError unless a configuration says which network it belongs to."""
+    if config.architecture is None or config.fresh:
+        raise ConfigError(
+            f"{where} does not say which network it belongs to.",
+            seen=f"architecture={config.architecture!r}, backbone_fingerprint={config.backbone_fingerprint!r}",
+            do="save the adapter again with model.save_pretrained",
+        )

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from ..errors import (
     reading,
 )
 from ..settings import (
+    COMPACT_NAME,
     CONFIG_NAME,
     HUB_ID,
     LIFT,
@@ -82,7 +83,9 @@ def fetch(
     max_parameters: int | None = MAX_PARAMETERS,
     **client: Any,
 ) -> Path:
-    """Return the folder of an adapter: a local folder, or a snapshot of a Hub repository's two files.
+    """Return the folder of an adapter: a local folder, or a snapshot of a Hub repository's two files, or compact one.
+
+    The path of a file is returned as it is.
 
     Args: as in `load_bn_only_model`; ``client`` is token, cache_dir and local_files_only.
 
@@ -95,7 +98,7 @@ def fetch(
     if inside.is_absolute() or ".." in inside.parts:
         raise AdapterFileError("A subfolder is inside its repository.", seen=repr(subfolder), do="give a plain name")
     with reading(adapter):
-        here = Path(adapter).is_dir()
+        here = Path(adapter).exists()
     if here or not HUB_ID.fullmatch(str(adapter)):
         folder = Path(adapter, inside)
         if inside.parts and not folder.resolve().is_relative_to(Path(adapter).resolve()):
@@ -104,7 +107,9 @@ def fetch(
         return folder
     repo, token = str(adapter), client.get("token")
     with explained(f"The adapter {repo} cannot be loaded (and there is no folder of that name)", token):
-        folder = _download(repo, inside / CONFIG_NAME, revision, MAX_BYTES, client).parent
+        first = _first_file(repo, inside, revision, max_parameters, client)
+        if (folder := first.parent) and first.name == COMPACT_NAME:
+            return folder
         # The second file is taken from the commit of the first, in case the branch changes between the two.
         commit = folder.parents[len(inside.parts) - 1].name if inside.parts else folder.name
         try:
@@ -116,6 +121,18 @@ def fetch(
             do = "ask its owner to push it with model.push_to_hub(...)"
             raise missing_file(repo, SAFETENSORS_WEIGHTS_NAME, pickled, f"commit {commit}", do) from error
     return folder
+
+
+def _first_file(
+    repo: str, inside: Path, revision: str | None, max_parameters: int | None, client: dict[str, Any]
+) -> Path:
+    """Return the configuration in a repository, or the compact file where there is none."""
+    try:
+        return _download(repo, inside / CONFIG_NAME, revision, MAX_BYTES, client)
+    except EntryNotFoundError as error:
+        with suppress(EntryNotFoundError):
+            return _download(repo, inside / COMPACT_NAME, revision, max_bytes(max_parameters), client)
+        raise error
 
 
 def fetch_base(config: Settings, max_parameters: int | None = None, **client: Any) -> Path:

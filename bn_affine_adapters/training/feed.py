@@ -190,6 +190,13 @@ class Feed:
         """Bytes of the images, or features, that lie in memory."""
         return self._train_tensors.images.nbytes + self._test_tensors.images.nbytes
 
+    def unlabelled(self, count: int) -> Tensor:
+        """Return at most so many images of the training split, evenly spread, prepared as for evaluation."""
+        whole = self._train_tensors
+        chosen = torch.linspace(0, len(whole) - 1, min(count, len(whole))).long()
+        part = TensorData(whole.images[chosen], whole.labels[chosen], whole.label_names)
+        return torch.cat([batch.images for batch in eval_batches(part, batch_size=EVAL_BATCH, **self.common)])
+
     def evaluation(self) -> Iterator[Batch]:
         """Yield this process's share of the test split, in order; `global_count` of all shares are real."""
         o = self.options

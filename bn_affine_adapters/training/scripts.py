@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DIVERGED, BNAdapterError, ConfigError, DivergedError, NetworkError, reading
-from ..sharing.folder import check_files, read_settings
+from ..settings import Settings
+from ..sharing.compact import read_adapter
 from ..sharing.hub import fetch
 from .advice import as_command_line
 from .options import AdapterOptions
@@ -104,8 +105,22 @@ def data_options(adapter: str) -> dict[str, Any]:
     """Return the data options in an adapter's own configuration."""
     from .feed import own_options
 
-    check_files(folder := fetch(adapter))
-    return own_options(read_settings(folder).data_config)
+    return own_options(read_adapter(fetch(adapter), Settings).data_config)
+
+
+def as_the_adapter_counts(options: AdapterOptions, feed: "Feed") -> Settings:
+    """Number the classes of a feed as an adapter names them, and return the adapter's settings.
+
+    Raises:
+        DataError: the network has other classes than the data, or another number of them.
+    """
+    from .data import check_classes
+
+    config = read_adapter(fetch(options.adapter), Settings)
+    if config.label_names:
+        feed.number_classes(config.label_names)
+    check_classes(feed.test, config.model_args.get("num_classes", len(feed.label_names)))
+    return config
 
 
 def load_adapter(options: AdapterOptions, feed: "Feed") -> "BNOnlyPeftModel":
@@ -118,12 +133,8 @@ def load_adapter(options: AdapterOptions, feed: "Feed") -> "BNOnlyPeftModel":
         DataError: the network has other classes than the data, or another number of them.
     """
     from ..model.loading import load_bn_only_model
-    from .data import check_classes
 
-    config = read_settings(fetch(options.adapter))
-    if config.label_names:
-        feed.number_classes(config.label_names)
-    check_classes(feed.test, config.model_args.get("num_classes", len(feed.label_names)))
+    config = as_the_adapter_counts(options, feed)
     given = config.seed is None and (options.pretrained or options.pretrained_file)
     base = timm_network(str(config.architecture), config.model_args, True, options.pretrained_file) if given else None
     return load_bn_only_model(options.adapter, base, device=feed.accelerator.device)

@@ -2,8 +2,8 @@
 
     bn-adapters validate [ADAPTER] [dataset=digits] [key=value ...] [--json]
 
-ADAPTER is a folder or a Hub id; image size, mean and std are its own. One on pretrained weights that does not name
-them on the Hub needs pretrained_file=FILE or pretrained=true.
+ADAPTER is a folder, a compact file or a Hub id; image size, mean and std are its own. One on pretrained weights that
+does not name them on the Hub needs pretrained_file=FILE or pretrained=true.
 Several processes: accelerate launch -m bn_affine_adapters.training.validate ADAPTER [key=value ...]
 Prints a summary, or with --json one JSON line.
 
@@ -14,13 +14,16 @@ Keys with their defaults and ranges:
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..sharing.results import strict_json
 from .options import AdapterOptions
-from .scripts import accuracy_text, data_options, load_adapter, run_script
+from .scripts import accuracy_text, as_the_adapter_counts, data_options, load_adapter, run_script
 from .scripts import read_options as read
 from .tables import text_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -51,6 +54,25 @@ def run(options: Options) -> dict[str, Any]:
     seed = model.peft_config[model.active_adapter].seed
     tested = {"split": feed.test.name, "images": len(feed.test), "seed": seed}
     return {**{k: round(v, 4) for k, v in scores.items()}, **tested}
+
+
+def sample(adapter: str, dataset: str, count: int) -> tuple["Tensor", list[tuple["Tensor", "Tensor"]]]:
+    """Return images of a data set's training split without labels, and the batches (images, labels) of its test split.
+
+    They are prepared as the adapter says.
+
+    Raises:
+        DataError: there is no such data set, or it has other classes than the adapter.
+    """
+    from accelerate import Accelerator
+
+    from .feed import Feed
+
+    options = read_options([adapter, f"dataset={dataset}", "channels_last=false"])
+    feed = Feed(options, Accelerator(cpu=True))
+    as_the_adapter_counts(options, feed)
+    test = [(batch.images[: batch.global_count], batch.labels[: batch.global_count]) for batch in feed.evaluation()]
+    return feed.unlabelled(count), test
 
 
 def command(arguments: list[str]) -> None:
