@@ -50,11 +50,10 @@ def export(
         The folder or file. Before this returns, it has been loaded: by timm or PEFT with the same tensors and logits.
 
     Raises:
-        OutputFolderError, NoSpaceError: the folder is not empty, or the file exists; the disk is full.
+        OutputFolderError, FileError: the folder is not empty, or the file exists; it cannot be written.
         RebuildError: timm does not build the same network; it cannot build one of your own code ("custom").
         AdapterError: there is no one such adapter, or PEFT gives other logits (the network reads a layer's weight).
         ConfigError: there is no such format, or the network takes no images of data_config's size.
-        FileError: the folder cannot be written, or the disk is full.
 
     >>> import tempfile, timm
     >>> from bn_affine_adapters import BNOnlyConfig, get_bn_only_model

@@ -83,9 +83,7 @@ def fetch(
     max_parameters: int | None = MAX_PARAMETERS,
     **client: Any,
 ) -> Path:
-    """Return the folder of an adapter: a local folder, or a snapshot of a Hub repository's two files, or compact one.
-
-    The path of a file is returned as it is.
+    """Return the folder of an adapter, local or a snapshot of a Hub repository; the path of a file as it is.
 
     Args: as in `load_bn_only_model`; ``client`` is token, cache_dir and local_files_only.
 
@@ -100,11 +98,7 @@ def fetch(
     with reading(adapter):
         here = Path(adapter).exists()
     if here or not HUB_ID.fullmatch(str(adapter)):
-        folder = Path(adapter, inside)
-        if inside.parts and not folder.resolve().is_relative_to(Path(adapter).resolve()):
-            what, seen = "A subfolder is inside its repository.", f"{folder} is a link to {folder.resolve()}"
-            raise AdapterFileError(what, seen=seen, do="give that folder itself")
-        return folder
+        return _local(Path(adapter), inside)
     repo, token = str(adapter), client.get("token")
     with explained(f"The adapter {repo} cannot be loaded (and there is no folder of that name)", token):
         first = _first_file(repo, inside, revision, max_parameters, client)
@@ -120,6 +114,14 @@ def fetch(
             pickled = HfApi().file_exists(repo, (inside / WEIGHTS_NAME).as_posix(), revision=commit, token=token)
             do = "ask its owner to push it with model.push_to_hub(...)"
             raise missing_file(repo, SAFETENSORS_WEIGHTS_NAME, pickled, f"commit {commit}", do) from error
+    return folder
+
+
+def _local(adapter: Path, inside: Path) -> Path:
+    folder = adapter / inside
+    if inside.parts and not folder.resolve().is_relative_to(adapter.resolve()):
+        what, seen = "A subfolder is inside its repository.", f"{folder} is a link to {folder.resolve()}"
+        raise AdapterFileError(what, seen=seen, do="give that folder itself")
     return folder
 
 
@@ -335,7 +337,7 @@ def explained(what: str, token: str | bool | None = None, resume: str = "") -> I
     Raises:
         HubError: a subclass that follows from the Hub's HTTP status.
         FileError: a file here cannot be read or written, or the disk is full.
-        ConfigError: a repository or revision has a name that cannot be one.
+        ConfigError: a repository or revision has a name that cannot be one, or the Hub refuses a card's metadata.
     """
     try:
         yield
@@ -349,6 +351,11 @@ def explained(what: str, token: str | bool | None = None, resume: str = "") -> I
         if isinstance(error, OSError) and error.filename is not None:
             raise file_error(error, error.filename, "read or written") from None
         raise _translated(what, error, token, resume) from None
+    except ValueError as error:
+        if CARD_NAME not in str(error):
+            raise
+        do = f"correct the metadata at the top of {CARD_NAME}, between the lines ---"  # the client has the Hub check it
+        raise ConfigError(f"{what}: the Hub refuses the card.", seen=str(error)[:400], do=do) from None
 
 
 def _translated(what: str, error: BaseException, token: str | bool | None, resume: str) -> HubError:

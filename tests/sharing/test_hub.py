@@ -735,6 +735,13 @@ def test_results_of_an_earlier_adapter_do_not_stay_with_another(versions, hub, a
     assert anothers in paths(repo())
 
 
+def test_a_card_whose_metadata_the_hub_refuses_is_an_own_error(versions, alice, hub, tmp_path, refused):
+    folder = shutil.copytree(versions[0].folder, tmp_path / "adapter")
+    (folder / "README.md").write_text("---\n? [x]\n: x\n---\n")
+    with refused(ConfigError, "README.md", "metadata"):
+        push_folder(folder, REPO, token=alice)
+
+
 @pytest.mark.parametrize("name", [NAME, "cifar_resnet14"])
 def test_an_exported_network_loads_from_the_hub_with_timm_alone(name, hub, alice, tmp_path, train_step):
     model = train_step(get_bn_only_model(timm.create_model(name, num_classes=3), BNOnlyConfig(seed=1)))
