@@ -92,6 +92,14 @@ def each_once(indirect=(), **axes):
 
 
 @pytest.fixture
+def clean_compiler():
+    """The compiler without what other tests compiled: a function that has too many graphs is no longer compiled."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def each_run_begins_as_in_a_process_of_its_own():
     """Undo what a training run sets in this process: threads, and Accelerate's state."""
     from accelerate.state import AcceleratorState

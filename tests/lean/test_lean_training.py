@@ -244,12 +244,6 @@ COMPILED_TOO = [("resnet", "exact", "C++"), ("resnet", "rounded", "C++"), ("conv
 COMPILED += [pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED_TOO]
 
 
-@pytest.fixture
-def clean_compiler():
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize(("name", "level", "kernels"), COMPILED)
 def test_it_compiles_as_one_graph_with_the_same_result(name, level, kernels, request, monkeypatch, clean_compiler):
     if kernels == "C++":
