@@ -173,7 +173,11 @@ def read_only_disk(tmp_path):
 
 
 def test_a_read_only_file_system_is_refused_before_data_are_read(read_only_disk, tmp_path):
-    for words in (["output_dir=DISK/run"], ["output_dir=DISK"], ["results=DISK/lines.jsonl", f"output_dir={tmp_path}"]):
+    for words in (
+        ["output_dir=DISK/run"],
+        ["output_dir=DISK"],
+        ["results=DISK/lines.jsonl", f"output_dir={tmp_path / 'run'}"],
+    ):
         code, _, err = run("train", *TINY, "dataset=nothing", *[w.replace("DISK", str(read_only_disk)) for w in words])
         assert code == 2
         assert err.startswith(f"FileAccessError: {read_only_disk}"), err
