@@ -1,6 +1,8 @@
 """Wrap a network, or rebuild one from an adapter; register the method in PEFT."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,16 +135,27 @@ def load_bn_only_model(
     if model is None:
         model = _build(config, str(adapter), folder, max_parameters, client)
         config.built_here = True
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    classes = getattr(model, "num_classes", None)
-    try:
-        # The configuration is passed so that the tuner sees `verify`, which is not in the file.
-        how: dict[str, Any] = {"adapter_name": adapter_name, "config": config}
+    # The configuration is passed so that the tuner sees `verify`, which is not in the file.
+    how: dict[str, Any] = {"adapter_name": adapter_name, "config": config}
+    with _restored_on_error(model):
         if compact is not None:
             wrapped = _wrap_compact(model, compact, **how)
         else:
             how |= {"is_trainable": is_trainable, "torch_device": "cpu"}
             wrapped = peft.PeftModel.from_pretrained(model, str(folder), **how)
+    wrapped.to(device, dtype)
+    if lean is not None:
+        wrapped.set_lean(lean)
+    return wrapped
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Give a network back unwrapped, as it was, if wrapping it or loading its adapter fails."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    classes = getattr(model, "num_classes", None)
+    try:
+        yield
     except Exception:
         unwrap_(model)
         for parameter in trained:
@@ -150,10 +163,6 @@ def load_bn_only_model(
         if classes is not None:
             model.num_classes = classes
         raise
-    wrapped.to(device, dtype)
-    if lean is not None:
-        wrapped.set_lean(lean)
-    return wrapped
 
 
 def _wrap_compact(model: nn.Module, file: Path, adapter_name: str, config: BNOnlyConfig) -> BNOnlyPeftModel:

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,17 @@ def conv_backward_operations(dy: Any, x: Any, weight: Any, *rest: Any, out_shape
     """
     transposed, needs = rest[4], rest[7]
     return conv_flop_count(x, weight, dy, transposed) * (needs[0] + needs[1])
+
+
+def seconds_of(step: Callable[[], Any], count: int, device: str = "cpu") -> float:
+    """Return how long ``count`` steps take, to the end of what they launch on "cpu" or "cuda"."""
+    finish = torch.cuda.synchronize if device == "cuda" else bool
+    finish()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    finish()
+    return time.perf_counter() - start
 
 
 def peak_memory(step: Callable[[], Any], device: str = "cpu") -> tuple[int, int]:

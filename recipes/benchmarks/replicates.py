@@ -10,7 +10,6 @@ CUDA graphs on a GPU. One network stands for the single runs, one after another.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
+from bn_affine_adapters.study.costs import seconds_of
 from bn_affine_adapters.study.pages import benchmark, machine
 from bn_affine_adapters.training.stacked import Stacked
 from bn_affine_adapters.training.tables import markdown_table
@@ -50,17 +50,6 @@ def stepper(model: nn.Module, shape: tuple[int, ...], captured: bool, device: to
     return step
 
 
-def seconds(step: Callable[[], None], count: int, device: torch.device) -> float:
-    """Return how long ``count`` steps take, to the end of what they launched."""
-    finish = torch.cuda.synchronize if device.type == "cuda" else bool
-    finish()
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    finish()
-    return time.perf_counter() - start
-
-
 def compare(
     model: str = "cifar_resnet14",
     batch: int = 128,
@@ -78,10 +67,11 @@ def compare(
         sides[f"single {way}"] = stepper(alone, (batch,), way == "captured", device), steps * replicates
         sides[f"stacked {way}"] = stepper(together, (replicates, batch), way == "captured", device), steps
     for step, _ in sides.values():
-        seconds(step, WARMUP, device)
+        seconds_of(step, WARMUP, device.type)
     images = batch * replicates * steps
     taken = [
-        {side: images / seconds(step, count, device) for side, (step, count) in sides.items()} for _ in range(rounds)
+        {side: images / seconds_of(step, count, device.type) for side, (step, count) in sides.items()}
+        for _ in range(rounds)
     ]
     rate = {side: statistics.median(each[side] for each in taken) for side in sides}
     ways = {side.split()[1] for side in sides}

@@ -17,7 +17,7 @@ from ...model.loading import get_bn_only_model
 from ...training.feed import Feed
 from ...training.options import DataOptions
 from ...training.scripts import cores
-from ..costs import peak_memory
+from ..costs import peak_memory, seconds_of
 from .options import Options
 
 # network: batch, image size, bfloat16
@@ -111,19 +111,9 @@ def captured(step: Callable[[], Any], device: str) -> Callable[[], Any]:
 
 def timed(step: Callable[[], Any], options: Options, least: float = 1.0) -> tuple[int, float]:
     """Return how many steps were timed together, for about ``least`` seconds, and their seconds."""
-    finish = torch.cuda.synchronize if options.device == "cuda" else bool
-
-    def run(count: int) -> float:
-        finish()
-        start = time.perf_counter()
-        for _ in range(count):
-            step()
-        finish()
-        return time.perf_counter() - start
-
-    run(1 if options.toy else 3)
-    count = 1 if options.toy else max(3, min(1000, int(least / run(1))))
-    return count, run(count)
+    seconds_of(step, 1 if options.toy else 3, options.device)
+    count = 1 if options.toy else max(3, min(1000, int(least / seconds_of(step, 1, options.device))))
+    return count, seconds_of(step, count, options.device)
 
 
 def _feed(options: Options, **keys: Any) -> Feed:
