@@ -382,7 +382,7 @@ def _before_us(error, folder):
         return True
     try:
         return json.loads(path.read_text())["peft_type"] != "BN_ONLY"
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # OSError: a link to a file like /proc/self/mem
         return True
 
 
