@@ -9,7 +9,19 @@ from typing import Any
 
 from ..errors import ConfigError
 from .networks import depth_width_slopes
-from .replicates import FULL, MEASURES, Run, Spread, by_replicate, measured, repeats_text, spread, spread_text
+from .replicates import (
+    CIFAR,
+    FULL,
+    MEASURES,
+    Run,
+    Spread,
+    by_replicate,
+    measured,
+    repeats_text,
+    rounding,
+    spread,
+    spread_text,
+)
 
 Networks = Mapping[str, Mapping[str, Any]]  # by name: "bn", gammas and betas; "lines", among "depth" and "width"
 
@@ -70,6 +82,23 @@ def ours_text(claim: Mapping[str, Any], network: str, runs: Sequence[Run], ours:
     variants = [claim[key] for key in ("of", "minus") if key in claim]
     again = [by_replicate(runs, network, variant, MEASURES[claim["measure"]]) for variant in variants]
     return spread_text(ours) + set_to_zero + "".join(map(repeats_text, again))
+
+
+def rounding_text(claim: Mapping[str, Any], ours: Spread, runs: Sequence[Run]) -> str:
+    """Return how far rounding alone moves a value of one or two replicates; "" for others, or if it was not measured.
+
+    Args:
+        claim: of paper.yaml.
+        ours: the measured value.
+        runs: of all schedules.
+    """
+    if claim["measure"] == "slopes" or ours[2] > 2:
+        return ""
+    here = [run for run in runs if run.dataset == claim.get("dataset", CIFAR)]
+    variants = [claim[key] for key in ("of", "minus") if key in claim]
+    each = [rounding([run for run in here if run.variant == v], MEASURES[claim["measure"]]) for v in variants]
+    total = sum(found[0] ** 2 if found else math.nan for found in each)
+    return "" if math.isnan(total) else f"; rounding ± {math.sqrt(total / ours[2]):.2f}"
 
 
 def bounds(claim: Mapping[str, Any], network: str, paper: Mapping[str, Any]) -> tuple[float, float] | None:

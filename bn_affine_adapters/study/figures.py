@@ -1,7 +1,12 @@
-"""Draw the panels of figures: each function takes an Axes `ax` to draw on, and plain data. Needs matplotlib."""
+"""Draw the panels of figures: each function takes an Axes `ax` to draw on, and plain data. Needs matplotlib.
 
-from collections.abc import Iterator, Mapping, Sequence
+`save` lays panels side by side in one style, with their legend beside them, as SVG on white: it reads the same on
+paper and on a dark page.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +17,40 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222255", "#999933", "#882255")
+MARKERS = "osD^vPX*"
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "bn-affine-adapters",  # the same lines make the same picture
+}
 Curves = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]  # by condition: (x, y) of every replicate
 Points = Mapping[str, Sequence[tuple[int, float]]]  # (gammas and betas, accuracy in %), under "depth" and "width"
+
+
+def save(path: Path, panels: Sequence[Callable[["Axes"], Any]], title: str = "") -> None:
+    """Draw panels side by side into an SVG file."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2 + 3.2 * len(panels), 3.2), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, panel in zip(axes, panels, strict=True):
+            panel(ax)
+        named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        if named:
+            figure.legend(named.values(), named.keys(), loc="outside right center")
+        figure.suptitle(title, x=0.01, ha="left")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 def affine_gain(ax: "Axes", accuracies: Mapping[str, Mapping[str, Spread]], paper: tuple[float, float]) -> None:
@@ -27,9 +64,9 @@ def affine_gain(ax: "Axes", accuracies: Mapping[str, Mapping[str, Spread]], pape
     for index, pair in enumerate(accuracies.values()):
         gain = pair["all"][0] - pair["no-affine"][0]
         top = max(mean + deviation for mean, deviation, _ in pair.values())
-        ax.text(index, top + 0.4, f"{gain:+.2f}", ha="center", fontsize=8)
+        ax.text(index, top + 0.4, f"{gain:+.2f}", ha="center")
     ax.set_ylabel("test accuracy, %")
-    ax.set_title(f"gain in points; the paper's {paper[0]:g} to {paper[1]:g}", fontsize=9)
+    ax.set_title(f"gain in points; the paper's {paper[0]:g} to {paper[1]:g}")
 
 
 def accuracy_by_network(
@@ -45,16 +82,15 @@ def accuracy_by_network(
     places = {network: index for index, network in enumerate(networks)}
     for index, (condition, spreads) in enumerate(ours.items()):
         theirs = {places[network]: value for network, value in paper.get(condition, {}).items() if network in places}
-        color = _color(index)
-        ax.plot(list(theirs), list(theirs.values()), "o", color=color, markerfacecolor="none", markersize=7)
+        color, marker = _color(index), _marker(index)
+        ax.plot(list(theirs), list(theirs.values()), f"{marker}--", color=color, markerfacecolor="white", linewidth=0.8)
         here = [(places[network], *spread[:2]) for network, spread in spreads.items() if network in places]
         if here:
             x, y, deviations = zip(*sorted(here), strict=True)
-            ax.errorbar(x, y, deviations, color=color, marker=".", capsize=2, linewidth=1, label=condition)
+            ax.errorbar(x, y, deviations, color=color, marker=marker, capsize=2, label=condition)
     ax.set_xticks(range(len(networks)), networks, rotation=30, ha="right", fontsize=7)
     ax.set_ylabel("test accuracy, %")
-    ax.set_title("dots: ours; circles: the paper's", fontsize=9)
-    ax.legend(fontsize=6)
+    ax.set_title("full: ours; hollow and dashed: the paper's")
 
 
 def accuracy_by_parameters(ax: "Axes", ours: Points, paper: Points, slopes: Mapping[str, Any] | None) -> None:
@@ -66,7 +102,7 @@ def accuracy_by_parameters(ax: "Axes", ours: Points, paper: Points, slopes: Mapp
         color = _color(index)
         for points, fill in ((paper.get(name, ()), "none"), (ours.get(name, ()), color)):
             x, y = [size for size, _ in points], [accuracy for _, accuracy in points]
-            ax.plot(x, y, "o", color=color, markersize=5, markerfacecolor=fill)
+            ax.plot(x, y, _marker(index), color=color, markersize=5, markerfacecolor=fill)
         if slopes and ours.get(name):
             ends = np.array([min(p for p, _ in ours[name]), max(p for p, _ in ours[name])])
             line, error = slopes[name], slopes[name]["error"]
@@ -76,9 +112,7 @@ def accuracy_by_parameters(ax: "Axes", ours: Points, paper: Points, slopes: Mapp
     ax.set_xscale("log", base=2)
     ax.set_xlabel("gammas and betas")
     ax.set_ylabel("test accuracy, %")
-    ax.set_title("dots: ours; circles: the paper's", fontsize=9)
-    if slopes:
-        ax.legend(fontsize=7)
+    ax.set_title("dots: ours; circles: the paper's")
 
 
 def gamma_densities(ax: "Axes", histograms: Curves, title: str) -> None:
@@ -89,10 +123,9 @@ def gamma_densities(ax: "Axes", histograms: Curves, title: str) -> None:
     for edges, counts, style in _lines(histograms):
         ax.stairs(np.asarray(counts) / max(1, sum(counts)) / np.diff(edges), edges, **style)
     ax.set_yscale("log")
-    ax.set_xlabel(r"$\gamma$")
+    ax.set_xlabel("γ")
     ax.set_ylabel("density")
-    ax.set_title(title, fontsize=9)
-    ax.legend(fontsize=7)
+    ax.set_title(title)
 
 
 def near_zero_shares(
@@ -103,9 +136,9 @@ def near_zero_shares(
     Source: the paper's Figure 5.
     """
     _bars(ax, shares, {"0.01": paper})
-    ax.set_xlabel(r"threshold of $|\gamma|$")
+    ax.set_xlabel("threshold of |γ|")
     ax.set_ylabel("gammas below, %")
-    ax.set_title(title, fontsize=9)
+    ax.set_title(title)
 
 
 def clamped_accuracies(ax: "Axes", changes: Mapping[str, Mapping[str, Spread]]) -> None:
@@ -130,8 +163,7 @@ def dead_share_curves(ax: "Axes", curves: Curves, title: str, paper: Mapping[str
             ax.plot([0.99, 0.99], paper[condition], color=_color(index), linewidth=5, alpha=0.35)
     ax.set_xlabel("t")
     ax.set_ylabel("channels with Pr[activation = 0] > t, %")
-    ax.set_title(f"{title}; thick: the paper's range at 0.99", fontsize=9)
-    ax.legend(fontsize=7)
+    ax.set_title(f"{title}; thick: the paper's range at 0.99")
 
 
 def weight_decay_control(ax: "Axes", values: Mapping[str, Mapping[str, Spread]], label: str) -> None:
@@ -143,13 +175,13 @@ def weight_decay_control(ax: "Axes", values: Mapping[str, Mapping[str, Spread]],
     ax.set_ylabel(label)
 
 
-def memory_against_time(ax: "Axes", points: Mapping[str, Mapping[str, tuple[float, float]]]) -> "Axes":
+def memory_against_time(ax: "Axes", points: Mapping[str, Mapping[str, tuple[float, float]]], title: str) -> None:
     """Draw saved bytes of a training step against its time, by network and way, as ratios to full training.
 
     ``points`` holds (time, saved bytes). Each way of training has a colour, each network a marker.
     """
     ways = list(dict.fromkeys(way for measured in points.values() for way in measured))
-    for marker, (network, measured) in zip(cycle("osD^vPX*"), points.items(), strict=False):
+    for marker, (network, measured) in zip(cycle(MARKERS), points.items(), strict=False):
         for way, (time, saved) in measured.items():
             ax.plot([time], [saved], marker, color=_color(ways.index(way)), markersize=6)
         ax.plot([], [], marker, color="black", markerfacecolor="none", label=network)
@@ -158,12 +190,15 @@ def memory_against_time(ax: "Axes", points: Mapping[str, Mapping[str, tuple[floa
     ax.set_xlabel("time of a step / full training")
     ax.set_ylabel("saved bytes / full training")
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=6)
-    return ax
+    ax.set_title(title)
 
 
 def _color(index: int) -> str:
     return COLORS[index % len(COLORS)]
+
+
+def _marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
 
 
 def _lines(curves: Curves) -> Iterator[tuple[Sequence[float], Sequence[float], dict[str, Any]]]:
@@ -192,4 +227,3 @@ def _bars(
     ax.set_xticks(
         range(len(groups)), list(groups), fontsize=7, rotation=20 if long else 0, ha="right" if long else "center"
     )
-    ax.legend(fontsize=6)

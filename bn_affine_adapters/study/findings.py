@@ -9,8 +9,9 @@ from ..training.data import steps_per_epoch
 from ..training.recipe import Recipe, computed
 from ..training.schedule import lr_at
 from ..training.tables import markdown_table
-from .paper import CIFAR, PAPER, label
+from .paper import PAPER, label
 from .replicates import (
+    CIFAR,
     FULL,
     MEASURES,
     Run,

@@ -10,7 +10,6 @@ from .replicates import Run
 
 PAPER: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))
 NETWORKS: dict[str, Any] = PAPER["networks"]
-CIFAR = "cifar10"
 
 
 def label(network: str | None) -> str:

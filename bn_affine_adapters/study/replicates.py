@@ -12,6 +12,7 @@ from ..training.recipe import computed, run_key
 
 # How near a recipe comes to the paper's: all of it, all but the length, or neither.
 FULL, SHORT, OTHER = "the full recipe", "short schedule", "another recipe"
+CIFAR = "cifar10"
 USUAL: dict[str, Any] = computed({})
 # What a cell and its replicates are named by, and a schedule's first words. Every other key of a recipe is named where
 # it is not the usual one, be it with the condition or with the schedule.
@@ -203,6 +204,23 @@ def measured(runs: Iterable[Run], network: str, variant: str, pick: Pick) -> dic
     """Return the measurement of every replicate of one cell; runs of the same seeds are averaged."""
     values = by_replicate(runs, network, variant, pick)
     return {replicate: statistics.mean(several) for replicate, several in values.items()}
+
+
+def rounding(runs: Iterable[Run], pick: Pick) -> tuple[float, int] | None:
+    """Return how far runs of one cell and the same seeds scatter, which differ by rounding alone.
+
+    Returns:
+        The standard deviation, pooled over all cells with several such runs, and the degrees of freedom.
+    """
+    cells: dict[tuple[str, ...], list[float]] = {}
+    for run in runs:
+        if (value := pick(run.line)) is not None:
+            cells.setdefault((run.dataset, run.network, run.variant, run.steps, run.replicate), []).append(value)
+    several = [values for values in cells.values() if len(values) > 1]
+    if not (freedom := sum(len(values) - 1 for values in several)):
+        return None
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in several)
+    return math.sqrt(squares / freedom), freedom
 
 
 def repeats_text(values: Mapping[str, Sequence[float]], digits: int = 2) -> str:

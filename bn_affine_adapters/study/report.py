@@ -1,7 +1,7 @@
 """Write docs/reproduction.md and its figures from result lines: what the paper says, and what was measured here.
 
     python recipes/report.py [--results recipes/results] [--page docs/reproduction.md] [--figures docs/figures]
-                             [--only figure1 ... figure8, table1, claims, runs or missing]
+                             [--only figure1 ... figure8, table1, claims, runs, open or missing]
 
 The paper's numbers and claims are in study/paper.yaml, the page's text in study/report_template.md. The same lines make
 the same bytes. --only draws one figure, or prints one table; it fails if the figure lacks its runs.
@@ -21,8 +21,8 @@ from ..errors import BNAdapterError
 from ..training.lines import read_results
 from ..training.terminal import naming_files, printing
 from .findings import findings, papers_decay, tuned
-from .paper import CIFAR, PAPER, command_of
-from .replicates import FULL, OTHER, SHORT, Run, by_schedule, read_runs
+from .paper import PAPER, command_of
+from .replicates import CIFAR, FULL, MEASURES, OTHER, SHORT, Run, by_schedule, read_runs, rounding
 from .report_figures import FIGURES, draw
 from .report_tables import TABLES
 
@@ -48,6 +48,7 @@ def page(runs: Sequence[Run], figures: Mapping[str, tuple[Path, str] | str], at:
         paper=PAPER,
         runs=len(runs),
         schedules={kind: schedules(runs, kind) for kind in (FULL, SHORT, OTHER)},
+        rounding=rounding([run for run in runs if (run.dataset, run.variant) == (CIFAR, "bn")], MEASURES["accuracy"]),
         figures=shown,
         tables={name: make(runs) for name, make in TABLES.items()},
         findings=[(entry, list(findings(entry, runs))) for entry in PAPER["findings"]],

@@ -12,8 +12,9 @@ from typing import Any
 
 from . import figures as plots
 from .claims import on_lines, slopes
-from .paper import CIFAR, NETWORKS, PAPER, cifar_networks, command_of, label
+from .paper import NETWORKS, PAPER, cifar_networks, command_of, label
 from .replicates import (
+    CIFAR,
     FULL,
     MEASURES,
     Pick,
@@ -114,18 +115,10 @@ FIGURES = {f.__name__: f for f in (figure1, figure2, figure3, figure4, figure5, 
 
 def draw(name: str, runs: Sequence[Run], folder: Path) -> tuple[Path, str] | str:
     """Draw a figure of the first schedule that has what it needs; return its file and its runs, or what is missing."""
-    from matplotlib.figure import Figure
-
-    path = folder / f"{name}.png"
+    path = folder / f"{name}.svg"
     for schedule, group in by_schedule(runs, CIFAR):
         if panels := list(FIGURES[name](group)):
-            figure = Figure(figsize=(1 + 3.6 * len(panels), 3.6), layout="constrained")
-            for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-                panel(ax)
-            figure.suptitle(schedule, fontsize=9)
-            folder.mkdir(parents=True, exist_ok=True)
-            # Without matplotlib's version, so that the same lines make the same picture.
-            figure.savefig(path, dpi=100, metadata={"Software": None})
+            plots.save(path, panels, schedule)
             kind = group[0].kind
             return path, schedule if kind == FULL else f"{schedule} ({kind})"
     path.unlink(missing_ok=True)  # of an earlier page

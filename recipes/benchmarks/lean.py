@@ -30,7 +30,6 @@ import timm
 import torch
 import yaml
 from jinja2 import Environment, StrictUndefined
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -284,15 +283,15 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
 
 def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
     """Draw saved bytes against time, a panel a device."""
-    devices = sorted({line["device"] for line in lines})
-    figure = Figure(figsize=(1 + 4.6 * len(devices), 4.2), layout="constrained")
-    for ax, device in zip(figure.subplots(1, len(devices), squeeze=False)[0], devices, strict=True):
-        points: Any = {}
-        for line in [line for line in lines if line["device"] == device]:
-            found = {way: (ratio(line, way, "seconds"), ratio(line, way, "saved")) for way in line["ways"]}
-            points[line["network"]] = found
-        plots.memory_against_time(ax, points).set_title(ABOUT["devices"][device]["title"], fontsize=9)
-    figure.savefig(file, dpi=100, metadata={"Software": None})  # without the version: the same lines, the same picture
+    panels = []
+    for device in sorted({line["device"] for line in lines}):
+        points: Any = {
+            line["network"]: {way: (ratio(line, way, "seconds"), ratio(line, way, "saved")) for way in line["ways"]}
+            for line in lines
+            if line["device"] == device
+        }
+        panels.append(partial(plots.memory_against_time, points=points, title=ABOUT["devices"][device]["title"]))
+    plots.save(file, panels)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -307,7 +306,7 @@ def write(lines: Sequence[dict[str, Any]], docs: Path) -> None:
     """Write the page's section and the figure."""
     write_section(docs / "performance.md", "lean", page(lines))
     if lines:
-        draw(lines, docs / "figures" / "lean.png")
+        draw(lines, docs / "figures" / "lean.svg")
 
 
 def main(arguments: list[str]) -> None:

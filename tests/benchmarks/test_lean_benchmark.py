@@ -192,7 +192,7 @@ def test_the_page_has_a_row_for_each_way_and_a_figure_beside_it(line, tmp_path):
     assert f"{line['machine']}, {line['threads']} thread" in text
     assert f"torch {torch.__version__}" in text
     assert ("On a GPU: not yet measured." in text) == (line["device"] == "cpu")
-    assert (tmp_path / "figures" / "lean.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "figures" / "lean.svg").read_text()
     before, after = PAGE.read_text(), page.read_text()
     assert before.replace(section(before), "") == after.replace(section(after), "")
 
@@ -200,7 +200,7 @@ def test_the_page_has_a_row_for_each_way_and_a_figure_beside_it(line, tmp_path):
 def test_the_page_in_the_documentation_is_that_of_the_lines_beside_the_script():
     lines = lean.read(lean.LINES)
     assert section(PAGE.read_text()) == lean.page(lines).strip()
-    assert (lean.DOCS / "figures" / "lean.png").exists() == bool(lines)
+    assert (lean.DOCS / "figures" / "lean.svg").exists() == bool(lines)
 
 
 def invented(network, device, saved, seconds):

@@ -6,18 +6,19 @@ import re
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from PIL import Image
 
 from bn_affine_adapters.study import report, report_tables
-from bn_affine_adapters.study.claims import bounds, verdict
+from bn_affine_adapters.study.claims import bounds, rounding_text, verdict
 from bn_affine_adapters.study.findings import decay_factor, decay_text, findings, papers_decay
 from bn_affine_adapters.study.networks import parameter_table
-from bn_affine_adapters.study.paper import CIFAR, NETWORKS, PAPER, command_of
+from bn_affine_adapters.study.paper import NETWORKS, PAPER, command_of
 from bn_affine_adapters.study.replicates import (
     CELL,
+    CIFAR,
     FULL,
     MEASURES,
     OTHER,
@@ -26,12 +27,19 @@ from bn_affine_adapters.study.replicates import (
     measured,
     paired,
     read_runs,
+    rounding,
     run_of,
     spread,
     spread_text,
 )
 from bn_affine_adapters.study.report_figures import FIGURES, draw
-from bn_affine_adapters.study.report_tables import claims_table, missing_table, parameters_table, runs_table
+from bn_affine_adapters.study.report_tables import (
+    claims_table,
+    missing_table,
+    open_claims_table,
+    parameters_table,
+    runs_table,
+)
 from bn_affine_adapters.training.recipe import ROUNDING_ONLY, WHERE_ONLY, Recipe, find_config, read_recipe, recorded
 from bn_affine_adapters.training.schedule import lr_at
 from bn_affine_adapters.training.sweeps import planned_run, read_sweep
@@ -128,13 +136,15 @@ def test_the_same_runs_make_the_same_bytes(made):
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_drawn(made, name):
     folder, _ = made
-    path = folder / "docs" / "figures" / f"{name}.png"
-    assert 1000 < path.stat().st_size < 60_000
-    with Image.open(path) as picture:
-        assert min(picture.size) > 300
-        assert len(set(picture.convert("L").tobytes())) > 20
+    path = folder / "docs" / "figures" / f"{name}.svg"
+    assert 5000 < path.stat().st_size < 100_000
+    drawn = ElementTree.parse(path).getroot()
+    words = {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert FULL in words, "the schedule is named"
+    assert len(words) > 10
+    assert len(list(drawn.iter("{http://www.w3.org/2000/svg}path"))) > 10
     text = (folder / "docs" / "page.md").read_text()
-    assert f"](figures/{name}.png)" in text
+    assert f"](figures/{name}.svg)" in text
     assert "no run with" not in text
 
 
@@ -306,9 +316,12 @@ def test_runs_of_one_seed_count_once_and_are_listed(tmp_path):
     row = runs_table(runs_of(write(tmp_path, lines))).splitlines()[2]
     listed = "45.50 ± 6.36 (seeds 0/0: mean of 42.00 and 40.00)"
     assert f"| {listed} | 2 | 3 | 5760 ± 0 | Invented GPU, 1 x GPU | 0000000 |" in row
-    assert claims(tmp_path)["BN only", "ResNet-14"][1:3] == (listed, "2")
+    assert claims(tmp_path)["BN only", "ResNet-14"][1:3] == (f"{listed}; rounding ± 1.00", "2")
     write(tmp_path, lines[:2])
-    assert claims(tmp_path)["BN only", "ResNet-14"][1:3] == ("41.00 (seeds 0/0: mean of 42.00 and 40.00)", "1")
+    assert claims(tmp_path)["BN only", "ResNet-14"][1:3] == (
+        "41.00 (seeds 0/0: mean of 42.00 and 40.00); rounding ± 1.41",
+        "1",
+    )
 
 
 def test_a_lean_run_that_computes_the_same_stands_in_for_a_plain_one(tmp_path):
@@ -345,13 +358,16 @@ def test_hours_are_told_where_they_were_measured_and_nowhere_else(tmp_path):
 def test_without_results_everything_is_a_gap_with_a_command(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     (tmp_path / "docs" / "figures").mkdir(parents=True)
-    (tmp_path / "docs" / "figures" / "figure6.png").write_bytes(b"of an earlier page")
+    (tmp_path / "docs" / "figures" / "figure6.svg").write_bytes(b"of an earlier page")
     assert make(tmp_path / "results", tmp_path) == 0
     text = (tmp_path / "docs" / "page.md").read_text()
     for number in range(1, 9):
         assert f"\nFigure {number}: no run with " in text
-    assert not list((tmp_path / "docs").rglob("*.png"))
-    assert {row[-1].split(":")[0] for row in claims(tmp_path / "results").values()} == {"not run"}
+    assert not list((tmp_path / "docs").rglob("*.svg"))
+    assert claims(tmp_path / "results") == {}
+    gaps = open_claims_table(runs_of(tmp_path / "results")).splitlines()[2:]
+    assert len(gaps) == len(PAPER["claims"])
+    assert all(re.search(r"`bn-adapters [^`]+` \|$", row) for row in gaps)
     assert "**No run on this page uses it.**" in text
     printed = capsys.readouterr().out
     assert "Figure 7: no run with an analysis of dead channels; run: `bn-adapters sweep paper`\n" in printed
@@ -377,7 +393,7 @@ def test_a_figure_asked_for_without_its_runs_is_an_error(tmp_path, capsys):
     gap = "Figure 6: no run with an analysis of clamped gammas; run: `bn-adapters sweep paper`"
     assert capsys.readouterr().out.startswith(gap)
     assert make(tmp_path / "results", tmp_path, "--only", "figure2") == 0
-    assert [path.name for path in tmp_path.rglob("docs/**/*.*")] == ["figure2.png"]
+    assert [path.name for path in tmp_path.rglob("docs/**/*.*")] == ["figure2.svg"]
     assert make(tmp_path / "results", tmp_path, "--only", "runs") == 0
     assert "| cifar10 | ResNet-14 | bn |" in capsys.readouterr().out
 
@@ -424,6 +440,25 @@ def test_the_page_in_the_tree_is_what_its_results_say(tmp_path):
 
 
 # What the page says beside the claims.
+
+
+def test_rounding_is_told_beside_one_or_two_seeds_where_it_was_measured(tmp_path):
+    # Two repeats of one seed: differences of 2 and of 1 point, variances 2 and 0.5.
+    lines = [
+        line(40.0),
+        line(42.0, lean="exact"),
+        line(50.0, seed=1),
+        line(51.0, seed=1, lean="exact"),
+        line(60.0, "all"),
+    ]
+    runs = runs_of(write(tmp_path, lines))
+    assert rounding(runs, MEASURES["accuracy"]) == (pytest.approx(math.sqrt(1.25)), 2)
+    rows = claims(tmp_path)
+    assert rows["BN only", "ResNet-14"][1] == f"45.00 ± 7.07; rounding ± {math.sqrt(1.25 / 2):.2f}"
+    assert rows["everything trains", "ResNet-14"][1] == "60.00"
+    three = runs_of(write(tmp_path, [*lines, line(45.0, seed=2)]))
+    assert rounding_text(PAPER["claims"][0], (45.0, 1.0, 3), three) == ""
+    assert rounding(runs_of(write(tmp_path, [line(40.0)])), MEASURES["accuracy"]) is None
 
 
 def test_a_claim_about_clamping_shows_the_share_and_has_no_verdict_on_another_share(tmp_path):
