@@ -39,6 +39,7 @@ class Options(AdapterOptions):
 
     clamp: list[float] = field(default_factory=lambda: [0.01, 0.05])  # thresholds of |gamma|
     layers: bool = False  # also mean, std and near zero of each layer: about 130 bytes a layer
+    redraw: int | None = None  # a seed: also the accuracy with one layer's weights drawn from it, for each layer
     output: str | None = None
 
 
@@ -100,7 +101,7 @@ def analyse(model: "nn.Module", feed: "Feed", options: Options, top1: float) -> 
     """Return the result line's "analysis"; ``top1`` is the accuracy without clamping."""
     from ..norms.copies import evaluation_copy
     from ..training.feed import accuracy
-    from .networks import clamped, distribution, norm_values
+    from .networks import clamped, distribution, norm_values, redrawn, weight_layers
 
     analysis: dict[str, Any] = {"top1": top1}
     for kind, values in norm_values(model).items():
@@ -112,6 +113,11 @@ def analyse(model: "nn.Module", feed: "Feed", options: Options, top1: float) -> 
         with clamped(model, threshold) as count:
             top1 = accuracy(evaluation_copy(model), feed)["top1"]
         analysis["clamped"][f"{threshold:g}"] = {"set": count, "top1": round(top1, DIGITS)}
+    if options.redraw is not None:
+        analysis["redrawn"] = {}
+        for layer in weight_layers(model):
+            with redrawn(model, layer, options.redraw):
+                analysis["redrawn"][layer] = round(accuracy(evaluation_copy(model), feed)["top1"], DIGITS)
     try:
         analysis["dead"] = dead(model, feed)
     except NetworkError as error:

@@ -18,9 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from ..adapter.rebuild import create
-from ..errors import AdapterTensorError, ConfigError, DataError, NetworkError
+from ..errors import AdapterTensorError, ConfigError, DataError, NetworkError, check_choice
 from ..norms.copies import evaluation_copy
 from ..norms.find import affine, head_layers, norm_layers, plain_modules, shortcut_convs
+from ..seed.rules import draw_into_, rule_for
 from ..sharing.contents import NEAR_ZERO
 
 BELOW = (0.001, NEAR_ZERO, 0.05, 0.1)  # of |gamma|: the shares that `distribution` tells
@@ -160,6 +161,44 @@ def clamped(model: nn.Module, threshold: float = NEAR_ZERO) -> Iterator[int]:
         with torch.no_grad():
             for gamma, values in zip(gammas, before, strict=True):
                 gamma.copy_(values)
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the convolutions and linear layers that run now, by name."""
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    return {name: module for name, module in plain_modules(model, active=True) if isinstance(module, kinds)}
+
+
+@contextmanager
+def redrawn(model: nn.Module, layer: str, seed: int = 0, weight_init: str = "kaiming_normal") -> Iterator[None]:
+    """Draw a layer's weight and bias from a seed within the block; afterwards they have the bits they had before.
+
+    Args:
+        model: any network; of a wrapped one, what runs now.
+        layer: one of `weight_layers`.
+        seed: of the draw; the layer's name goes into it, as when a network is wrapped.
+        weight_init: as in `BNOnlyConfig`.
+
+    Raises:
+        ConfigError: there is no such layer.
+
+    Source: Zhang, Bengio and Singer, "Are All Layers Created Equal?" (arXiv 1902.01996), re-randomisation.
+    """
+    layers = weight_layers(model)
+    check_choice("layer", layer, list(layers))
+    parameters = {key: p for key, p in layers[layer].named_parameters(recurse=False)}
+    rules = {key: rule_for(layers[layer], key, weight_init, "keep") for key in parameters}
+    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    try:
+        with torch.no_grad():
+            for key, rule in rules.items():
+                assert rule  # weights and biases of these classes have one
+                draw_into_(parameters[key], rule, seed, f"{layer}.{key}")
+        yield
+    finally:
+        with torch.no_grad():
+            for key, values in before.items():
+                parameters[key].copy_(values)
 
 
 def dead_activations(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, Zeros]:

@@ -114,7 +114,7 @@ RANGES: dict[str, Range] = {
     "overwrite": SWITCH, "resume": SWITCH, "checkpoint_every": "[0, 1e9]", "checkpoint_every_steps": "[0, 1e9]",
     "skip_nonfinite_steps": "[0, 1e9]", "timeout": "[1, 1e9]", "eval_every": "[1, 1e9]", "results": TEXT,
     # validate and analyse
-    "adapter": TEXT, "clamp": "[0, inf)", "layers": SWITCH, "output": TEXT,
+    "adapter": TEXT, "clamp": "[0, inf)", "layers": SWITCH, "redraw": "[0, 18446744073709551616)", "output": TEXT,
     # sweep and tune
     "config": TEXT, "conditions": VALUES, "networks": TEXTS, "set": VALUES, "analyse": SWITCH, "space": VALUES,
     "trials": "[1, 1e6]",

@@ -71,6 +71,17 @@ def test_the_line_of_an_adapter_holds_what_the_functions_return(golden):
     assert found["dead"]["channels"] == 464
 
 
+def test_each_layer_is_redrawn_alone(plain):
+    found = run(plain, "clamp=[]", "redraw=0")["analysis"]
+    layers = [name for name, module in load_bn_only_model(GOLDEN).get_base_model().named_modules() if "conv" in name]
+    assert {"conv1", "fc"} < set(found["redrawn"])
+    # The golden adapter was drawn from this seed, and its head is frozen: the same bits come back.
+    assert set(found["redrawn"].values()) == {found["top1"]}
+    other = run(plain, "clamp=[]", "redraw=1")["analysis"]["redrawn"]
+    assert len(other) == len(found["redrawn"]) >= len(layers) > 10
+    assert max(other.values()) < found["top1"]
+
+
 def test_it_measures_what_validate_measures_and_clamping_changes_it(golden):
     result, _ = golden
     again = validate.run(validate.read_options([f"adapter={GOLDEN}"]))

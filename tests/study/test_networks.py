@@ -19,6 +19,8 @@ from bn_affine_adapters.study.networks import (
     depth_width_slopes,
     distribution,
     norm_values,
+    redrawn,
+    weight_layers,
 )
 from bn_affine_adapters.study.paper import NETWORKS, PAPER
 
@@ -430,3 +432,27 @@ def test_slopes_and_their_ratio_have_standard_errors():
 def test_points_that_make_no_line_are_refused(given, words, refused):
     with refused(ConfigError, *words):
         depth_width_slopes(given)
+
+
+# Layers drawn again
+
+
+def test_a_redrawn_layer_has_the_seeds_bits_within_the_block_and_its_own_after():
+    model = get_bn_only_model(timm.create_model("test_resnet", num_classes=4), BNOnlyConfig(seed=0, train_head=True))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    other = timm.create_model("test_resnet", num_classes=4)
+    wanted = get_bn_only_model(other, BNOnlyConfig(seed=7)).get_base_model()
+    layers = weight_layers(model)
+    assert {"conv1.0", "fc"} <= set(layers)
+    for name in ("conv1.0", "fc"):
+        with redrawn(model, name, seed=7):
+            for key, parameter in layers[name].named_parameters():
+                assert torch.equal(parameter, wanted.get_parameter(f"{name}.{key}"))
+            changed = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])]
+            assert len(changed) == len(list(layers[name].parameters()))
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_layer_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match="conv1"), redrawn(timm.create_model("cifar_resnet14"), "conv"):
+        pass
