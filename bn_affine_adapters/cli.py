@@ -1,4 +1,4 @@
-"""The command line: bn-adapters inspect | verify | predict | push | card | export | diff, and what trains.
+"""The command line: bn-adapters inspect | verify | predict | push | card | export | prune | diff, and what trains.
 
 Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2 where something could not be done;
 3 where training diverged; 130 and 143 where Ctrl-C or SIGTERM stopped it.

@@ -75,7 +75,7 @@ def prune(
     """Return a smaller network for inference that computes the same, and what was removed; the model is not changed.
 
     A channel leaves if it is proved to be constant for every input: its gamma is 0, or a ReLU gets nothing above 0.
-    The constant moves into the layers that read it. The same adapter always gives the same network.
+    Its constant moves into the layers that read it. The same adapter always gives the same network.
 
     Args:
         model: of `get_bn_only_model` or `load_bn_only_model`, or a plain network.
@@ -83,7 +83,7 @@ def prune(
         inputs: "any" tensor; or "images" alone, prepared as data_config says, from pixels between 0 and 1.
         input_size: (C, H, W) of an image; by default that of data_config, or timm's.
         test: batches (images, labels), to measure the accuracy before and after.
-        file: where to write the network as a program, ``torch.export.load(file).module()(images)``; a new file.
+        file: a new file for the network as a program, ``torch.export.load(file).module()(images)``.
 
     Raises:
         ConfigError: the threshold is no number from 0, or the size of images is not known.
@@ -93,25 +93,26 @@ def prune(
     >>> import timm
     >>> network = timm.create_model("cifar_resnet14")
     >>> _ = network.blocks[0].bn1.weight.data[:8].zero_()
-    >>> smaller, report = prune(network)
-    >>> smaller.blocks[0].conv1.out_channels, report.channels
-    (8, (560, 552))
+    >>> prune(network)[1].channels
+    (560, 552)
     """
+    _check(threshold, inputs, file)
+    before, config = _plain(model)
+    network = _zero_(deepcopy(before), threshold)
+    low, high, images = _images(network, config, inputs, input_size)
+    report = _prune_(network, low, high, images)
+    report.accuracy = _accuracies(before, network, batches) if (batches := list(test)) else ""
+    if file is not None:
+        write_file(Path(file), _program(network, images))
+    return network, report
+
+
+def _check(threshold: Any, inputs: Any, file: str | os.PathLike[str] | None) -> None:
     check_choice("inputs", inputs, ("any", "images"))
     if not isinstance(threshold, int | float) or not threshold >= 0:
         raise ConfigError("The threshold is no number from 0.", seen=f"threshold={threshold!r}", do="threshold=0.01")
     if file is not None and Path(file).exists():
         raise OutputFolderError(f"{file} exists.", seen=str(file), do="choose another name")
-    before, config = _plain(model)
-    network = deepcopy(before)
-    _zero_(network, threshold)
-    low, high, images = _images(network, config, inputs, input_size)
-    report = _prune_(network, low, high, images)
-    if batches := list(test):
-        report.accuracy = _accuracies(before, network, batches)
-    if file is not None:
-        write_file(Path(file), _program(network, images))
-    return network, report
 
 
 def _plain(model: nn.Module) -> tuple[nn.Module, BNOnlyConfig]:
@@ -123,10 +124,11 @@ def _plain(model: nn.Module) -> tuple[nn.Module, BNOnlyConfig]:
     return _merged(model, name).float(), model.peft_config[name]
 
 
-def _zero_(network: nn.Module, threshold: float) -> None:
+def _zero_(network: nn.Module, threshold: float) -> nn.Module:
     for module in network.modules():
         if type(module).forward in BATCH_NORMS and (gamma := module._parameters["weight"]) is not None:
             gamma.data[gamma.abs() < threshold] = 0
+    return network
 
 
 def _images(network: Any, config: BNOnlyConfig, inputs: str, size: Any) -> tuple[Tensor, Tensor, Tensor]:
