@@ -21,9 +21,10 @@ from ..norms.statistics import BATCH_NORMS
 
 MULTIPLIES = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 IN_PLACE = (operator.iadd, operator.imul)
-# The activations of lean training, and these. Those in DIPS fall, to no less than -0.4, before they rise.
-OTHERS = {"sigmoid": torch.sigmoid, "relu": torch.relu, torch.sigmoid: torch.sigmoid, F.hardsigmoid: F.hardsigmoid}
-OTHER_MODULES = {nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, timm_layers.Sigmoid, timm_layers.HardSigmoid}
+KNOWN = {  # activations; those in DIPS fall, to no less than -0.4, before they rise
+    *ACTIVATIONS, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, timm_layers.Sigmoid, timm_layers.HardSigmoid,
+    torch.sigmoid, F.hardsigmoid, "sigmoid", "relu",
+}  # fmt: skip
 DIPS = {SILU, HARDSWISH, GELU, GELU_TANH}
 UNCHANGED = {nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, F.adaptive_avg_pool2d, F.dropout}
 
@@ -92,6 +93,19 @@ def pads_zeros(module: Any) -> bool:
 def times(a: Tensor, b: Tensor) -> Tensor:
     """Return a product in which 0 times infinity is 0: an infinite bound stands for finite values."""
     return torch.where((a == 0) | (b == 0), 0.0, a * b)
+
+
+def activated(kind: Any, module: nn.Module | None, x: Channels) -> Channels | None:
+    """Return the channels of an activation: a module of this kind, a function or a method; None for others."""
+    if kind not in KNOWN or (module and hooked(module)):
+        return None
+    function = module or (getattr(torch, kind) if isinstance(kind, str) else kind)
+    corners = [x.low, x.high, torch.zeros_like(x.low).clamp(x.low, x.high)]
+    dips = ACTIVATIONS.get(kind) in DIPS
+    found = x.between(*(function(corner.clamp(min=-1e3) if dips else corner.clone()) for corner in corners))
+    if dips:  # by -1,000 they are 0, and at -infinity they have no value
+        found.low[(x.low < 0) & ~x.constant] = -0.4
+    return found
 
 
 class Analysis(fx.Interpreter):
@@ -179,8 +193,13 @@ class Analysis(fx.Interpreter):
             return x if plain and getattr(module, "divisor_override", None) is None else None
         if kind in UNCHANGED:
             return x
-        plain = module is not None or not (more or node.kwargs.keys() - {"inplace"})
-        return self._activation(node, kind, module, x) if plain else None
+        if module is None and (more or node.kwargs.keys() - {"inplace"}):
+            return None
+        found = activated(kind, module, x)
+        if found and (norm := self.norms.get(sources[0])):
+            norm.dead |= found.constant
+            self.norms[node] = norm
+        return found
 
     def _pair(self, a: Channels, b: Channels, adds: bool) -> Channels:
         """Return the channels of a sum or product."""
@@ -192,35 +211,18 @@ class Analysis(fx.Interpreter):
     def _norm(self, node: fx.Node, module: Any, x: Channels) -> Channels | None:
         """Return the channels of a BatchNorm, and of the activation inside it."""
         tensors = (module.weight, module.bias, module.running_mean, module.running_var)
-        if any(tensor is None for tensor in tensors) or not isinstance(
-            getattr(module, "drop", None), nn.Identity | None
-        ):
+        drop, act = getattr(module, "drop", None), getattr(module, "act", None)
+        if any(tensor is None for tensor in tensors) or not isinstance(drop, nn.Identity | None):
             return None
         gamma, beta, mean, var = (tensor.detach().double() for tensor in tensors)
         scale = gamma / torch.sqrt(var + module.eps)
-        found: Channels | None = x.between(*(times(scale, bound) + (beta - mean * scale) for bound in (x.low, x.high)))
-        if act := getattr(module, "act", None):
-            found = self._activation(node, type(act), act, found)
+        shift = beta - mean * scale
+        found: Channels | None = x.between(times(scale, x.low) + shift, times(scale, x.high) + shift)
+        if act and found:
+            found = activated(type(act), act, found)
         if found:
             self.norms[node] = Layer(module, x, found, found.constant)
             self.layers.append(self.norms[node])
-        return found
-
-    def _activation(self, node: fx.Node, kind: Any, module: Any, x: Any) -> Channels | None:
-        """Return the channels of an activation, and note where it makes those of a norm layer constant."""
-        function = module or OTHERS.get(kind, kind)
-        if (kind not in ACTIVATIONS and kind not in OTHERS and kind not in OTHER_MODULES) or (
-            module and hooked(module)
-        ):
-            return None
-        corners = [x.low, x.high, torch.zeros_like(x.low).clamp(x.low, x.high)]
-        dips = ACTIVATIONS.get(kind) in DIPS
-        found = x.between(*(function(corner.clamp(min=-1e3) if dips else corner.clone()) for corner in corners))
-        if dips:  # by -1,000 they are 0, and at -infinity they have no value
-            found.low[(x.low < 0) & ~x.constant] = -0.4
-        if norm := self.norms.get(node.all_input_nodes[0]):
-            norm.dead |= found.constant
-            self.norms[node] = norm
         return found
 
     def _conv(self, module: Any, x: Channels) -> Channels | None:

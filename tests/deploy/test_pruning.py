@@ -285,7 +285,7 @@ def test_what_is_not_known_keeps_all_channels_and_is_named(name):
 
 
 def hooked(network):
-    network.act.register_forward_hook(lambda module, inputs, output: output.flip(1))
+    network.norm.register_forward_hook(lambda module, inputs, output: output.flip(1))
 
 
 def used_twice(network):
@@ -311,7 +311,7 @@ def read_elsewhere(network):
 
 @pytest.mark.parametrize("change", [hooked, used_twice, changed_in_place, read_elsewhere])
 def test_a_layer_that_is_more_than_it_seems_keeps_its_channels(change):
-    network = constants(Net(), [0.0] * 5)
+    network = constants(Net(), [-1.0] * 5)
     change(network)
     smaller, report = pruned(network)
     assert smaller.conv1.out_channels == 8
