@@ -123,7 +123,8 @@ def families() -> str:
 
 def page(adapters: list[str]) -> str:
     """Return the section of docs/pruning.md."""
-    return f"""{machine()}. Shares in %: constant channels of norm layers; then what is left.
+    return f"""{machine()}.
+Shares in %: constant channels of norm layers; then what is left.
 Time is that of a batch, the median of {ROUNDS} pairs of neighbouring runs.
 
 {trained(adapters)}
