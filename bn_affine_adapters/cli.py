@@ -1,4 +1,4 @@
-"""The command line: bn-adapters inspect | verify | predict | push | card | export | diff, and what trains.
+"""The command line: bn-adapters inspect | verify | predict | push | card | export | prune | diff, and what trains.
 
 Exit codes: 0; 1 where two adapters, or a network and its fingerprint, differ; 2 where something could not be done;
 3 where training diverged; 130 and 143 where Ctrl-C or SIGTERM stopped it.
@@ -400,6 +400,16 @@ def card(folder: str, repo_id: str, output: Path | None, results: str | None, **
     click.echo(str((output or Path(folder)) / "README.md"))
 
 
+def _sample(adapter: str, dataset: str, count: int) -> Any:
+    """Return unlabelled training images of a data set, and the batches of its test split."""
+    from .training.scripts import installed
+
+    with installed("train"):
+        from .training.validate import sample
+
+        return sample(adapter, dataset, count)
+
+
 @main.command("export")
 @click.argument("adapter")
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -428,13 +438,40 @@ def export_(
 
     compact: dict[str, Any] = {"bits": bits, "qr": qr} if form == "compact" or bits != 8 or qr else {}
     if dataset is not None:
-        from .training.scripts import installed
-
-        with installed("train"):
-            from .training.validate import sample
-
-            compact["images"], compact["test"] = sample(adapter, dataset, 400)
+        compact["images"], compact["test"] = _sample(adapter, dataset, 400)
     click.echo(str(export(_load(adapter, **where), folder, form, **compact)))  # type: ignore[arg-type]  # click's Choice
+
+
+@main.command("prune")
+@click.argument("adapter")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--threshold", type=float, default=0.0, show_default=True, help="Set smaller gammas to 0 first.")
+@click.option(
+    "--inputs", type=click.Choice(["any", "images"]), default="any", show_default=True,
+    help="Remove what is constant for any input, or for prepared images alone.",
+)  # fmt: skip
+@click.option("--dataset", help="Print the accuracy on its test split, before and after.")
+@_network
+@_json
+def prune_(
+    adapter: str, file: Path, dataset: str | None, as_json: bool, threshold: float, inputs: Any, **where: Any
+) -> None:
+    """Write a smaller network that computes the same, without channels that are constant, as a .pt2 file for PyTorch.
+
+    torch.export.load(FILE).module()(images) runs it, without this package.
+
+    \b
+    Example:
+      bn-adapters prune runs/digits/adapter digits.pt2 --threshold 0.01 --dataset digits
+    """
+    from .deploy.pruning import prune
+
+    test = _sample(adapter, dataset, 1)[1] if dataset is not None else ()
+    _, report = prune(_load(adapter, **where), threshold, inputs=inputs, test=test, file=file)
+    if as_json:
+        _print_json(vars(report))
+    else:
+        click.echo(f"{report}\n{file}")
 
 
 @main.command()

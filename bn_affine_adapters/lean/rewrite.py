@@ -81,22 +81,35 @@ def rewrite(network: nn.Module, level: str) -> Report:
     return report
 
 
-def _rewrite(module: nn.Module, copy: nn.Module, name: str, report: Report) -> None:
+def trace(module: nn.Module) -> tuple[fx.Graph, list[str]]:
+    """Return the graph of a module's forward with its default arguments, and the names of what is not traced through.
+
+    Raises:
+        Exception: torch.fx cannot follow it; of any class, since a forward is any code.
+    """
     tracer = _Tracer()
+    defaults = {p.name: p.default for p in _arguments(module) if p.default is not p.empty}
+    graph = tracer.trace(module, concrete_args=defaults or None)
+    if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
+        raise ValueError("its forward holds a tensor, which would stay on its device")
+    return graph, tracer.closed
+
+
+def _arguments(module: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(type(module).forward).parameters.values())[1:]
+
+
+def _rewrite(module: nn.Module, copy: nn.Module, name: str, report: Report) -> None:
     try:
-        parameters = list(inspect.signature(type(copy).forward).parameters.values())[1:]
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        graph = tracer.trace(copy, concrete_args=defaults or None)
-        if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
-            raise ValueError("its forward holds a tensor, which would stay on its device")
-    except Exception as error:  # a forward is any code: whatever it does that fx cannot follow, its parts may do less
+        graph, closed = trace(copy)
+    except Exception as error:  # whatever a forward does that fx cannot follow, its parts may do less
         log.debug("%s cannot be traced: %s", name or type(module).__name__, error)
         report.untraced.append(name)
         for child, part in module.named_children():
             if [*part.children()] and not (has_copies(part) or is_norm(part)):
                 _rewrite(part, copy.get_submodule(child), f"{name}.{child}".lstrip("."), report)
         return
-    for child in tracer.closed:
+    for child in closed:
         _rewrite(module.get_submodule(child), copy.get_submodule(child), f"{name}.{child}".lstrip("."), report)
     before = report.places
     _drop_identities(graph, copy)
@@ -109,7 +122,7 @@ def _rewrite(module: nn.Module, copy: nn.Module, name: str, report: Report) -> N
                 inner = graph.call_function(dispatch.innermost, (images,))
             images.replace_all_uses_with(inner, delete_user_cb=lambda user: user is not inner)
         written = {child: settings(module.get_submodule(child)) for child in inlined}
-        module.forward = MethodType(lean_forward(graph, parameters, written), module)
+        module.forward = MethodType(lean_forward(graph, _arguments(copy), written), module)
 
 
 def _replace(graph: fx.Graph, root: nn.Module, report: Report) -> None:
