@@ -17,7 +17,7 @@ from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import create, outline
 from ..model.loading import get_bn_only_model
 from ..model.peft_model import BNOnlyPeftModel
-from ..norms.find import affine, norm_layers, shortcut_convs
+from ..norms.find import affine, canonical, head_layers, norm_layers, shortcut_convs
 from ..norms.scales import layer_scales
 from ..seed.rules import reinit_
 from .data import check_classes
@@ -76,6 +76,13 @@ def build_network(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module
         NetworkError: timm cannot create the network.
     """
     check_classes(feed.train, config.model_args["num_classes"])
+    network = _trainable(recipe, config)
+    if recipe.head_init == "zero":
+        zero_heads_(network)
+    return network
+
+
+def _trainable(recipe: Recipe, config: BNOnlyConfig) -> nn.Module:
     network = timm_network(recipe.model, config.model_args, recipe.pretrained, recipe.pretrained_file)
     if recipe.condition not in FULL_CONDITIONS:
         config.extra_trainable_modules = shortcut_convs(network) if "shortcut" in recipe.condition else []
@@ -89,6 +96,17 @@ def build_network(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module
             for name in filter(None, affine(layer)):
                 layer.get_parameter(name).requires_grad_(False)
     return network
+
+
+@torch.no_grad()
+def zero_heads_(network: nn.Module) -> None:
+    """Set the last layer of each head that trains to 0: it learns from the first step on, all else from the second."""
+    parameters = {canonical(name): p for name, p in network.named_parameters() if p.requires_grad}
+    for head in head_layers(network):
+        layers = [name.rpartition(".")[0] for name in parameters if name.startswith(f"{head}.")]
+        for name, parameter in parameters.items():
+            if name.rpartition(".")[0] in layers[-1:]:
+                parameter.zero_()
 
 
 def count(model: nn.Module) -> tuple[int, int]:
