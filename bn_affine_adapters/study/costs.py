@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from ..training.memory import held_memory, most_memory
+from ..training.network import held_memory, most_memory
 
 
 def operations(step: Callable[[], Any]) -> int:

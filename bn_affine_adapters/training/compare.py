@@ -12,7 +12,6 @@ Example:
 """
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from ..errors import ConfigError, DivergedError, nearest_name
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 STEPS = (1 / 3, 1.0, 3.0)  # the rates that are tried, over the method's usual one
 PART = 5  # a fifth of the training images is held out, and a third of the epochs trained, to choose a rate
 RANK = 4  # of LoRA: about as many bytes as the norm layers of an EfficientNet
-LORA_TYPES = (nn.Linear, nn.Conv2d)
 
 
 class Method(NamedTuple):
@@ -54,8 +52,8 @@ def lora(network: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     heads = [*head_layers(network)]
-    targets = [n for n, m in network.named_modules() if isinstance(m, LORA_TYPES) and getattr(m, "groups", 1) == 1]
-    targets = [name for name in targets if name not in heads]
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    targets = [name for name, m in layers.items() if getattr(m, "groups", 1) == 1 and name not in heads]
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, modules_to_save=heads)
     return get_peft_model(network, config)  # type: ignore[arg-type]  # PEFT takes any module
 
@@ -109,8 +107,8 @@ class Comparison:
                 line = json.loads(text)
                 self.done[key_of(line["run_info"]["train_config"], line["run_info"]["method"])] = line
             except (ValueError, LookupError, TypeError) as error:
-                seen, do = f"{text[:80]}", "give a file that `bn-adapters compare` wrote"
-                raise ConfigError(f"{results}, line {number}, is no run of it.", seen=seen, do=do) from error
+                do = "give a file that `bn-adapters compare` wrote"
+                raise ConfigError(f"{results}, line {number}, is no run of it.", seen=text[:80], do=do) from error
 
     def rate(self, recipe: Recipe, method: str, images: int) -> float:
         """Return the rate, of three, that is best on held-out images; the first of two that are equally good."""
@@ -142,11 +140,12 @@ def trained_line(recipe: Recipe, method: str) -> dict[str, Any]:
     """Train and test; return the line, in the layout of PEFT's method_comparison, with accuracy in %."""
     from .feed import Feed
     from .loop import Replicate, fit, prepare
-    from .memory import held_memory, most_memory
-    from .network import build_network, configuration, count
+    from .network import build_network, configuration, count, held_memory, most_memory
     from .train import start
 
     accelerator, begun = start(recipe), time.perf_counter()
+    if accelerator.num_processes > 1:
+        raise ConfigError("A comparison has one process.", seen=f"{accelerator.num_processes}", do="start one")
     feed = Feed(recipe, accelerator)
     feed.load()  # images are no memory of the training
     device, adapt = accelerator.device.type, METHODS[method].adapt
@@ -154,6 +153,7 @@ def trained_line(recipe: Recipe, method: str) -> dict[str, Any]:
     config = configuration(recipe, feed.label_names)
     network = build_network(recipe, config, feed)
     network = adapt(network) if adapt else network
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     training = prepare(recipe, accelerator, [Replicate(recipe, feed, config, network)])
     try:
         fit(training)
@@ -164,7 +164,7 @@ def trained_line(recipe: Recipe, method: str) -> dict[str, Any]:
     train_info = {
         "accelerator_memory_max": most_memory(device) - before,
         "train_time": round(training.seconds, 2),
-        "file_size": saved_bytes(network),
+        "file_size": changed_bytes(network, buffers),
         "num_trainable_params": trained,
         "num_total_params": total,
         "status": "failed" if error else "success",
@@ -213,24 +213,14 @@ def tested(training: "Training") -> dict[str, float]:
     return {name: round(100 * value, 3) for name, value in found.items()}
 
 
-def saved_bytes(network: nn.Module) -> int:
-    """Return the size of the tensors that a task needs besides the backbone, as they are saved.
+def changed_bytes(network: nn.Module, before: Mapping[str, torch.Tensor]) -> int:
+    """Return the size, as a safetensors file, of what a task has of its own: what trained, and statistics that changed.
 
-    An adapter of this library, and PEFT's LN tuning, save running statistics; for PEFT's LoRA, and what trains in a
-    plain network, they are added here.
+    PEFT does not save the running statistics beside its LoRA, and an adapter of a head alone holds the norm layers too.
     """
-    from ..model.peft_model import BNOnlyPeftModel
-
-    adapters = getattr(network, "peft_config", {})
-    rest = {name: p for name, p in network.named_parameters() if p.requires_grad and not adapters}
-    if not adapters or "LORA" in {str(config.peft_type.value) for config in adapters.values()}:
-        rest |= dict(network.named_buffers())
-    with tempfile.TemporaryDirectory() as folder:
-        if adapters:
-            network.save_pretrained(folder)  # type: ignore[operator]  # PEFT's
-        if rest and not isinstance(network, BNOnlyPeftModel):
-            save_file({k: v.detach().contiguous() for k, v in rest.items()}, Path(folder, "rest.safetensors"))
-        return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+    own = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    own |= {name: each for name, each in network.named_buffers() if not torch.equal(each.cpu(), before[name])}
+    return len(save({name: each.contiguous() for name, each in own.items()}))
 
 
 def planned(base: Recipe, tasks: Sequence[str], backbones: Sequence[str], methods: Sequence[str]) -> list[Any]:

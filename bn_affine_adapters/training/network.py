@@ -1,10 +1,13 @@
 """The network of a recipe: configured, built, drawn, and frozen as its condition asks; what a step of it costs."""
 
+import ctypes
+import gc
 import json
 import statistics
 import time
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,3 +160,27 @@ def measured_step(recipe: Recipe, feed: Feed) -> tuple[int, float]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return count(network)[0], statistics.median(seconds[WARM_UP:] or seconds)
+
+
+def held_memory(device: str) -> int:
+    """Return the bytes that are held now: resident, as Linux counts them, or in PyTorch's allocator on a GPU.
+
+    `most_memory` counts from here.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return _resident("VmRSS")
+
+
+def most_memory(device: str) -> int:
+    """Return the most bytes that were held since `held_memory`."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

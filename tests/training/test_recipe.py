@@ -41,7 +41,7 @@ from bn_affine_adapters.training.validate import Options, read_options
 
 def test_every_recipe_that_comes_with_the_package_reads():
     read = {name: read_recipe([name]) for name in config_files() if "/" not in name}
-    assert sorted(read) == ["adapt", "cifar10", "digits", "fashion_mnist", "imagenet"]
+    assert sorted(read) == ["cifar10", "digits", "fashion_mnist", "finetune", "imagenet"]
     assert read["digits"] == read_recipe([])
     cifar = read["cifar10"]
     assert (cifar.epochs, cifar.batch_size, cifar.lr, cifar.weight_decay) == (160, 128, 0.1, 1e-4)
@@ -105,7 +105,7 @@ NEEDED = {"config", "conditions", "networks", "results", "trials"}  # by a sweep
 
 def test_every_key_of_every_launcher_has_a_range_and_its_default_lies_in_it():
     assert set(KEYS) == set(RANGES)
-    assert len(KEYS) == 71
+    assert len(KEYS) == 72
     for name, options in LAUNCHERS.items():
         usual = vars(options())
         recipes.check_ranges({key: usual[key] for key in usual if name not in ("sweep", "tune") or key not in NEEDED})
