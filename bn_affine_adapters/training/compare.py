@@ -55,7 +55,7 @@ def lora(network: nn.Module) -> nn.Module:
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     targets = [name for name, m in layers.items() if getattr(m, "groups", 1) == 1 and name not in heads]
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, modules_to_save=heads)
-    return get_peft_model(network, config)  # type: ignore[arg-type]  # PEFT takes any module
+    return get_peft_model(network, config)
 
 
 def ln_tuning(network: nn.Module) -> nn.Module:
@@ -63,7 +63,7 @@ def ln_tuning(network: nn.Module) -> nn.Module:
     from peft import LNTuningConfig, get_peft_model
 
     config = LNTuningConfig(target_modules=[*norm_layers(network)], modules_to_save=[*head_layers(network)])
-    return get_peft_model(network, config)  # type: ignore[arg-type]
+    return get_peft_model(network, config)
 
 
 def biases(network: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/tasks.py [FILE.jsonl]
 
-The lines of FILE, if it is given, replace recipes/results/tasks.jsonl first.
+The lines of FILE, if it is given, replace recipes/results/compare/tasks.jsonl first.
 """
 
 import json
@@ -21,7 +21,7 @@ from bn_affine_adapters.training.compare import METHODS
 from bn_affine_adapters.training.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE = ROOT / "recipes" / "results" / "tasks.jsonl"
+FILE = ROOT / "recipes" / "results" / "compare" / "tasks.jsonl"
 PAGE, FIGURE = ROOT / "docs" / "tasks.md", ROOT / "docs" / "figures" / "tasks.png"
 # A ridge classifier on the same backbone's features of 128 px, from the data's own descriptions; and the runs planned.
 PROBES = {
@@ -128,12 +128,15 @@ def findings(runs: Runs, methods: list[str]) -> str:
 
 def missing(runs: Runs) -> str:
     """Return which of the planned runs have not been done."""
-    lacking = [f"{method} on {task} ({wanted - len(runs.get((method, task), []))})"
-               for method, wanted in PLANNED.items() for task in PROBES
-               if len(runs.get((method, task), [])) < wanted]  # fmt: skip
+    lacking: dict[tuple[str, int], list[str]] = {}
+    for method, wanted in PLANNED.items():
+        for task in PROBES:
+            if count := max(0, wanted - len(runs.get((method, task), []))):
+                lacking.setdefault((method, count), []).append(task)
     if not lacking:
         return "All planned runs are done."
-    return "Planned and not done yet, with the number of seeds:\n" + "\n".join(f"- {each}" for each in lacking)
+    rows = [[method, count, ", ".join(tasks)] for (method, count), tasks in lacking.items()]
+    return "Planned and not done yet:\n\n" + markdown_table(["method", "seeds", "tasks"], rows)
 
 
 def section(lines: list[dict[str, Any]]) -> str:
@@ -182,7 +185,7 @@ def figure(lines: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     """Write the page and the figure."""
     if sys.argv[1:]:
-        FILE.parent.mkdir(exist_ok=True)
+        FILE.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(sys.argv[1], FILE)
     lines = read()
     write_section(PAGE, "tasks", section(lines))

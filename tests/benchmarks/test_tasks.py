@@ -42,8 +42,8 @@ def test_the_tables_say_what_the_lines_say():
     assert "+4.0 points against `head`, the mean of 2 tasks (+3.0 to +5.0)" in text
     assert "4.00 times the bytes" in text
     assert "| head | elpv | 0.01 | 0.003: 70.0, 0.01: 75.0 |" in text
-    assert "- norm+head on elpv (1)" in text
-    assert "- head on flowers102 (3)" in text
+    assert "| norm+head | 1 | elpv |" in text
+    assert "| norm+head | 2 | trashnet |" in text
 
 
 def test_the_page_is_written_from_the_lines_that_are_kept():
