@@ -139,30 +139,31 @@ def accuracy_of(line: Mapping[str, Any]) -> float:
 def trained_line(recipe: Recipe, method: str) -> dict[str, Any]:
     """Train and test; return the line, in the layout of PEFT's method_comparison, with accuracy in %."""
     from .feed import Feed
-    from .loop import Replicate, fit, prepare
+    from .loop import Replicate, finish_epoch, prepare, train_epoch
     from .network import build_network, configuration, count, held_memory, most_memory
     from .train import start
 
     accelerator, begun = start(recipe), time.perf_counter()
     if accelerator.num_processes > 1:
         raise ConfigError("A comparison has one process.", seen=f"{accelerator.num_processes}", do="start one")
-    feed = Feed(recipe, accelerator)
-    feed.load()  # images are no memory of the training
-    device, adapt = accelerator.device.type, METHODS[method].adapt
-    before = held_memory(device)
+    feed, device, adapt = Feed(recipe, accelerator), accelerator.device.type, METHODS[method].adapt
     config = configuration(recipe, feed.label_names)
     network = build_network(recipe, config, feed)
     network = adapt(network) if adapt else network
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     training = prepare(recipe, accelerator, [Replicate(recipe, feed, config, network)])
+    before = memory = held_memory(device)
     try:
-        fit(training)
+        for epoch in range(recipe.epochs):
+            losses = train_epoch(training, epoch)
+            memory = most_memory(device)  # of training alone: evaluation has larger batches
+            finish_epoch(training, epoch, losses)
         metrics, error = tested(training), ""
     except DivergedError as diverged:
         metrics, error = {}, str(diverged)
     trained, total = count(network)
     train_info = {
-        "accelerator_memory_max": most_memory(device) - before,
+        "accelerator_memory_max": memory - before,
         "train_time": round(training.seconds, 2),
         "file_size": changed_bytes(network, buffers),
         "num_trainable_params": trained,
