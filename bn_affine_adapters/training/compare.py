@@ -225,11 +225,7 @@ def changed_bytes(network: nn.Module, before: Mapping[str, torch.Tensor]) -> int
 
 
 def planned(base: Recipe, tasks: Sequence[str], backbones: Sequence[str], methods: Sequence[str]) -> list[Any]:
-    """Return (recipe, method, training images) of each method, backbone and task, all checked before one is trained.
-
-    Raises:
-        BNAdapterError: there is no such method, backbone or task; the message names the nearest one.
-    """
+    """Return (recipe, method, training images) of each method, backbone and task, all checked before one is trained."""
     from .feed import load_data
     from .network import check_buildable
 
