@@ -158,6 +158,7 @@ def _script(name: str, about: str, part: str = "training", extra: str = "train",
 _script("train", "Train norm parameters by a recipe, and save them as an adapter.")
 _script("validate", "Measure an adapter's accuracy on a test split.")
 _script("sweep", "Train many recipes, as a YAML file lists them.", prog_name="bn-adapters sweep")
+_script("compare", "Compare methods of fine-tuning on several tasks.", prog_name="bn-adapters compare")
 _script("tune", "Choose hyper-parameters with Optuna.", extra="tune", prog_name="bn-adapters tune")
 _script("analyse", "Analyse gamma, beta and dead activations of a trained network.", "study")
 _script(

@@ -27,7 +27,7 @@ from bn_affine_adapters.training.sweeps import read_sweep
 
 COMMANDS = {
     "inspect", "verify", "predict", "push", "card", "export", "diff", "configs", "train", "validate", "analyse",
-    "architectures", "prune",
+    "architectures", "prune", "compare",
 }  # fmt: skip
 WEIGHTS = "adapter_model.safetensors"
 

@@ -27,6 +27,7 @@ from bn_affine_adapters import errors
 from bn_affine_adapters.cli import main
 from bn_affine_adapters.study.paper import PAPER
 from bn_affine_adapters.study.replicates import read_runs
+from bn_affine_adapters.training import compare
 from bn_affine_adapters.training.recipe import find_config, read_recipe
 from bn_affine_adapters.training.sweeps import read_sweep
 
@@ -39,7 +40,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SET_UP = ("pip install",)
 # Pages whose commands are run here, with the pages' Python; commands that would download, or were set up.
 EXECUTED = ("sharing.md", "command-line.md", "your-images.md")
-NOT_HERE = ("pip install", "bn-adapters train adapt", "accelerate launch")
+NOT_HERE = ("pip install", "bn-adapters train finetune", "accelerate launch")
 
 
 def code(page, language):
@@ -109,7 +110,18 @@ def test_the_commands_of_the_sharing_page_run_after_its_python(me, capsys):
     Image.new("RGB", (40, 30)).save("cat.png")
     shutil.rmtree("plain")
     ran = run_commands(code(page, "bash"))
-    others = {"architectures", "train", "validate", "configs", "sweep", "tune", "analyse", "gpu-check", "prune"}
+    others = {
+        "architectures",
+        "train",
+        "validate",
+        "configs",
+        "sweep",
+        "tune",
+        "analyse",
+        "gpu-check",
+        "prune",
+        "compare",
+    }
     assert set(ran) == set(main.commands) - others
 
 
@@ -164,6 +176,14 @@ def check_plan(name, words):
     read_sweep(file) if name == "sweep" else module.read_tuning(file)
 
 
+def check_comparison(words):
+    """Parse a comparison's line with its own options, and read the recipe that it asks for."""
+    given = compare.command.make_context("compare", words).params
+    changes = [word for word in given["words"] if "=" in word]
+    read_recipe(["--config", given["config"], *changes], find_config(given["config"]))
+    assert {*given["methods"].split(",")} <= {*compare.METHODS}
+
+
 def check_recipe(words):
     """Read the recipe that the arguments of a training command ask for."""
     read_recipe([word for word in words if word != "--json"], find_config("digits"))
@@ -198,6 +218,8 @@ def check_command(line):
             check_recipe(shlex.split(line)[2:])
         elif words[0] in ("sweep", "tune"):
             check_plan(words[0], words[1:])
+        elif words[0] == "compare":
+            check_comparison(shlex.split(line)[2:])
     elif program == "python":
         check_script(line)
     elif program in ("accelerate", "ACCELERATE_USE_CPU=true"):

@@ -1,15 +1,14 @@
 """What a training step costs: operations, memory, and the largest batch that fits."""
 
-import ctypes
-import gc
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from ..training.network import held_memory, most_memory
 
 
 def operations(step: Callable[[], Any]) -> int:
@@ -52,24 +51,13 @@ def peak_memory(step: Callable[[], Any], device: str = "cpu") -> tuple[int, int]
     On a CPU the process's resident memory, as Linux counts it, of a step that is not the first; on a GPU what PyTorch's
     allocator holds, of the first two steps, since CUDA graphs keep what the first one allocates.
     """
+    if device == "cpu":
+        step()
+    before = held_memory(device)
+    step()
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         step()
-        step()
-        return before, torch.cuda.max_memory_allocated()
-    step()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = _resident("VmRSS")
-    step()
-    return before, _resident("VmHWM")
-
-
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    return before, most_memory(device)
 
 
 def unsaved_buffers(model: nn.Module) -> int:

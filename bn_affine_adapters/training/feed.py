@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from ..errors import BNAdapterError, DataError, printable
+from ..errors import BNAdapterError, DataError, nearest_name, printable
 from ..model.images import completed, evaluation_transform, normaliser
 from .data import (
     Batch,
@@ -68,7 +69,7 @@ class Feed:
         self.options, self.accelerator = options, accelerator
         self.format = torch.channels_last if options.channels_last else torch.contiguous_format
         with accelerator.main_process_first():  # the cache of `datasets` is written once
-            self.train, self.test = _load(options)
+            self.train, self.test = load_data(options)
         if not options.held_out and self.test.name != options.test_split:
             said = f"no split {options.test_split}: tested on {self.test.name}, {len(self.test):,} images"
             accelerator.print(f"{options.dataset} has {said}", file=sys.stderr)
@@ -207,7 +208,12 @@ class Feed:
             yield from eval_batches(self._test_tensors, batch_size=EVAL_BATCH, **self.common)
 
 
-def _load(options: DataOptions) -> tuple[Split, Split]:
+def load_data(options: DataOptions) -> tuple[Split, Split]:
+    """Return the training and the test split.
+
+    Raises:
+        DataError: the data set, a split or a column is missing or cannot be read.
+    """
     try:
         return load_splits(
             options.dataset,
@@ -221,9 +227,12 @@ def _load(options: DataOptions) -> tuple[Split, Split]:
     except (OSError, ValueError) as error:  # what `datasets` raises for a name or folder that it cannot read
         if isinstance(error, BNAdapterError):
             raise
+        path, near = Path(options.dataset), ""
+        if not path.exists() and path.parent.is_dir():
+            near = nearest_name(path.name, [entry.name for entry in path.parent.iterdir() if entry.is_dir()])
         raise DataError(
             f"The data set {options.dataset} cannot be loaded.",
-            seen=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            seen=f"{type(error).__name__}: {str(error).splitlines()[0]}{near}",
             do='give "digits", a Hub id, or a folder that datasets.load_dataset reads',
         ) from error
 

@@ -1,10 +1,13 @@
 """The network of a recipe: configured, built, drawn, and frozen as its condition asks; what a step of it costs."""
 
+import ctypes
+import gc
 import json
 import statistics
 import time
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from ..adapter.method import BNOnlyConfig
 from ..adapter.rebuild import create, outline
 from ..model.loading import get_bn_only_model
 from ..model.peft_model import BNOnlyPeftModel
-from ..norms.find import affine, norm_layers, shortcut_convs
+from ..norms.find import affine, canonical, head_layers, norm_layers, shortcut_convs
 from ..norms.scales import layer_scales
 from ..seed.rules import reinit_
 from .data import check_classes
@@ -76,6 +79,13 @@ def build_network(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module
         NetworkError: timm cannot create the network.
     """
     check_classes(feed.train, config.model_args["num_classes"])
+    network = _trainable(recipe, config)
+    if recipe.head_init == "zero":
+        zero_heads_(network)
+    return network
+
+
+def _trainable(recipe: Recipe, config: BNOnlyConfig) -> nn.Module:
     network = timm_network(recipe.model, config.model_args, recipe.pretrained, recipe.pretrained_file)
     if recipe.condition not in FULL_CONDITIONS:
         config.extra_trainable_modules = shortcut_convs(network) if "shortcut" in recipe.condition else []
@@ -89,6 +99,17 @@ def build_network(recipe: Recipe, config: BNOnlyConfig, feed: Feed) -> nn.Module
             for name in filter(None, affine(layer)):
                 layer.get_parameter(name).requires_grad_(False)
     return network
+
+
+@torch.no_grad()
+def zero_heads_(network: nn.Module) -> None:
+    """Set the last layer of each head that trains to 0: it learns from the first step on, all else from the second."""
+    parameters = {canonical(name): p for name, p in network.named_parameters() if p.requires_grad}
+    for head in head_layers(network):
+        layers = [name.rpartition(".")[0] for name in parameters if name.startswith(f"{head}.")]
+        for name, parameter in parameters.items():
+            if name.rpartition(".")[0] in layers[-1:]:
+                parameter.zero_()
 
 
 def count(model: nn.Module) -> tuple[int, int]:
@@ -139,3 +160,27 @@ def measured_step(recipe: Recipe, feed: Feed) -> tuple[int, float]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return count(network)[0], statistics.median(seconds[WARM_UP:] or seconds)
+
+
+def held_memory(device: str) -> int:
+    """Return the bytes that are held now: resident, as Linux counts them, or in PyTorch's allocator on a GPU.
+
+    `most_memory` counts from here.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return _resident("VmRSS")
+
+
+def most_memory(device: str) -> int:
+    """Return the most bytes that were held since `held_memory`."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

@@ -53,6 +53,7 @@ class Recipe(DataOptions):
     norm_init: str | None = None
     layer_scale: str = "one"  # or "constructor", "train": the gains of residual branches in a network from a seed
     running_statistics: str = "update"
+    head_init: str | None = None  # "zero": a head that trains begins with logits of 0
     # The optimiser
     optimizer: str = "sgd"  # without Nesterov; or one of timm's: adamw, lamb, muon, ...
     optimizer_args: dict[str, Any] = field(default_factory=dict)  # more for timm's, e.g. {betas: [0.9, 0.99]}
@@ -103,6 +104,7 @@ RANGES: dict[str, Range] = {
     "model": TEXT, "model_args": VALUES, "pretrained": SWITCH, "pretrained_file": TEXT,
     "seed": "[0, 18446744073709551616)", "condition": (*CONDITIONS, *FULL_CONDITIONS), "weight_init": WEIGHT_INITS,
     "norm_init": (None, *NORM_INITS), "layer_scale": LAYER_SCALES, "running_statistics": ("update", "frozen"),
+    "head_init": (None, "zero"),
     # The optimiser
     "optimizer": TEXT, "optimizer_args": VALUES, "epochs": "[1, 1e6]", "lr": "[0, inf)",
     "schedule": ("multistep", "cosine"), "milestones": "[0, inf)", "lr_decay": "[0, 10]",

@@ -206,7 +206,7 @@ OTHERS = {
     "optimizer_args": {"nesterov": True}, "epochs": 150, "lr": 0.2, "schedule": "cosine", "milestones": [80, 121],
     "lr_decay": 0.2, "warmup_epochs": 5.0, "sgd_momentum": 0.8, "precision": "bf16", "lean": "rounded",
     "sync_norm": False, "interpolation": "bicubic", "crop_mode": "center", "layer_scale": "train",
-    "on_bad_image": "skip",
+    "on_bad_image": "skip", "head_init": "zero",
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ from bn_affine_adapters.training.validate import Options, read_options
 
 def test_every_recipe_that_comes_with_the_package_reads():
     read = {name: read_recipe([name]) for name in config_files() if "/" not in name}
-    assert sorted(read) == ["adapt", "cifar10", "digits", "fashion_mnist", "imagenet"]
+    assert sorted(read) == ["cifar10", "digits", "fashion_mnist", "finetune", "imagenet"]
     assert read["digits"] == read_recipe([])
     cifar = read["cifar10"]
     assert (cifar.epochs, cifar.batch_size, cifar.lr, cifar.weight_decay) == (160, 128, 0.1, 1e-4)
