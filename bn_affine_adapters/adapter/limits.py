@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import TooLargeError
 from ..settings import LIFT, MAX_TENSORS, Settings
 from .rebuild import build_outline
+from .zoos import builder_of
 
 MAX_NUMBER = 20_000  # in creation arguments except num_classes: some constructors make lists of that length
 MAX_ITEMS = 1_000  # in all creation arguments together, including those in nested lists
@@ -28,6 +29,7 @@ def build_within(config: Settings, max_parameters: int | None) -> nn.Module:
         TooLargeError: it has more parameters than allowed, or building it takes too long.
         UnknownArchitectureError, RebuildError: it cannot be built.
     """
+    builder_of(str(config.architecture))  # what it imports takes time, which is not the constructor's
     with bounded(config, max_parameters):
         network = build_outline(config)
     count = sum(parameter.numel() for parameter in network.parameters())
