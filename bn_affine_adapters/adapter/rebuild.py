@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..errors import (
+    BaseRequiredError,
     BNAdapterError,
     FingerprintError,
     RebuildError,
@@ -83,9 +84,16 @@ def create_pretrained(architecture: str, model_args: dict[str, Any], file: Path)
     """Build a network registered in timm, with the pretrained weights of a safetensors file.
 
     Raises:
+        BaseRequiredError: the network is one of Transformers or torchvision.
         UnknownArchitectureError, RebuildError: as in `create`.
         FingerprintError: the file's tensors do not fit the network.
     """
+    if zoo_of(architecture) in OTHERS:
+        what, do = (
+            "Pretrained weights are read from a file for timm's networks only.",
+            "load the adapter with model=base",
+        )
+        raise BaseRequiredError(what, seen=architecture[:80], do=do)
     create(architecture, model_args, "meta")  # so that any error below is caused by the file
     overlay: dict[str, Any] = {"file": str(file)}
     head = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
