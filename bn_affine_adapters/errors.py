@@ -24,6 +24,7 @@ BNAdapterError
 │   └── HubUnavailableError   (ConnectionError)    busy, failing or unreachable: 429, 5xx, offline
 ├── DataError                 (ValueError)         a data set cannot be used
 ├── DivergedError             (ArithmeticError)    a loss or a trained value is not finite
+│   └── CollapseError                              adapting to images, the predictions fell into one class
 ├── CheckpointError           (OSError)            a checkpoint is truncated, or no checkpoint
 ├── LostProcessError          (RuntimeError)       another process of a training run does not answer
 ├── OutputFolderError         (FileExistsError)    the output folder is not empty, or in use
@@ -167,6 +168,10 @@ class DivergedError(BNAdapterError, ArithmeticError):
     step: int | None = None
     layer: str | None = None
     checkpoint: str | None = None
+
+
+class CollapseError(DivergedError):
+    """Adapting to images without labels, the predictions fell into one class."""
 
 
 class CheckpointError(BNAdapterError, OSError):
