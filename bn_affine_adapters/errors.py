@@ -6,7 +6,7 @@ BNAdapterError
 │   └── FormatVersionError                         an adapter of a newer format
 ├── NetworkError              (ValueError)         the network cannot be adapted, analysed or stacked
 │   ├── NoNormLayerError                           it has no norm layer with gamma or beta
-│   ├── UnknownArchitectureError                   its name is not registered in timm
+│   ├── UnknownArchitectureError                   no zoo of networks has its name
 │   ├── MissingModuleError                         it has no head, or no module of that name
 │   ├── RebuildError                               its creation arguments cannot be inferred
 │   └── ReinitError                                no rule redraws a tensor from the seed
@@ -90,7 +90,7 @@ class NoNormLayerError(NetworkError):
 
 
 class UnknownArchitectureError(NetworkError):
-    """The name of the architecture is not registered in timm."""
+    """The name of the architecture is not registered in timm, or none of the other zoos that may be named."""
 
 
 class MissingModuleError(NetworkError):

@@ -50,7 +50,7 @@ class Tent:
     lr: float = 1e-3
     epochs: int = 1
     entropy: float = 0.4
-    collapse: float = 0.5
+    collapse: float = 0.4
 
     def __post_init__(self) -> None:
         """Check the options."""

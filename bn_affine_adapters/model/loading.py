@@ -41,7 +41,8 @@ def get_bn_only_model(
     """Freeze a network, redraw it from the configuration's seed if it has one, and adapt its norm layers, in place.
 
     Args:
-        model: any timm network; an adapter of any other module loads only with ``model=``.
+        model: any timm network, or one of Transformers or torchvision that is listed in docs/other-networks.md; an
+            adapter of any other module loads only with ``model=``.
         config: what trains and how the rest is drawn; by default gamma and beta train on the weights given.
         adapter_name: as in PEFT.
 

@@ -31,9 +31,10 @@ from bn_affine_adapters.study.pages import write_section
 from bn_affine_adapters.training.tables import markdown_table
 
 RESULTS, PAGE = Path(__file__).with_suffix(".jsonl"), Path(__file__).parents[2] / "docs" / "adaptation.md"
-DRAWS, IMAGES, BATCH, T = 5, 128, 64, 2.776  # T: of Student's distribution, 95 %, four degrees of freedom
+DRAWS, IMAGES, BATCH = 5, 128, 64
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's distribution, 95 %, by the number of draws
 TENT: dict[str, Any] = {"lr": 5e-3, "epochs": 1}
-COLLAPSE: dict[str, Any] = {"lr": 0.1, "epochs": 3, "entropy": 1.0}
+COLLAPSE: dict[str, Any] = {"lr": 0.3, "epochs": 5, "entropy": 1.0}
 STRENGTHS = {"brightness": (0.1, 0.2, 0.3), "blur": (0.6, 0.9, 1.2), "noise": (0.04, 0.08, 0.12)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -64,9 +65,10 @@ class ResNet20(nn.Module):
         """Make the layers."""
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        for number, (inside, outside) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
-            blocks = Block(inside, outside), Block(outside, outside), Block(outside, outside)
-            self.add_module(f"layer{number}", nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(Block(inside, outside), Block(outside, outside), Block(outside, outside))
+            for inside, outside in ((16, 16), (16, 32), (32, 64))
+        )
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,7 +158,7 @@ def read() -> list[dict[str, Any]]:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Return the mean and half of its 95 % interval."""
-    return statistics.mean(values), T * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), T[len(values)] * statistics.stdev(values) / len(values) ** 0.5
 
 
 def page(lines: list[dict[str, Any]]) -> str:
