@@ -137,7 +137,7 @@ def measure(data: str, weights: str) -> None:
     normalise = normaliser(MEAN, STD)
     known = {(line["kind"], line["strength"], line["draw"]) for line in read()}
     cells = [(kind, strength) for kind, strengths in STRENGTHS.items() for strength in strengths]
-    plan = [(*cell, draw) for draw in range(DRAWS) for cell in cells] + [("collapse", 0.12, draw) for draw in range(3)]
+    plan = [(*cell, draw) for draw in range(DRAWS) for cell in cells] + [("collapse", 0.12, draw) for draw in range(2)]
     for kind, strength, draw in plan:
         if (kind, strength, draw) in known:
             continue
