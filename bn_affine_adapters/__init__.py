@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .adapter.method import BNOnlyConfig
     from .deploy.exporting import export
     from .errors import BNAdapterError
+    from .model.adaptation import adapt_to
     from .model.loading import get_bn_only_model, load_bn_only_model
     from .model.peft_model import BNOnlyPeftModel
     from .model.prediction import predict
@@ -32,6 +33,7 @@ __all__ = [
     "BNAdapterError",
     "BNOnlyConfig",
     "BNOnlyPeftModel",
+    "adapt_to",
     "export",
     "get_bn_only_model",
     "load_bn_only_model",
@@ -46,6 +48,7 @@ _HOMES = {
     "BNAdapterError": "errors",
     "BNOnlyConfig": "adapter.method",
     "BNOnlyPeftModel": "model.peft_model",
+    "adapt_to": "model.adaptation",
     "export": "deploy.exporting",
     "get_bn_only_model": "model.loading",
     "load_bn_only_model": "model.loading",

@@ -6,7 +6,7 @@ BNAdapterError
 │   └── FormatVersionError                         an adapter of a newer format
 ├── NetworkError              (ValueError)         the network cannot be adapted, analysed or stacked
 │   ├── NoNormLayerError                           it has no norm layer with gamma or beta
-│   ├── UnknownArchitectureError                   its name is not registered in timm
+│   ├── UnknownArchitectureError                   no zoo of networks has its name
 │   ├── MissingModuleError                         it has no head, or no module of that name
 │   ├── RebuildError                               its creation arguments cannot be inferred
 │   └── ReinitError                                no rule redraws a tensor from the seed
@@ -24,6 +24,7 @@ BNAdapterError
 │   └── HubUnavailableError   (ConnectionError)    busy, failing or unreachable: 429, 5xx, offline
 ├── DataError                 (ValueError)         a data set cannot be used
 ├── DivergedError             (ArithmeticError)    a loss or a trained value is not finite
+│   └── CollapseError                              adapting to images, the predictions fell into one class
 ├── CheckpointError           (OSError)            a checkpoint is truncated, or no checkpoint
 ├── LostProcessError          (RuntimeError)       another process of a training run does not answer
 ├── OutputFolderError         (FileExistsError)    the output folder is not empty, or in use
@@ -89,7 +90,7 @@ class NoNormLayerError(NetworkError):
 
 
 class UnknownArchitectureError(NetworkError):
-    """The name of the architecture is not registered in timm."""
+    """The name of the architecture is not registered in timm, or none of the other zoos that may be named."""
 
 
 class MissingModuleError(NetworkError):
@@ -167,6 +168,10 @@ class DivergedError(BNAdapterError, ArithmeticError):
     step: int | None = None
     layer: str | None = None
     checkpoint: str | None = None
+
+
+class CollapseError(DivergedError):
+    """Adapting to images without labels, the predictions fell into one class."""
 
 
 class CheckpointError(BNAdapterError, OSError):

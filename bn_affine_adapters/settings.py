@@ -28,6 +28,13 @@ COMPACT_NAME = "adapter_compact.safetensors"  # of a compact adapter in a folder
 CUSTOM = "custom"  # the architecture of a network that timm cannot build: loads only with model=
 
 
+OTHERS = ("transformers", "torchvision")  # zoos besides timm, whose name and a colon begin an architecture's
+# The classes of Transformers that an adapter may name; a configuration cannot have code of its own imported.
+_FAMILIES = ("ResNet", "ViT", "DeiT", "ConvNext", "ConvNextV2", "MobileNetV2", "Swin", "Beit", "TimmWrapper")
+TRANSFORMERS = tuple(f"{family}ForImageClassification" for family in _FAMILIES)
+WRAPPER = TRANSFORMERS[-1]  # holds a network of timm
+
+
 class MethodName(str):
     """The method's name where PEFT expects a member of its PeftType enum."""
 
@@ -102,8 +109,10 @@ class Settings:
         norm_layers: exact names of the norm layers that the adapter owns, by default all of them. The others are
             frozen whole: running statistics too.
         running_statistics: "update" in training mode, or "frozen" (tiny batches on a pretrained network).
-        architecture: a name registered in timm, or "custom" for a network that only your own code builds.
-        model_args: creation arguments of the architecture. num_classes, in_chans and img_size are inferred.
+        architecture: a name registered in timm; "transformers:" and one of nine classes, which is inferred;
+            "torchvision:" and a name, which is not; or "custom" for a network that only your own code builds.
+        model_args: creation arguments of the architecture. num_classes, in_chans and img_size are inferred, of
+            Transformers all.
         head_layers: exact names of the head's modules; inferred.
         layer_scales: exact names of the parameters that layer_scale is for; inferred.
         control_layers: exact names of the convolutions under control; inferred: all outside head and extra modules.
@@ -360,6 +369,30 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, bool | int | str)
+
+
+def zoo_of(architecture: str | None) -> str:
+    """Return which library builds an architecture: "timm", "transformers", "torchvision", or "custom"."""
+    if architecture is None or architecture == CUSTOM:
+        return CUSTOM
+    zoo = architecture.partition(":")[0]
+    return zoo if zoo in OTHERS else "timm"
+
+
+def creation_call(architecture: str, model_args: dict[str, Any], **more: Any) -> str:
+    """Return the call that builds an architecture, as one writes it in Python."""
+    zoo, name = zoo_of(architecture), architecture.rpartition(":")[2]
+    if zoo == "transformers":
+        model_args = {{"num_classes": "num_labels"}.get(key, key): value for key, value in model_args.items()}
+        if name == WRAPPER:
+            own: dict[str, Any] = {key: model_args[key] for key in ("architecture", "num_labels") if key in model_args}
+            model_args = {**own, "model_args": {key: each for key, each in model_args.items() if key not in own}}
+    shown = [f"{key}={value!r}" for key, value in {**more, **model_args}.items()]
+    if zoo == "transformers":
+        family = name.removesuffix("ForImageClassification")
+        return f"transformers.{name}(transformers.{family}Config({', '.join(shown)}))"
+    function = "timm.create_model" if zoo == "timm" else "torchvision.models.get_model"
+    return f"{function}({', '.join([json.dumps(name), *shown])})"
 
 
 def hub_id(name: str | None) -> str | None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bn_affine_adapters
-from bn_affine_adapters import BNAdapterError, BNOnlyConfig, errors, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters import BNAdapterError, BNOnlyConfig, adapt_to, errors, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.sharing.hub import _ADVICE, _OTHERWISE, push_folder
 from bn_affine_adapters.training.checkpoint import read_checkpoint
 from bn_affine_adapters.training.data import load_splits
@@ -55,7 +55,7 @@ def test_the_tree_is_the_one_drawn():
         assert len(others) <= 1
         real[name] = (parents[0] if parents else None, others[0] if others else None)
     assert drawing(errors.__doc__) == real
-    assert len(real) == 30
+    assert len(real) == 31
 
 
 def test_a_tree_drawn_wrongly_would_be_noticed():
@@ -219,6 +219,7 @@ CASES = {
     "HubConflictError": lambda here: answered(here, 412),
     "HubUnavailableError": lambda here: answered(here, 503),
     "DivergedError": lambda here: trained(here, "lr=1e30"),
+    "CollapseError": lambda here: collapse(),
     "CheckpointError": lambda here: read_checkpoint(here.copy("seeded") / CONFIG_NAME),
     "LostProcessError": lambda here: lose_a_process(),
     "OutputFolderError": fill_an_output_folder,
@@ -232,10 +233,17 @@ def uncovered(cases):
     return set(CLASSES) - set(cases)
 
 
+def collapse():
+    model = get_bn_only_model(timm.create_model("test_resnet", num_classes=4), BNOnlyConfig(seed=0))
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(128, 3, 1, 1, generator=generator) * 2 + torch.randn(128, 3, 16, 16, generator=generator)
+    adapt_to(model, images.split(32), "tent", lr=0.3, entropy=1, epochs=6)
+
+
 def test_every_class_has_a_case():
     assert uncovered(CASES) == set()
     assert set(CASES) <= set(CLASSES)
-    assert len(CASES) == 30
+    assert len(CASES) == 31
 
 
 def test_a_class_without_a_case_would_be_noticed():

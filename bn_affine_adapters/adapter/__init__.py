@@ -11,6 +11,7 @@
 - ``fold.py``: statistics folded into gamma and beta, as compact files hold them.
 - ``traits.py``: classes and settings of a network's modules, and their digest.
 - ``unchanged.py``: whether a wrapped network is still the one that loading an adapter gives.
+- ``zoos.py``: networks of timm, Transformers and torchvision by name and arguments.
 - ``rebuild.py``: build the frozen network again, write its fingerprints, verify it.
 - ``limits.py``: bounds on the network that a stranger's configuration asks for.
 """

@@ -15,7 +15,6 @@ from ..norms import COPIES
 from ..norms.find import (
     affine,
     canonical,
-    head_layers,
     is_norm,
     is_response_norm,
     named_layers,
@@ -30,6 +29,7 @@ from .control import is_conv
 from .layer import adapter_layers
 from .method import BNOnlyConfig
 from .rebuild import holder, infer_architecture, infer_args
+from .zoos import head_of, image_size_of, is_transformers
 
 TUNER_PREFIX = "bn_only_"  # of the attributes that hold copies, by which PEFT recognises an adapter's tensors
 
@@ -122,10 +122,13 @@ def infer(model: nn.Module, config: BNOnlyConfig, first: BNOnlyConfig | None) ->
         _choose_scales(model, config)  # before `check_agreement` compares them
     else:
         config.architecture = config.architecture or infer_architecture(model)
-        config.model_args = infer_args(model, config.model_args)
+        config.model_args = infer_args(model, config.architecture, config.model_args)
         config.layer_scale = config.layer_scale or ("constructor" if config.seed is None else "one")
-    if config.data_config is None and getattr(model, "pretrained_cfg", None):
-        data = timm.data.resolve_model_data_config(model)
+    if config.data_config is not None and (size := image_size_of(model)) is not None:
+        config.data_config.setdefault("input_size", size)
+    of_timm: Any = model.timm_model if is_transformers(model) and "timm_model" in model._modules else model
+    if config.data_config is None and getattr(of_timm, "pretrained_cfg", None):
+        data = timm.data.resolve_model_data_config(of_timm)
         channels = config.model_args.get("in_chans", data["input_size"][0])
         if channels != data["input_size"][0]:
             # timm's mean and std are for three channels: another number gets their average.
@@ -153,7 +156,7 @@ def choose_layers(model: nn.Module, config: BNOnlyConfig) -> None:
 
 
 def _choose_head(model: nn.Module, config: BNOnlyConfig) -> None:
-    heads = head_layers(model)
+    heads = head_of(model, config.architecture)
     if config.head_layers is None:
         config.head_layers = list(heads)
     elif heads and (strange := [name for name in config.head_layers if name not in heads]):

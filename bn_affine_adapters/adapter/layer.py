@@ -103,17 +103,18 @@ class BNOnlyLayer(nn.Module, BaseTunerLayer):
             return run_layer(self, batch, *args, **kwargs)
         active = self.active_module()
         if self.training:
-            self._check_trainable(active)
+            self.check_trainable(active)
         if self.training and recomputing():
             active = with_own_statistics(active)
         return active(*args, **kwargs)
 
-    def _check_trainable(self, active: nn.Module) -> None:
+    def check_trainable(self, active: nn.Module) -> None:
+        """Raise AdapterError if the module that runs belongs to a compact adapter, which is for inference."""
         names = self.merged_adapters or self.active_adapters
         if active is not self.base_layer and self.configs[names[0]].compact:
             raise AdapterError(
                 "A compact adapter is for inference: its statistics are folded into gamma and beta.",
-                seen=f"{names[0]!r} runs in training mode",
+                seen=f"{names[0]!r} runs in training mode, or on other statistics",
                 do="model.eval(); to go on training, load the adapter that it was exported from",
             )
 

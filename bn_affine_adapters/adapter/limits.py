@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TooLargeError
-from ..settings import LIFT, MAX_TENSORS, Settings
+from ..settings import LIFT, MAX_CLASSES, MAX_TENSORS, Settings, zoo_of
 from .rebuild import build_outline
+from .zoos import builder_of
 
 MAX_NUMBER = 20_000  # in creation arguments except num_classes: some constructors make lists of that length
 MAX_ITEMS = 1_000  # in all creation arguments together, including those in nested lists
+MAX_LABELS = 200_000  # num_classes of Transformers' networks, whose configurations list the classes by name
 SLACK = 10_000_000  # values that a constructor makes besides parameters; in timm at most a ninth of the parameters
 BUILD_SECONDS = 2.0  # of processor time; the slowest network of timm takes 0.8 s on the meta device
 
@@ -28,6 +30,7 @@ def build_within(config: Settings, max_parameters: int | None) -> nn.Module:
         TooLargeError: it has more parameters than allowed, or building it takes too long.
         UnknownArchitectureError, RebuildError: it cannot be built.
     """
+    builder_of(str(config.architecture))  # what it imports takes time, which is not the constructor's
     with bounded(config, max_parameters):
         network = build_outline(config)
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -46,7 +49,8 @@ def bounded(config: Settings, max_parameters: int | None) -> Iterator[None]:
     if max_parameters is None:
         yield
         return
-    for text in _excessive(config.model_args):
+    most_classes = MAX_LABELS if zoo_of(config.architecture) == "transformers" else MAX_CLASSES
+    for text in _excessive(config.model_args, most_classes):
         raise _too_large(config, text)
     try:
         with _deadline(BUILD_SECONDS), _Counted(2 * max_parameters + SLACK):
@@ -67,7 +71,7 @@ def _too_large(config: Settings, seen: str) -> TooLargeError:
     )
 
 
-def _excessive(args: dict[str, Any]) -> Iterator[str]:
+def _excessive(args: dict[str, Any], most_classes: int) -> Iterator[str]:
     waiting, items = [*args.items()], 0
     while waiting:
         name, value = waiting.pop()
@@ -79,8 +83,10 @@ def _excessive(args: dict[str, Any]) -> Iterator[str]:
             waiting.extend((name, item) for item in value[: MAX_ITEMS + 1])
         elif isinstance(value, str) and len(value) > MAX_ITEMS:
             yield f"{name[:80]} has {len(value):,} characters"
-        elif isinstance(value, int | float) and abs(value) > MAX_NUMBER and name != "num_classes":
-            yield f"{name[:80]} is over {MAX_NUMBER:,}"
+        elif isinstance(value, int | float):
+            most = most_classes if name == "num_classes" else MAX_NUMBER
+            if abs(value) > most:
+                yield f"{name[:80]} is over {most:,}"
 
 
 class _TooMany(BaseException):  # not an Exception, so that no constructor catches it

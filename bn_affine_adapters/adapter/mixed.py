@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import AdapterError, check_adapter
-from ..norms.find import Scale
+from ..norms.find import Scale, logits_of
 from ..norms.scale_shift import ScaleShift
-from ..settings import CUSTOM
+from ..settings import zoo_of
 from .method import BNOnlyConfig
 
 BASE = "__base__"  # PEFT's word for the network without an adapter
@@ -108,7 +108,7 @@ def batch_of(
         _refresh(layer, order, used)
     every = torch.tensor(rows, device=device)
     parts = [(row, torch.tensor([n for n, own in enumerate(rows) if own == row], device=device)) for row in used]
-    known = all(config.architecture != CUSTOM for config in configs.values())
+    known = all(zoo_of(config.architecture) == "timm" for config in configs.values())
     return Batch(order, every, parts, _widths(layers, configs, order), known)
 
 
@@ -255,6 +255,7 @@ def split_logits(logits: Any, batch: Batch, padded: bool) -> Any:
     rows = batch.rows.tolist()
     if batch.widths is None:
         return logits
+    logits = logits_of(logits)
     own = [batch.widths[row] for row in rows]
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < max(own):
         seen = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__

@@ -1,7 +1,6 @@
 """The frozen backbone: build its architecture again, write its fingerprints, verify it."""
 
 import json
-import re
 import warnings
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
@@ -16,23 +15,22 @@ from safetensors import safe_open
 from torch import nn
 
 from ..errors import (
+    BaseRequiredError,
     BNAdapterError,
     FingerprintError,
     RebuildError,
     ReinitError,
-    UnknownArchitectureError,
-    nearest_name,
 )
 from ..norms.find import FUSING, STATISTICS, affine, is_norm, is_response_norm, plain_modules, plain_tensors
 from ..seed.fingerprint import fingerprint, first_difference, float32, layout, sampled
 from ..seed.generator import OwnGenerator
 from ..seed.rules import constants_only, draw_into_, parameter_rules
-from ..settings import CUSTOM, FORBIDDEN_ARGS, FORMAT_VERSION, Settings, is_plain
+from ..settings import CUSTOM, FORBIDDEN_ARGS, FORMAT_VERSION, OTHERS, Settings, creation_call, is_plain, zoo_of
 from .method import BNOnlyConfig
 from .traits import MODULE_DIGEST, Traits, digest, traits
+from .zoos import architecture_of, arguments_of, builder_of
 
 SHORT = 16  # bytes that a compact adapter stores of a fingerprint
-NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # of an architecture, with timm's optional tag of weights
 
 
 def versions() -> dict[str, str]:
@@ -42,23 +40,16 @@ def versions() -> dict[str, str]:
 
 
 def create(architecture: str, model_args: dict[str, Any], device: str | torch.device = "cpu") -> nn.Module:
-    """Build a network registered in timm, with the constants of its constructor and NaN for every random tensor.
+    """Build a network by its name, with the constants of its constructor and NaN for every random tensor.
 
     Raises:
-        UnknownArchitectureError: the name is not registered; the message gives the nearest one.
+        UnknownArchitectureError: no zoo has the name; the message gives the nearest one.
         RebuildError: the constructor does not take the arguments.
     """
-    # For "hf-hub:..." and "local-dir:..." timm would load something.
-    if not NAME.fullmatch(architecture) or not timm.is_model(architecture):
-        known = timm.list_models()
-        raise UnknownArchitectureError(
-            f"timm {version('timm')} has no architecture {architecture[:80]!r}.",
-            seen=f"{len(known)} registered names" + nearest_name(architecture[:80], known),
-            do="import the package that registers it, or choose from timm.list_models()",
-        )
+    builder = builder_of(architecture)
     try:
         with torch.device(device), constants_only():
-            return timm.create_model(architecture, pretrained=False, **model_args)
+            return builder(**model_args)
     except BNAdapterError:
         raise
     except Exception as error:  # arguments from a file make constructors fail in any way
@@ -93,9 +84,16 @@ def create_pretrained(architecture: str, model_args: dict[str, Any], file: Path)
     """Build a network registered in timm, with the pretrained weights of a safetensors file.
 
     Raises:
+        BaseRequiredError: the network is one of Transformers or torchvision.
         UnknownArchitectureError, RebuildError: as in `create`.
         FingerprintError: the file's tensors do not fit the network.
     """
+    if zoo_of(architecture) in OTHERS:
+        what, do = (
+            "Pretrained weights are read from a file for timm's networks only.",
+            "load the adapter with model=base",
+        )
+        raise BaseRequiredError(what, seen=architecture[:80], do=do)
     create(architecture, model_args, "meta")  # so that any error below is caused by the file
     overlay: dict[str, Any] = {"file": str(file)}
     head = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
@@ -115,14 +113,18 @@ def create_pretrained(architecture: str, model_args: dict[str, Any], file: Path)
 
 
 def infer_architecture(model: nn.Module) -> str:
-    """Return the name under which timm built the network, or "custom" if timm did not build it."""
+    """Return the name under which a network can be built again, or "custom" if nothing tells one."""
+    if (named := architecture_of(model)) is not None:
+        return named
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     name = cfg.get("architecture") if isinstance(cfg, dict) else getattr(cfg, "architecture", None)
     return name if name and timm.is_model(name) else CUSTOM
 
 
-def infer_args(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+def infer_args(model: nn.Module, architecture: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return the creation arguments: those given, those recorded by timm, those that the network's layers show."""
+    if zoo_of(architecture) in OTHERS:
+        return json.loads(json.dumps({**arguments_of(model, architecture), **given}))
     cfg = getattr(model, "pretrained_cfg", None) or {}
     # timm records them from 1.0.31 on, in a private attribute that may change: `check_rebuild` compares the result.
     recorded = getattr(model, "_model_args", None) or {}
@@ -179,7 +181,8 @@ def check_rebuild(found: Mapping[str, Traits], config: BNOnlyConfig) -> None:
     if not config.fresh:
         # The adapter has its own head: the base may have another one.
         heads = [f"{name}:" for name in config.head_layers or []]
-        different = [k for k in different if not k.startswith((*heads, "the network: num_classes"))]
+        own = (*heads, "the network: num_classes", "the network: num_labels")
+        different = [key for key in different if not key.startswith(own)]
     if different and len(found) < len(rebuilt) and any(hasattr(type(m), n) for m in outline.modules() for n in FUSING):
         raise RebuildError(
             f"This {config.architecture} has been reparameterised: its norm layers are fused into convolutions.",
@@ -195,20 +198,12 @@ def check_rebuild(found: Mapping[str, Traits], config: BNOnlyConfig) -> None:
             do="give the creation arguments as BNOnlyConfig(model_args={...}), or architecture='custom' for a network "
             "changed by hand, which then loads only with model="
             if config.fresh
-            else f"pass the network of {_creation_call(config)}",
+            else f"pass the network of {creation_call(str(config.architecture), config.model_args)}",
         )
 
 
 def _by_place(found: Mapping[str, Traits]) -> dict[str, Any]:
     return {f"{name or 'the network'}: {key}": value for name, own in found.items() for key, value in own.items()}
-
-
-def _creation_call(config: BNOnlyConfig) -> str:
-    return f"timm.create_model({', '.join([repr(config.architecture), *_arguments(config.model_args)])})"
-
-
-def _arguments(args: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={value!r}" for key, value in args.items()]
 
 
 def holder(name: str, modules: Collection[str]) -> str | None:
@@ -332,7 +327,8 @@ def verify_layout(model: nn.Module, config: BNOnlyConfig) -> None:
     if config.verify == "off":
         return
     if not _equal(_layout(model, config, frozen_tensors(model, config)[0]), config.layout_hash, config):
-        advice = "" if config.architecture == CUSTOM else f"pass {_creation_call(config)}, or "
+        call = creation_call(str(config.architecture), config.model_args)
+        advice = "" if config.architecture == CUSTOM else f"pass {call}, or "
         raise _mismatch(config, "its layers have other names or shapes", _absent(model, config), advice)
 
 
@@ -345,10 +341,10 @@ def verify(model: nn.Module, config: BNOnlyConfig) -> None:
     if config.verify == "off" or not (found := frozen_difference(model, config, config.verify == "sampled")):
         return
     now, then = getattr(model, "num_classes", None), config.model_args.get("num_classes")
-    if config.architecture != CUSTOM and now != then and not config.train_head:
+    if zoo_of(config.architecture) == "timm" and now != then and not config.train_head:
         what = "This is not the network that the adapter was trained on: its head has another number of classes."
         seen = f"num_classes={now}, the adapter's num_classes={then}"
-        raise FingerprintError(what, seen=seen, do=f"pass {_creation_call(config)}")
+        raise FingerprintError(what, seen=seen, do=f"pass {creation_call(str(config.architecture), config.model_args)}")
     raise _mismatch(config, *found)
 
 

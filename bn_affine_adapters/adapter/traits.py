@@ -14,6 +14,7 @@ from torch import nn
 from ..norms import SCALE_SUFFIX
 from ..norms.find import Scale, plain_modules
 from ..settings import Settings
+from .zoos import configuration_of, is_transformers
 
 Traits = dict[str, Any]
 MODULE_DIGEST = 4  # hex digits kept of each module's own hash, to name the module that differs
@@ -44,7 +45,9 @@ def traits(model: nn.Module) -> dict[str, Traits]:
     """Return the traits of every module of the plain network by canonical name, "" for the network itself."""
     found: dict[str, Traits] = {}
     for name, module in plain_modules(model):
-        if isinstance(module, Scale):  # stands for a parameter of the module that it lies in
+        if not name and is_transformers(module):
+            found[name] = {**traits_of(module), "configuration": configuration_of(module)}
+        elif isinstance(module, Scale):  # stands for a parameter of the module that it lies in
             where, _, attribute = f".{name.removesuffix(SCALE_SUFFIX)}".rpartition(".")
             found[where[1:]][f"shape of {attribute}"] = tuple(module.weight.shape)
         else:
@@ -89,6 +92,7 @@ def digest(found: dict[str, Traits], config: Settings) -> Digest:
             own = {"class": own["class"]}
         elif not name:
             own.pop("num_classes", None)
+            own.pop("configuration", None)  # of architecture="custom", as before there was another for Transformers
         line = f"{name}\t{json.dumps(own, sort_keys=True)}\n".encode()
         total.update(line)
         modules.append(hashlib.sha256(line).hexdigest()[:MODULE_DIGEST])

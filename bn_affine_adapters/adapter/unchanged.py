@@ -92,7 +92,7 @@ def _compare(where: str, module: nn.Module, then: Traits, now: Traits, heads: se
         if then.get(key) == now.get(key) or (key == "num_classes" and not where):
             continue
         seen = f"{where or 'the network'}: {key} was {then.get(key)!r}, and is {now.get(key)!r}"
-        if key in ("class", "extra_repr") or key.startswith("shape of ") or is_library(module):
+        if key in ("class", "extra_repr", "configuration") or key.startswith("shape of ") or is_library(module):
             frozen = "FrozenBatchNorm" in type(module).__name__
             do = _FROZEN if frozen else _HEAD if holder(where, heads) else _UNDO
             raise _changed("a module has another class or setting", seen, do)

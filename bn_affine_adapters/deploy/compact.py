@@ -20,6 +20,7 @@ from ..adapter.tensors import check_tensors
 from ..errors import AdapterTensorError, ConfigError, OutputFolderError
 from ..model.loading import load_bn_only_model
 from ..model.peft_model import BNOnlyPeftModel
+from ..norms.find import logits_of
 from ..settings import COMPACT_NAME
 from ..sharing.compact import Rounded, check_bits, encode, grid_size, stored_settings
 from ..sharing.folder import write_file
@@ -244,6 +245,7 @@ def _logits(network: nn.Module, images: torch.Tensor, values: dict[str, torch.Te
 
 def _outputs(found: Any) -> torch.Tensor:
     """Return a network's outputs as one tensor: a head of two parts answers with two."""
+    found = logits_of(found)
     return found if isinstance(found, torch.Tensor) else torch.cat([part.flatten(1) for part in found], 1)
 
 

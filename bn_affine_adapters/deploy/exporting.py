@@ -20,9 +20,9 @@ from torch import nn
 from ..adapter.method import BNOnlyConfig
 from ..errors import AdapterError, BNAdapterError, ConfigError, OutputFolderError, RebuildError, check_choice, reading
 from ..model.peft_model import BNOnlyPeftModel
-from ..norms.find import named_layers
+from ..norms.find import logits_of, named_layers
 from ..seed.rules import constants_only
-from ..settings import CUSTOM, PEFT_PREFIX, hub_id
+from ..settings import PEFT_PREFIX, hub_id, zoo_of
 from ..sharing.folder import written_whole
 from .compact import write_compact
 
@@ -137,10 +137,10 @@ def _creation(plain: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, Any], l
 
 
 def _write_timm(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> None:
-    if config.architecture == CUSTOM:
-        what = "timm cannot build a network of your own code, so that it could not load the export."
+    if zoo_of(config.architecture) != "timm":
+        what = "timm cannot build this network, so that it could not load the export."
         do = 'format="ln_tuning", or save the state dict of the network that merge_and_unload() returns'
-        raise RebuildError(what, seen=f"architecture={CUSTOM!r}", do=do)
+        raise RebuildError(what, seen=f"architecture={config.architecture!r}", do=do)
     args, size, strict = _creation(plain, config)
     kept = ("first_conv", "classifier", *(_ORIGIN if config.seed is None else ()))
     cfg = {key: value for key, value in vars(plain)["pretrained_cfg"].items() if key in kept}
@@ -194,7 +194,7 @@ def _answers(model: nn.Module, size: list[int] | None) -> dict[str, torch.Tensor
         return {}
     images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
     with _noticing(ConfigError, f"The network does not take images of data_config's size {size}."), torch.no_grad():
-        outputs = model.float().eval()(images)
+        outputs = logits_of(model.float().eval()(images))
     return {f"output {i}": part for i, part in enumerate(outputs if isinstance(outputs, tuple | list) else [outputs])}
 
 

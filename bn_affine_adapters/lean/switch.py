@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NetworkError, check_choice
-from ..norms.find import plain_modules
+from ..norms.find import logits_of, plain_modules
 from ..seed.generator import OwnGenerator
 from .backends import cpp, gpu, portable
 from .forward import plain_
@@ -123,7 +123,7 @@ def _run_once(network: nn.Module, images: Tensor) -> tuple[Tensor, int] | Except
 
     def run() -> Tensor:
         with OwnGenerator():  # the same numbers in each run, and other threads' generators stay
-            return network(images).detach().float()
+            return logits_of(network(images)).detach().float()
 
     try:
         return saved_bytes(network, run)

@@ -18,7 +18,7 @@ from ..adapter.rebuild import build, create_pretrained, verify_layout
 from ..adapter.tensors import check_tensors
 from ..adapter.tuner import BNOnlyTuner, unwrap_
 from ..errors import AdapterError, BaseRequiredError, ConfigError, check_choice
-from ..settings import BN_ONLY, CUSTOM, LEAN, MAX_PARAMETERS, VERIFY
+from ..settings import BN_ONLY, CUSTOM, LEAN, MAX_PARAMETERS, VERIFY, zoo_of
 from ..sharing.compact import compact_file, read_adapter, read_values
 from ..sharing.folder import check_header
 from ..sharing.hub import fetch, fetch_base
@@ -41,7 +41,8 @@ def get_bn_only_model(
     """Freeze a network, redraw it from the configuration's seed if it has one, and adapt its norm layers, in place.
 
     Args:
-        model: any timm network; an adapter of any other module loads only with ``model=``.
+        model: any timm network, or one of Transformers or torchvision that is listed in docs/other-networks.md; an
+            adapter of any other module loads only with ``model=``.
         config: what trains and how the rest is drawn; by default gamma and beta train on the weights given.
         adapter_name: as in PEFT.
 
@@ -194,9 +195,10 @@ def _build(
     config: BNOnlyConfig, adapter: str, folder: Path, max_parameters: int | None, client: dict[str, Any]
 ) -> nn.Module:
     assert config.architecture is not None
-    if config.architecture == CUSTOM or (config.seed is None and config.base_model_name_or_path is None):
+    zoo, given = zoo_of(config.architecture), config.seed is None
+    if zoo == CUSTOM or (given and (zoo != "timm" or config.base_model_name_or_path is None)):
         raise BaseRequiredError(
-            f"{adapter} was trained on {'a network of your own code' if config.seed is not None else 'given weights'}.",
+            f"{adapter} was trained on {'given weights' if given else 'a network of your own code'}.",
             seen=f"seed={config.seed}, architecture={config.architecture!r}, model_args={config.model_args}",
             do=f"load_bn_only_model({adapter!r}, model=base)",
         )

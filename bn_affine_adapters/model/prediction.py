@@ -10,6 +10,7 @@ from torch import nn
 from ..adapter.method import BNOnlyConfig
 from ..errors import ConfigError, DataError, printable
 from ..norms.copies import evaluation_copy, uncompiled
+from ..norms.find import logits_of
 from .images import Picture, completed, evaluation_transform, is_one, normaliser, open_image
 from .peft_model import BNOnlyPeftModel
 
@@ -128,7 +129,7 @@ def _logits(model: BNOnlyPeftModel, pixels: torch.Tensor) -> torch.Tensor:
     network = evaluation_copy(model)  # other threads may train with the model, or predict too
     first = next(network.parameters())
     try:
-        return network(pixels.to(first.device, first.dtype)).float()
+        return logits_of(network(pixels.to(first.device, first.dtype))).float()
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             "The network does not take images of the size in the adapter's data configuration.",

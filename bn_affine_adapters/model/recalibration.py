@@ -56,6 +56,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
     Raises:
         ConfigError: there is no BatchNorm with running statistics to change.
         DataError: the loader is empty.
+        AdapterError: the adapter is compact.
 
     >>> import timm
     >>> from bn_affine_adapters import BNOnlyConfig, get_bn_only_model, recalibrate
@@ -63,12 +64,12 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
     >>> recalibrate(model, [torch.rand(8, 3, 32, 32) for _ in range(2)])
     """
     network = uncompiled(model)
-    norms = _changing(network)
+    norms = changing(network)
     if not norms:
         raise ConfigError(
             "There are no running statistics to recompute.",
             seen="the active adapter owns no BatchNorm layer with running statistics, or adapters are disabled",
-            do="recalibrate a network with BatchNorm, with its adapter enabled",
+            do="recalibrate a network with BatchNorm, with its adapter enabled; or adapt_to(model, loader, 'tent')",
         )
     ran = [(norm, pool) for norm, pool in zip(norms, _pools(network, loader), strict=True) if pool.count > 1]
     if not ran:
@@ -79,24 +80,42 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
 
 def _pools(network: nn.Module, loader: Iterable[Any]) -> list[_Pool]:
     """Run a copy of a network, whose running statistics are its own, and return what each of its layers got."""
-    copy = with_own_statistics(network)
-    for module in copy.modules():
-        module.__dict__["training"] = False
+    copy = by_batch(network)
     pools = []
-    for norm in _changing(copy):
-        norm.__dict__["training"] = True
+    for norm in changing(copy):
         pools.append(_Pool())
         norm.register_forward_pre_hook(pools[-1])
-    first = next(network.parameters())
     for batch in loader:
-        images = batch[0] if isinstance(batch, list | tuple) else batch
-        copy(images.to(first.device, first.dtype))
+        copy(images_of(batch, network))
     return pools
 
 
-def _changing(network: nn.Module) -> list[_BatchNorm]:
-    """Return the BatchNorm layers whose statistics may change: those of the adapter that runs."""
+def images_of(batch: Any, network: nn.Module) -> Tensor:
+    """Return the images of a batch, on a network's device and of its type."""
+    first = next(network.parameters())
+    images = batch[0] if isinstance(batch, list | tuple) else batch
+    return images.to(first.device, first.dtype)
+
+
+def by_batch(network: Any) -> Any:
+    """Return a copy in evaluation mode, but for BatchNorm whose statistics may change: it uses those of its batch."""
+    copy = with_own_statistics(network)
+    for module in copy.modules():
+        module.__dict__["training"] = False
+    for norm in changing(copy):
+        norm.__dict__["training"] = True
+    return copy
+
+
+def changing(network: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers whose statistics may change: those of the adapter that runs.
+
+    Raises:
+        AdapterError: it is compact.
+    """
     layers = list(adapter_layers(network))
+    for layer in layers:
+        layer.check_trainable(layer.active_module())
     running = [layer.active_module() for layer in layers]
     roots = [module for layer, module in zip(layers, running, strict=True) if module is not layer.base_layer]
     roots = roots if layers else [network]

@@ -32,6 +32,10 @@ _TIMM_NORMS = {
     "timm.layers.inplace_abn": "InplaceAbn",
     "timm.models.mlp_mixer": "Affine",
 }
+_RESPONSE_NORMS = {
+    ("timm.layers.grn", "GlobalResponseNorm"),
+    ("transformers.models.convnextv2.modeling_convnextv2", "ConvNextV2GRN"),
+}
 NORM_TYPES: tuple[type[nn.Module], ...] = (
     _NormBase,  # BatchNorm1d/2d/3d, SyncBatchNorm, InstanceNorm, and timm's BatchNormAct2d
     nn.GroupNorm,
@@ -82,12 +86,12 @@ def without_wrappers(name: str) -> str:
 
 
 def is_response_norm(module: nn.Module) -> bool:
-    """Tell whether a module is a GlobalResponseNorm (ConvNeXt V2).
+    """Tell whether a module is a GlobalResponseNorm (ConvNeXt V2), of timm or Transformers.
 
     An adapter trains it like a norm layer, but it is redrawn as its constructor sets it, gamma and beta 0. Older
     adapters, saved before it trained, have it among their frozen tensors.
     """
-    return (type(module).__module__, type(module).__name__) == ("timm.layers.grn", "GlobalResponseNorm")
+    return (type(module).__module__, type(module).__name__) in _RESPONSE_NORMS
 
 
 def canonical(name: str) -> str:
@@ -161,10 +165,11 @@ def norm_layers(model: nn.Module, active: bool = False) -> dict[str, nn.Module]:
     return layers
 
 
-def head_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what timm's ``get_classifier()`` returns, by canonical name; empty if there is no head."""
-    get_classifier: Any = getattr(unwrapped(model), "get_classifier", tuple)
-    wanted = {id(unwrapped(part)) for part in _parts(get_classifier()) if isinstance(part, nn.Module)}
+def head_layers(model: nn.Module, head: Any = None) -> dict[str, nn.Module]:
+    """Return a head's layers by canonical name, by default what timm's ``get_classifier()`` returns; empty if none."""
+    if head is None:
+        head = getattr(unwrapped(model), "get_classifier", tuple)()
+    wanted = {id(unwrapped(part)) for part in _parts(head) if isinstance(part, nn.Module)}
     return {
         name: module
         for name, module in plain_modules(model)
@@ -179,6 +184,11 @@ def _parts(head: Any) -> Iterator[Any]:
             yield from _parts(part)
     else:
         yield head
+
+
+def logits_of(output: Any) -> Any:
+    """Return the logits in what a network returns: Transformers' has them as an attribute."""
+    return getattr(output, "logits", output)
 
 
 def has_copies(module: nn.Module) -> bool:

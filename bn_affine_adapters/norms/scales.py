@@ -11,7 +11,8 @@ from . import SCALE_SUFFIX
 from .find import Scale, is_norm, plain_tensors
 
 # As timm names them: in LayerScale and LayerScale2d, ConvNeXt, EdgeNeXt, BEiT, EVA, CaiT, XCiT, ResMLP and others.
-_NAME = re.compile(r"gamma(\d|_\w+)?|ls\d")
+# Then as torchvision's and Transformers' ConvNeXt do, and Transformers' BEiT.
+_NAME = re.compile(r"gamma(\d|_\w+)?|ls\d|layer_scale(_parameter)?|lambda_[12]")
 
 
 def layer_scales(model: nn.Module) -> list[str]:

@@ -25,7 +25,7 @@ GAIN2 = 2.0  # the squared gain of ReLU
 TABLE_SCALE = 0.02
 
 _TABLE = re.compile(
-    r"(cls|dist|reg|mask|class|register)_?tokens?_?\d*|latent|patch_pos|pixel_pos"
+    r"(cls|dist|distillation|reg|mask|class|register)_?tokens?_?\d*|latent|patch_pos|pixel_pos"
     r"|(pos|position)_?(emb|embed|embedding|embeddings)(_\w+|\d*)|position_embedding_table"
     r"|relative_position_bias_table|rel_pos_[hw]|(height|width)_rel|attention_biases"
 )
@@ -90,6 +90,8 @@ def _rule_by_class(owner: Any, attribute: str, weight_init: str) -> Rule | None:
     """Return the rule of a parameter that only one class of torch or timm has: as its constructor draws it."""
     if isinstance(owner, nn.RNNBase):
         return Rule("uniform", math.sqrt(1 / owner.hidden_size))
+    if isinstance(owner, nn.MultiheadAttention) and attribute == "in_proj_weight":
+        return weight_rule(owner.in_proj_weight, weight_init)
     if not type(owner).__module__.startswith("timm."):
         return None
     match type(owner).__name__, attribute:

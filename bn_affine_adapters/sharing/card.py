@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from ..errors import TooLargeError, printable
-from ..settings import CUSTOM, HUB_ID, MAX_PARAMETERS, Settings
+from ..settings import CUSTOM, HUB_ID, MAX_PARAMETERS, Settings, creation_call, zoo_of
 from .contents import Stored, parts, read_tensors
 from .figure import write_figure
 from .folder import COMMIT, read_settings, replace_file, writing
@@ -172,9 +172,10 @@ def _snippet(repo_id: str, config: Settings) -> str:
     if config.architecture == CUSTOM:
         lines, given = ["# network: from the code of whoever trained this", *lines], ", model=network"
     elif config.seed is None and not _pinned(config):
-        args = "".join(f", {key}={value!r}" for key, value in config.model_args.items())
-        base = f'base = timm.create_model("{config.architecture}", pretrained=True{args})'
-        lines, given = ["import timm", *lines, f"{base}  # with the weights that it was trained on"], ", model=base"
+        zoo = zoo_of(config.architecture)
+        pretrained = {"pretrained": True} if zoo == "timm" else {}
+        base = f"base = {creation_call(str(config.architecture), config.model_args, **pretrained)}"
+        lines, given = [f"import {zoo}", *lines, f"{base}  # with the weights that it was trained on"], ", model=base"
     return "\n".join(
         [*lines, f'model = load_bn_only_model("{repo_id}"{given})', 'print(predict(model, "image.png", top_k=5))']
     )

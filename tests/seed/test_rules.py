@@ -23,7 +23,9 @@ from bn_affine_adapters.norms.find import affine, is_norm, norm_layers, plain_te
 from bn_affine_adapters.seed.rules import (
     NORM_INITS,
     WEIGHT_INITS,
+    Rule,
     constants_only,
+    draw_into_,
     draw_norm_,
     parameter_rules,
     rule_for,
@@ -537,7 +539,6 @@ def parametrised():
 
 
 WITHOUT_RULE = {
-    "MultiheadAttention": (lambda: with_batch_norm(nn.MultiheadAttention(4, 2)), "2.in_proj_weight"),
     "Bilinear": (lambda: with_batch_norm(nn.Bilinear(4, 4, 4)), "2.weight"),
     "custom parameter": (Custom, "mixing"),
     "two of a name": (TwoOfAName, "conv.weight"),
@@ -739,3 +740,14 @@ def test_every_parameter_is_redrawn(name):
 def test_the_networks_are_many():
     assert len(MORE) == 16
     assert len(SOME) >= 16  # as many as the oldest timm supported has of them
+
+
+def test_the_weight_of_attention_is_drawn_as_a_linear_weight():
+    """fan_in is 8, whatever the number of heads: a standard deviation of sqrt(2 / 8); its bias is 0, as built."""
+    model = reinit_(with_batch_norm(nn.MultiheadAttention(8, 2)), seed=0)
+    plain = reinit_(nn.ModuleDict({"2": nn.Linear(8, 24)}), seed=0)
+    same = torch.empty(24, 8)
+    draw_into_(same, Rule("normal", 0.5), 0, "2.in_proj_weight")
+    assert torch.equal(model[2].in_proj_weight, same)
+    assert not model[2].in_proj_bias.any()
+    assert plain["2"].weight.std().item() == pytest.approx(same.std().item(), rel=0.3)
