@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, check_adapter, check_choice
 from ..norms.find import plain_modules
+from ..settings import MASKS
 from .control import Control
 from .layer import BNOnlyLayer, adapter_layers
 from .method import BNOnlyConfig
@@ -46,6 +47,9 @@ def blended(
     if len({config.control for config in own}) > 1:
         what, do = "Adapters with different controls cannot be blended.", "blend adapters of the same control"
         raise AdapterError(what, seen=", ".join(str(config.control) for config in own), do=do)
+    if own[0].control in MASKS:
+        what, do = "Masks cannot be averaged.", "load each adapter, and average the logits"
+        raise AdapterError(what, seen=f"control={own[0].control!r}", do=do)
     order = [name for name, _ in plain_modules(model)]
     for key in ("norm_layers", "extra_trainable_modules", "control_layers"):
         names = {name for config in own for name in getattr(config, key) or ()}
