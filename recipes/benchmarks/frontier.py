@@ -1,6 +1,6 @@
 """Accuracy against the bytes of the file that is shared: measure runs and baselines, write docs/frontier.md's sections.
 
-    python recipes/benchmarks/frontier.py measure RUN [RUN ...] [--bits 8]
+    python recipes/benchmarks/frontier.py measure RUN [RUN ...] [--bits 8] [--dataset FOLDER]
     python recipes/benchmarks/frontier.py cnn WIDTH [WIDTH ...] [--recipe digits KEY=VALUE ...] [--seeds 3]
     python recipes/benchmarks/frontier.py lora RANK [RANK ...] [--recipe digits KEY=VALUE ...] [--seeds 3]
     python recipes/benchmarks/frontier.py write
@@ -14,12 +14,12 @@ recipes/results/frontier/points.jsonl is not measured again.
 
 import argparse
 import json
-import shlex
 import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from bn_affine_adapters.study.pages import write_section
 from bn_affine_adapters.study.paper import PAPER
 from bn_affine_adapters.training.feed import Feed, accuracy
 from bn_affine_adapters.training.lines import append
-from bn_affine_adapters.training.recipe import Recipe
+from bn_affine_adapters.training.recipe import Recipe, command
 from bn_affine_adapters.training.tables import markdown_table
 from bn_affine_adapters.training.train import read_recipe
 from bn_affine_adapters.training.validate import read_options, run, sample
@@ -55,20 +55,21 @@ KINDS = {"cnn": "small CNN, trained whole: 3 convolutions, width {}", "lora": "L
 PAPER_SOURCE = "the paper, arXiv 2003.00152, figure 2; bytes as of our files"
 
 
-def measured(folder: Path, bits: int) -> dict[str, Any]:
-    """Return the line of a run's adapter, in a file of so many bits a value."""
+def measured(folder: Path, bits: int, dataset: str | None) -> dict[str, Any]:
+    """Return the line of a run's adapter, in a file of so many bits a value; the data set's folder, if it is one."""
     result = json.loads((folder / "result.json").read_text())
     recipe, adapter = result["recipe"], folder / "adapter"
+    data = dataset or recipe["dataset"]
     size = "".join(f", {key} {value}" for key, value in recipe["model_args"].items())
     line = named(recipe, recipe["condition"], recipe["model"] + size)
     line |= {"trained": result["trained"], "float32": result["top1"], "command": result["command"]}
     if "mask" in recipe["condition"]:
         files = (adapter / "adapter_config.json", adapter / "adapter_model.safetensors")
         return {**line, "bits": 1, "bytes": sum(file.stat().st_size for file in files), "top1": result["top1"]}
-    images = sample(str(adapter), recipe["dataset"], 400)[0] if bits < 8 else torch.zeros(1, *input_size(recipe))
+    images = sample(str(adapter), data, 400)[0] if bits < 8 else torch.zeros(1, *input_size(recipe))
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
         file = export(load_bn_only_model(adapter), Path(scratch, "x"), format="compact", bits=bits, images=images)
-        top1 = run(read_options([str(file), f"dataset={recipe['dataset']}"]))["top1"]
+        top1 = run(read_options([str(file), f"dataset={data}"]))["top1"]
         return {**line, "bits": bits, "bytes": file.stat().st_size, "top1": top1}
 
 
@@ -137,17 +138,10 @@ def baseline(kind: str, size: int, recipe: Recipe) -> dict[str, Any]:
             trained_ones = [p for p in network.parameters() if p.requires_grad]
             tensors = [*trained_ones, *(p for norm in norms.values() for p in norm.parameters())]
         made = round_(tensors, recipe, f"{kind} {size}")
-    words = shlex.join([kind, str(size), "--recipe", *recipe_words(recipe)])
-    command = f"python recipes/benchmarks/frontier.py {words}"
+    words = command(replace(recipe, seed=0, data_seed=0), read_recipe([])).removeprefix("bn-adapters train")
     top1 = accuracy(network, feed)["top1"]
     found = {"trained": trained, "float32": round(exact, 4), "bits": 8, "bytes": made, "top1": round(top1, 4)}
-    return {**found, "command": command}
-
-
-def recipe_words(recipe: Recipe) -> list[str]:
-    """Return the recipe's arguments, seeds left out."""
-    own = {k: v for k, v in vars(recipe).items() if v != vars(read_recipe(["digits"]))[k]}
-    return ["digits", *(f"{k}={v}" for k, v in own.items() if k not in ("seed", "data_seed", "eval_every"))]
+    return {**found, "command": f"python recipes/benchmarks/frontier.py {kind} {size} --recipe digits{words}"}
 
 
 def groups(lines: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
@@ -280,6 +274,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--recipe", nargs="+", default=["digits"])
+    parser.add_argument("--dataset", help="folder of the data set, where a run's was one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=POINTS)
     options = parser.parse_args()
@@ -298,7 +293,7 @@ def main() -> None:
 def new_lines(name: str, options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Yield the lines of a run or a baseline that are not there yet."""
     if options.what == "measure":
-        line = measured(Path(name), options.bits)
+        line = measured(Path(name), options.bits, options.dataset)
         if tuple(line[key] for key in KEY) not in done:
             yield line
         return
