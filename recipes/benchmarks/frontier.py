@@ -6,10 +6,11 @@
     python recipes/benchmarks/frontier.py write
 
 A RUN is the output folder of `bn-adapters train`; its adapter is written as a compact file, loaded again, verified and
-tested. A mask is measured as its folder: adapter_config.json and adapter_model.safetensors. `cnn` trains a small
-network of three convolutions whole, LoRA of PEFT trains matrices of that rank beside the drawn weights of
-cifar_resnet14; both are folded, rounded to 8 bits and written in the layout of a compact file. A line that is in
-recipes/results/frontier/points.jsonl is not measured again.
+tested. A mask is measured as its folder: adapter_config.json and adapter_model.safetensors. A RUN may also be a file of
+result lines, whose adapters were not kept: the accuracy is then that in float32, and the bytes are those of a compact
+file with the same layers. `cnn` trains a small network of three convolutions whole; `lora` trains PEFT's LoRA of that
+rank beside the drawn weights of cifar_resnet14. Both are folded, rounded to 8 bits and written in the layout of a
+compact file. A line that is in recipes/results/frontier/points.jsonl is not measured again.
 """
 
 import argparse
@@ -33,14 +34,14 @@ from ideas import fit
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from bn_affine_adapters import export, load_bn_only_model, reinit_
+from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model, reinit_
 from bn_affine_adapters.adapter.fold import fold_
 from bn_affine_adapters.sharing.compact import Rounded, as_file, payload_bytes
 from bn_affine_adapters.study.pages import write_section
 from bn_affine_adapters.study.paper import PAPER
 from bn_affine_adapters.training.feed import Feed, accuracy
-from bn_affine_adapters.training.lines import append
-from bn_affine_adapters.training.recipe import Recipe, command
+from bn_affine_adapters.training.lines import append, read_results
+from bn_affine_adapters.training.recipe import CONDITIONS, FULL_CONDITIONS, Recipe, command
 from bn_affine_adapters.training.tables import markdown_table
 from bn_affine_adapters.training.train import read_recipe
 from bn_affine_adapters.training.validate import read_options, run, sample
@@ -71,6 +72,23 @@ def measured(folder: Path, bits: int, dataset: str | None) -> dict[str, Any]:
         file = export(load_bn_only_model(adapter), Path(scratch, "x"), format="compact", bits=bits, images=images)
         top1 = run(read_options([str(file), f"dataset={data}"]))["top1"]
         return {**line, "bits": bits, "bytes": file.stat().st_size, "top1": top1}
+
+
+def as_reported(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of runs without adapters."""
+    for result in read_results(file):
+        recipe, condition = result["recipe"], result["recipe"]["condition"]
+        if condition in FULL_CONDITIONS or recipe["weight_decay"] != Recipe.weight_decay:
+            continue
+        network = timm.create_model(recipe["model"], num_classes=10)
+        config = BNOnlyConfig(seed=recipe["seed"], label_names=[str(i) for i in range(10)], **CONDITIONS[condition])
+        config.data_config = read_recipe(["cifar10"]).data_config
+        with tempfile.TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
+            model = get_bn_only_model(network, config).eval()
+            size = export(model, Path(scratch, "x"), format="compact", images=torch.zeros(1, 3, 32, 32)).stat().st_size
+        known = named(recipe, condition, recipe["model"])
+        found = {"trained": result["trained"], "float32": result["top1"], "bits": 8, "bytes": size}
+        yield {**known, **found, "top1": result["top1"], "command": result["command"]}
 
 
 def named(recipe: dict[str, Any], what: str, network: str) -> dict[str, Any]:
@@ -293,9 +311,13 @@ def main() -> None:
 def new_lines(name: str, options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Yield the lines of a run or a baseline that are not there yet."""
     if options.what == "measure":
-        line = measured(Path(name), options.bits, options.dataset)
-        if tuple(line[key] for key in KEY) not in done:
-            yield line
+        folder = Path(name)
+        lines = as_reported(folder) if folder.is_file() else [measured(folder, options.bits, options.dataset)]
+        for line in lines:
+            key = tuple(line[key] for key in KEY)
+            if key not in done:
+                done.add(key)
+                yield line
         return
     for seed in range(options.seeds):
         recipe = read_recipe([*options.recipe, f"seed={seed}", f"data_seed={seed}"])

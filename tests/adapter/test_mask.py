@@ -131,6 +131,21 @@ def test_an_adapter_holds_a_bit_a_weight_and_gives_the_same_bits(control, name, 
     assert found["contents"]["control"]["tensors"] == len(masks(model))
 
 
+@pytest.mark.parametrize(
+    ("control", "expected"), [("mask", [0b11010010, 0]), ("signed_mask", [0b00011010, 0b101010])]
+)
+def test_the_packed_bits_are_those_of_the_format(control, expected):
+    config = BNOnlyConfig(seed=0, control=control, mask_share=0.36)  # 0.36 * 10 + 1/2 is 4.1
+    mask = Mask(nn.Conv2d(1, 1, (2, 5), bias=False), "conv", config)
+    scores = torch.tensor([0.1, 0.9, -0.2, -0.7, 0.8, 0.0, 0.2, 0.3, -0.1, -0.5])
+    assert mask.stored({"scores": scores})["bits"].tolist() == expected
+    again = mask.loaded({"bits": torch.tensor(expected, dtype=torch.uint8)})["scores"]
+    assert mask.stored({"scores": again})["bits"].tolist() == expected
+    unit = torch.tensor(10**-0.5)
+    signs = {"mask": [0, 1, 0, 0, 1, 0, 1, 1, 0, 0], "signed_mask": [0, 1, 0, -1, 1, 0, 0, 0, 0, -1]}[control]
+    assert torch.equal(again, unit * torch.tensor(signs))
+
+
 @pytest.mark.parametrize("control", MASKS)
 def test_merging_and_exporting_give_plain_convolutions_with_the_same_logits(control, train_step, tmp_path):
     model = train_step(masked(control, "test_resnet"))
