@@ -131,9 +131,7 @@ def test_an_adapter_holds_a_bit_a_weight_and_gives_the_same_bits(control, name, 
     assert found["contents"]["control"]["tensors"] == len(masks(model))
 
 
-@pytest.mark.parametrize(
-    ("control", "expected"), [("mask", [0b11010010, 0]), ("signed_mask", [0b00011010, 0b101010])]
-)
+@pytest.mark.parametrize(("control", "expected"), [("mask", [0b11010010, 0]), ("signed_mask", [0b00011010, 0b101010])])
 def test_the_packed_bits_are_those_of_the_format(control, expected):
     config = BNOnlyConfig(seed=0, control=control, mask_share=0.36)  # 0.36 * 10 + 1/2 is 4.1
     mask = Mask(nn.Conv2d(1, 1, (2, 5), bias=False), "conv", config)
