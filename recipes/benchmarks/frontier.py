@@ -54,6 +54,7 @@ PAGE, FIGURE = ROOT / "docs" / "frontier.md", ROOT / "docs" / "figures" / "front
 BUDGETS = (1_000, 2_000, 5_000, 10_000, 50_000)
 KEY = ("data", "what", "network", "bits", "seed", "schedule")
 KINDS = {"cnn": "small CNN, trained whole: 3 convolutions, width {}", "lora": "LoRA: cifar_resnet14, rank {}"}
+DATA = ("digits", "fashion_mnist", "cifar10")
 HEADER = 480  # bytes of a compact file of the digits besides steps and codes
 PAPER_SOURCE = "the paper, arXiv 2003.00152, figure 2; bytes as of our files"
 
@@ -241,31 +242,28 @@ def ideas() -> str:
 
 
 def figure(lines: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> None:
-    """Draw accuracy against bytes: a panel for each data set with lines."""
+    """Draw accuracy against bytes: a panel for each data set, what others report as hollow marks."""
     from matplotlib import pyplot as plt
 
-    data = [*dict.fromkeys(line["data"] for line in lines), *(["cifar10"] if theirs else [])]
-    data = [*dict.fromkeys(data)]
-    fig, axes = plt.subplots(1, len(data), figsize=(5.2 * len(data), 4), squeeze=False, layout="constrained")
+    data = [name for name in DATA if any(line["data"] == name for line in lines)]
+    fig, axes = plt.subplots(1, len(data), figsize=(4.4 * len(data), 4.2), squeeze=False, layout="constrained")
     kinds = [*dict.fromkeys(line["what"] for line in lines)]
+    marks = {"reported: BN only, the paper": ("s", True), "reported: others": ("^", False)}
     for ax, name in zip(axes[0], data, strict=True):
         for index, kind in enumerate(kinds):
             own = groups([line for line in lines if line["data"] == name and line["what"] == kind]).values()
             xs = [max(line["bytes"] for line in each) for each in own]
-            ax.plot(
-                xs, [statistics.mean(line["top1"] for line in each) for each in own], "o", color=f"C{index}", label=kind
-            )
-        if name == "cifar10":
-            for point in theirs:
-                paper = point["source"] == PAPER_SOURCE
-                ax.plot(point["bytes"], point["top1"], "s" if paper else "^", color="grey", markerfacecolor="none")
-                if not paper:
-                    ax.annotate(point["name"], (point["bytes"], point["top1"]), fontsize=7, ha="right")
-            ax.plot([], [], "s", color="grey", markerfacecolor="none", label="reported: BN only, the paper")
-            ax.plot([], [], "^", color="grey", markerfacecolor="none", label="reported: others")
-        ax.set(xscale="log", xlabel="bytes of the file", ylabel="test accuracy, %", title=name)
-        ax.legend(fontsize=7)
-    FIGURE.parent.mkdir(exist_ok=True)
+            ys = [statistics.mean(line["top1"] for line in each) for each in own]
+            ax.plot(xs, ys, "o", color=f"C{index}", label=kind)
+        for label, (mark, paper) in marks.items():
+            shown = [point for point in theirs if name == "cifar10" and (point["source"] == PAPER_SOURCE) == paper]
+            places = [point["bytes"] for point in shown], [point["top1"] for point in shown]
+            ax.plot(*places, mark, color="grey", markerfacecolor="none", label=label)
+        ax.set(xscale="log", xlim=(700, 90_000), xlabel="bytes of the file", ylabel="test accuracy, %", title=name)
+        ax.set_xticks(BUDGETS, [f"{budget // 1000} kB" for budget in BUDGETS])
+        ax.minorticks_off()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     fig.savefig(FIGURE, metadata={"Date": None})
     plt.close(fig)
 

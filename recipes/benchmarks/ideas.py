@@ -53,6 +53,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "weights sparse, 1/16": {"here": {"sparse": 1 / 16}},
     "gamma shared by 2": {"here": {"shared": 2}},
     "gamma shared by 4": {"here": {"shared": 4}},
+    "batch 32, beta's lr x 3": {"batch_size": 32, "here": {"beta": 3.0}},
 }
 
 
