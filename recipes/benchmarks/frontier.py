@@ -241,6 +241,21 @@ def ideas() -> str:
     return markdown_table(["idea", "held out, %", "gain", "n", "test, %", "gain", "n"], table)
 
 
+def best_of_seeds() -> str:
+    """Return what choosing among the seeds of `plain` on held-out images buys on the test images."""
+    lines = [json.loads(line) for line in IDEAS.read_text().splitlines()]
+    held, test = (
+        {line["seed"]: line for line in lines if line["idea"] == "plain" and line["confirm"] == confirm}
+        for confirm in (False, True)
+    )
+    if not (both := held.keys() & test.keys()):
+        return "Not measured yet."
+    best = max(both, key=lambda seed: (held[seed]["top1"], -held[seed]["loss"]))
+    mean = spread([test[seed]["top1"] for seed in both])
+    chosen = f"seed {best}, which is the best on held-out images, has {test[best]['top1']:.2f} %"
+    return f"Of {len(both)} seeds, {chosen} on the test images; all of them have {mean} %."
+
+
 def figure(lines: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> None:
     """Draw accuracy against bytes: a panel for each data set, what others report as hollow marks."""
     from matplotlib import pyplot as plt
@@ -283,6 +298,7 @@ def write() -> None:
     write_section(PAGE, "reported", markdown_table(["network", "bytes", "accuracy, %", "source"], table))
     if IDEAS.exists():
         write_section(PAGE, "ideas", ideas())
+        write_section(PAGE, "seeds", best_of_seeds())
     figure(lines, theirs)
 
 
