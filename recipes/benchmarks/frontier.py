@@ -234,7 +234,9 @@ def ideas() -> str:
             own = by.get((idea, confirm), [])
             gains = [x["top1"] - plain[confirm].get((x["seed"], x["epochs"]), float("nan")) for x in own]
             row += (
-                [spread([x["top1"] for x in own]), f"{statistics.mean(gains):+.2f}", len(own)] if own else ["-", "-", 0]
+                [spread([x["top1"] for x in own]), f"{round(statistics.mean(gains), 2) + 0.0:+.2f}", len(own)]
+                if own
+                else ["-", "-", 0]
             )
         table.append(row)
     table.sort(key=lambda row: -float(str(row[1]).split()[0].replace("-", "0")))
@@ -248,7 +250,7 @@ def best_of_seeds() -> str:
         {line["seed"]: line for line in lines if line["idea"] == "plain" and line["confirm"] == confirm}
         for confirm in (False, True)
     )
-    if not (both := held.keys() & test.keys()):
+    if len(both := held.keys() & test.keys()) < 2:
         return "Not measured yet."
     best = max(both, key=lambda seed: (held[seed]["top1"], -held[seed]["loss"]))
     mean = spread([test[seed]["top1"] for seed in both])
