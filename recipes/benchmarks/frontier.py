@@ -233,11 +233,8 @@ def ideas() -> str:
         for confirm in (False, True):
             own = by.get((idea, confirm), [])
             gains = [x["top1"] - plain[confirm].get((x["seed"], x["epochs"]), float("nan")) for x in own]
-            row += (
-                [spread([x["top1"] for x in own]), f"{round(statistics.mean(gains), 2) + 0.0:+.2f}", len(own)]
-                if own
-                else ["-", "-", 0]
-            )
+            gain = f"{round(statistics.mean(gains), 2) + 0.0:+.2f}" if own else "-"
+            row += [spread([x["top1"] for x in own]) if own else "-", gain, len(own)]
         table.append(row)
     table.sort(key=lambda row: -float(str(row[1]).split()[0].replace("-", "0")))
     return markdown_table(["idea", "held out, %", "gain", "n", "test, %", "gain", "n"], table)
