@@ -18,6 +18,7 @@ from bn_affine_adapters.adapter.tensors import digest_of
 from bn_affine_adapters.errors import AdapterError, AdapterTensorError, ConfigError
 from bn_affine_adapters.norms.find import plain_modules
 from bn_affine_adapters.settings import bare
+from bn_affine_adapters.sharing.card import write_card
 from bn_affine_adapters.sharing.contents import describe, read_tensors
 from bn_affine_adapters.sharing.folder import read_config
 
@@ -166,6 +167,13 @@ def test_disabling_the_adapter_gives_the_frozen_network(train_step):
     plain = reinit_(timm.create_model("cifar_resnet14"), 0, norm_init="ones").eval()
     with model.disable_adapter():
         assert torch.equal(model.eval()(IMAGES), plain(IMAGES))
+
+
+def test_the_card_says_what_share_stays(honest, tmp_path):
+    for control, words in (("mask", "a mask that keeps 30%"), ("signed_mask", "with their signs of 15 convolutions")):
+        folder = shutil.copytree(honest / control, tmp_path / control)
+        write_card(folder, "me/mask")
+        assert words in (folder / "README.md").read_text()
 
 
 def test_an_adapter_without_mask_has_no_new_key():
