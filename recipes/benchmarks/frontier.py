@@ -68,9 +68,11 @@ def measured(folder: Path, bits: int, dataset: str | None) -> dict[str, Any]:
     line = named(recipe, recipe["condition"], recipe["model"] + size)
     line |= {"trained": result["trained"], "float32": result["top1"], "command": result["command"]}
     if "mask" in recipe["condition"]:
-        files = (adapter / "adapter_config.json", adapter / "adapter_model.safetensors")
-        return {**line, "bits": 1, "bytes": sum(file.stat().st_size for file in files), "top1": result["top1"]}
-    images = sample(str(adapter), data, 400)[0] if bits < 8 else torch.zeros(1, *input_size(recipe))
+        sizes = [(adapter / f"adapter_{name}").stat().st_size for name in ("config.json", "model.safetensors")]
+        top1 = run(read_options([str(adapter), f"dataset={data}"]))["top1"]
+        return {**line, "bits": 1, "bytes": sum(sizes), "top1": top1}
+    shape = len(recipe["mean"]), recipe["image_size"], recipe["image_size"]
+    images = sample(str(adapter), data, 400)[0] if bits < 8 else torch.zeros(1, *shape)
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
         file = export(load_bn_only_model(adapter), Path(scratch, "x"), format="compact", bits=bits, images=images)
         top1 = run(read_options([str(file), f"dataset={data}"]))["top1"]
@@ -99,11 +101,6 @@ def named(recipe: dict[str, Any], what: str, network: str) -> dict[str, Any]:
     schedule = f"{recipe['epochs']} epochs, {recipe['image_size']} pixels"
     data = Path(recipe["dataset"]).name
     return {"data": data, "what": what, "network": network, "seed": recipe["seed"], "schedule": schedule}
-
-
-def input_size(recipe: dict[str, Any]) -> tuple[int, int, int]:
-    """Return the shape of an image."""
-    return len(recipe["mean"]), recipe["image_size"], recipe["image_size"]
 
 
 def small_cnn(width: int, classes: int) -> nn.Sequential:
@@ -196,15 +193,8 @@ def records(lines: Sequence[dict[str, Any]]) -> Iterator[list[Any]]:
                 continue
             best = max(found, key=lambda own: statistics.mean(line["top1"] for line in own))
             size = max(line["bytes"] for line in best)
-            top1 = spread([line["top1"] for line in best])
-            yield [
-                f"{budget:,}",
-                whose,
-                top1,
-                f"{size:,}",
-                f"`{best[0]['command']}`, {best[0]['bits']} bits",
-                len(best),
-            ]
+            how = f"`{best[0]['command']}`, {best[0]['bits']} bits"
+            yield [f"{budget:,}", whose, spread([line["top1"] for line in best]), f"{size:,}", how, len(best)]
 
 
 def literature() -> list[dict[str, Any]]:
