@@ -59,6 +59,8 @@ PEFT_KEYS = {
 }  # fmt: skip
 VERIFY = ("full", "sampled", "off")
 LEAN = (None, "exact", "rounded", "smallest")
+MASKS = ("mask", "signed_mask")
+FROM_SEED = ("two_weights", *MASKS)  # controls that the seed chooses, or starts
 # What timm does with images: it takes an unknown crop_mode for "center", and fails late on another interpolation.
 RUN_TIME = ("verify", "lean")  # settings of this run, never written to adapter_config.json
 
@@ -105,6 +107,8 @@ class Settings:
         train_head: train what timm's `get_classifier()` returns.
         control: parameters per channel of every convolution that train as well: "two_weights" (chosen from the seed;
             the paper's control, with train_gamma and train_beta off) or "input_affine" (scale and shift of its input).
+            "mask" instead chooses which weights of every convolution stay, and "signed_mask" their signs too.
+        mask_share: the share of a convolution's weights that a mask keeps; with a mask 0.5 by default.
         extra_trainable_modules: exact names of modules that train as a whole, e.g. the paper's shortcuts.
         norm_layers: exact names of the norm layers that the adapter owns, by default all of them. The others are
             frozen whole: running statistics too.
@@ -158,6 +162,7 @@ class Settings:
     layer_scale: str | None = None
     train_head: bool = False
     control: str | None = None
+    mask_share: float | None = None
     extra_trainable_modules: list[str] = field(default_factory=list)
     norm_layers: list[str] | None = None
     running_statistics: str = "update"
@@ -196,6 +201,8 @@ class Settings:
         self.peft_type = self.task_type = BN_ONLY
         if self.norm_init is None:
             self.norm_init = "keep" if self.seed is None else "uniform"
+        if self.mask_share is None and self.control in MASKS:
+            self.mask_share = 0.5
         self.check()
 
     def check(self) -> None:
@@ -212,7 +219,6 @@ class Settings:
         check_choice("running_statistics", self.running_statistics, ("update", "frozen"))
         check_choice("verify", self.verify, VERIFY)
         check_choice("lean", self.lean, LEAN)
-        check_choice("control", self.control, (None, "two_weights", "input_affine"))
         check_choice("init_scheme", self.init_scheme, (SCHEME,))
         for key in ("train_gamma", "train_beta", "train_head"):
             _check_type(key, getattr(self, key), bool)
@@ -225,8 +231,7 @@ class Settings:
         for key in (*digests, "architecture", "base_model_name_or_path", "revision", "peft_version"):
             _check_type(key, getattr(self, key), str | None)
         _check_type("auto_mapping", self.auto_mapping, type(None))  # by which PEFT would import a base's class
-        if self.control == "two_weights" and self.seed is None:
-            raise ConfigError("control='two_weights' chooses weights from the seed.", seen="seed=None", do="seed=0")
+        self._check_control()
         if self.fresh and self.data_config is not None:  # `predict` checks what a file says
             check_choice("data_config's crop_mode", self.data_config.get("crop_mode"), (None, *CROP_MODES))
             check_choice("data_config's interpolation", self.data_config.get("interpolation"), (None, *INTERPOLATIONS))
@@ -235,6 +240,17 @@ class Settings:
         if self.architecture is None and not self.fresh:
             seen, do = "architecture=None, with a fingerprint", "save the adapter again with model.save_pretrained"
             raise ConfigError("The adapter does not say which network it belongs to.", seen=seen, do=do)
+
+    def _check_control(self) -> None:
+        check_choice("control", self.control, (None, "two_weights", "input_affine", *MASKS))
+        if self.control in FROM_SEED and self.seed is None:
+            raise ConfigError(f"control={self.control!r} begins with the seed.", seen="seed=None", do="seed=0")
+        share = self.mask_share
+        if share is None and self.control not in MASKS:
+            return
+        if self.control not in MASKS or not isinstance(share, int | float) or share is True or not 0 < share <= 1:
+            seen, do = f"mask_share={share!r}, control={self.control!r}"[:200], 'control="mask", mask_share=0.5'
+            raise ConfigError("mask_share is a number above 0, at most 1, of a mask.", seen=seen, do=do)
 
     def _check_format(self) -> None:
         _check_type("format_version", self.format_version, int)
@@ -323,6 +339,8 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Return what adapter_config.json holds: every field but the settings of this run, and no path of a base."""
         content = {key: value for key, value in asdict(self).items() if key not in RUN_TIME}
+        if self.mask_share is None:  # so that a version that knows no masks reads other adapters
+            del content["mask_share"]
         if self.base_model_name_or_path and hub_id(self.base_model_name_or_path) is None:
             content["base_model_name_or_path"] = content["revision"] = None
         return content

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, check_adapter, check_choice
 from ..norms.find import plain_modules
+from ..settings import MASKS
 from .control import Control
 from .layer import BNOnlyLayer, adapter_layers
 from .method import BNOnlyConfig
@@ -43,9 +44,7 @@ def blended(
             setattr(new, field.name, None)
     new.versions = {}
     _check_statistics(model, adapters, weights)
-    if len({config.control for config in own}) > 1:
-        what, do = "Adapters with different controls cannot be blended.", "blend adapters of the same control"
-        raise AdapterError(what, seen=", ".join(str(config.control) for config in own), do=do)
+    _check_controls([config.control for config in own])
     order = [name for name, _ in plain_modules(model)]
     for key in ("norm_layers", "extra_trainable_modules", "control_layers"):
         names = {name for config in own for name in getattr(config, key) or ()}
@@ -75,6 +74,15 @@ def _check(configs: Mapping[str, BNOnlyConfig], adapters: Any, weights: Any) -> 
         raise ConfigError(
             "A weight is not a finite number.", seen=f"weights={weights!r}"[:200], do="weights=[0.5, 0.5]"
         )
+
+
+def _check_controls(controls: Sequence[str | None]) -> None:
+    if len({*controls}) > 1:
+        what, do = "Adapters with different controls cannot be blended.", "blend adapters of the same control"
+        raise AdapterError(what, seen=", ".join(map(str, controls)), do=do)
+    if controls[0] in MASKS:
+        what, do = "Masks cannot be averaged.", "average the logits of the adapters"
+        raise AdapterError(what, seen=f"control={controls[0]!r}", do=do)
 
 
 def _check_statistics(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]) -> None:

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import AdapterError
 from ..norms.find import STATISTICS, affine
+from ..settings import MASKS
 from .layer import adapter_layers
 from .method import BNOnlyConfig
 
@@ -22,6 +23,9 @@ def copies(model: nn.Module, adapter_name: str, config: BNOnlyConfig) -> dict[st
     held = {
         m.canonical_name: m.bn_only_layers[adapter_name] for m in adapter_layers(model) if adapter_name in m.configs
     }
+    if config.control in MASKS:
+        seen, do = f"control={config.control!r}", "model.save_pretrained(folder): a bit for each weight"
+        raise AdapterError("A compact adapter holds no mask.", seen=seen, do=do)
     found = {name: held[name] for name in config.target_modules}
     for name, copy in found.items():
         for _ in _folding(copy, name):

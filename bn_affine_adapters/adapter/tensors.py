@@ -48,7 +48,8 @@ def check_tensors(
 def _problem(name: str, given: torch.Tensor, expected: torch.Tensor) -> str | None:
     if given.shape != expected.shape:
         return f"shape {tuple(given.shape)}, the network needs {tuple(expected.shape)}"
-    if given.is_floating_point() != expected.is_floating_point():
+    bits = torch.uint8 in (given.dtype, expected.dtype) and given.dtype != expected.dtype  # a mask's, or not
+    if bits or given.is_floating_point() != expected.is_floating_point():
         return f"dtype {given.dtype}, the network needs {expected.dtype}"
     return None if given.is_meta else value_problem(name, given.to(expected.dtype))
 

@@ -1,7 +1,7 @@
 """BNOnlyTuner: put an adapter's copies of norm layers, head and extra modules into a network, and take them out."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
@@ -33,7 +33,7 @@ from .checks import (
     infer,
     warn_of_lost_base,
 )
-from .control import Control, controlled
+from .control import Control, Mask, controlled
 from .layer import BNOnlyLayer, adapter_layers
 from .limits import bounded
 from .method import BNOnlyConfig
@@ -348,7 +348,7 @@ class BNOnlyTuner(BaseTuner):
             AdapterError: a module with a copy of this adapter was replaced.
         """
         check_complete(model, adapter_name, config)
-        own = _own(state_dict, adapter_name)
+        own = _converted(model, adapter_name, _own(state_dict, adapter_name), Mask.stored)
         drawn = _drawn(model, adapter_name)
         # The given tensors may have another dtype than the network's.
         pairs = {key: (own[key].cpu(), drawn[key].to(own[key].dtype)) for key in own.keys() & drawn.keys()}
@@ -367,12 +367,14 @@ class BNOnlyTuner(BaseTuner):
         cls, model: nn.Module, config: BNOnlyConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Map a file's keys to the network's; only this adapter's own tensors pass."""
-        own, drawn = _own(model.state_dict(), adapter_name), _drawn(model, adapter_name)
+        own = _converted(model, adapter_name, _own(model.state_dict(), adapter_name), Mask.stored)
+        drawn = _drawn(model, adapter_name)
         keys = {bare(without_wrappers(cls._remove_adapter_name_from_key(key, adapter_name))): key for key in own}
         given = {bare(key): tensor for key, tensor in state_dict.items()}
         optional = {name for name, key in keys.items() if key in drawn}
         check_tensors(given, {name: own[key] for name, key in keys.items()}, optional)
-        return drawn | {keys[name]: tensor for name, tensor in given.items()}
+        found = drawn | {keys[name]: tensor for name, tensor in given.items()}
+        return _converted(model, adapter_name, found, Mask.loaded)
 
 
 def _redraw_(model: nn.Module, config: BNOnlyConfig) -> None:
@@ -405,6 +407,22 @@ def unwrap_(model: nn.Module) -> nn.Module:
 
 def _own(state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state_dict.items() if f".{COPIES}.{adapter_name}." in key}
+
+
+def _converted(
+    model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], how: Callable[..., dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors, by name in the state dict, with those of each mask as ``how`` gives them."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BNOnlyLayer) or adapter_name not in layer.configs:
+            continue
+        if not isinstance(mask := layer.bn_only_layers[adapter_name], Mask):
+            continue
+        prefix = f"{name}.{COPIES}.{adapter_name}."
+        held = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        others = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
+        tensors = others | {prefix + key: tensor for key, tensor in how(mask, held).items()}
+    return tensors
 
 
 def _drawn(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -140,7 +140,12 @@ def _line(text: object) -> str:
 def _trained(config: Settings) -> str:
     words = ["gamma"] * config.train_gamma + ["beta"] * config.train_beta + ["the head"] * config.train_head
     if config.control:
-        kinds = {"two_weights": "two weights per output channel", "input_affine": "a scale and shift per input channel"}
+        kinds = {
+            "two_weights": "two weights per output channel",
+            "input_affine": "a scale and shift per input channel",
+            "mask": f"a mask that keeps {config.mask_share:.0%} of the weights" if config.mask_share else "",
+            "signed_mask": f"a mask that keeps {config.mask_share or 0:.0%} of the weights, with their signs",
+        }
         words.append(f"{kinds[config.control]} of {len(config.control_layers or ())} convolutions")
     words += [f"{len(config.extra_trainable_modules)} further modules"] * bool(config.extra_trainable_modules)
     return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words) or "nothing"

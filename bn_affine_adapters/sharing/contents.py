@@ -66,7 +66,9 @@ class Stored(NamedTuple):
             left -= count
 
 
-_TYPES = {key: np.dtype(kind) for key, kind in dict(F32="<f4", F16="<f2", F64="<f8", I64="<i8", BF16="<u2").items()}
+_TYPES = {
+    key: np.dtype(kind) for key, kind in dict(F32="<f4", F16="<f2", F64="<f8", I64="<i8", BF16="<u2", U8="u1").items()
+}
 
 
 def _decoded(data: memoryview, dtype: str) -> NDArray[Any]:

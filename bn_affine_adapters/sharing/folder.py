@@ -50,7 +50,9 @@ if TYPE_CHECKING:
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SCRATCH = ".saving-"  # how the names of half-written files and folders begin
 MAX_LISTS = 100_000  # opening brackets in a configuration's text, those in label names included
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I64": "int64"}  # torch's names
+DTYPES = {  # torch's names
+    "F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "I64": "int64", "U8": "uint8",
+}  # fmt: skip
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
@@ -322,7 +324,7 @@ def check_header(folder: Path, model: "nn.Module", config: "BNOnlyConfig") -> No
     import torch
     from torch import nn
 
-    from ..adapter.control import controlled
+    from ..adapter.control import Control, controlled
     from ..adapter.layer import drawn
     from ..adapter.tensors import check_tensors
     from ..norms.find import named_layers, plain_tensors
@@ -336,7 +338,8 @@ def check_header(folder: Path, model: "nn.Module", config: "BNOnlyConfig") -> No
     modules = [name for name in config.target_modules if name not in scales]
     for name, module in named_layers(model, modules, "the adapter's").items():
         copy = controlled(module, name, config) if name in (config.control_layers or ()) else module
-        for key, tensor in copy.state_dict().items():
+        own = copy.state_dict()
+        for key, tensor in (copy.stored(own) if isinstance(copy, Control) else own).items():
             shape = tuple(tensor.shape)
             if name in (config.head_layers or ()) and classes and isinstance(module, nn.Linear | nn.Conv2d):
                 shape = (classes, *shape[1:])  # each adapter's head has its own number of classes

@@ -29,6 +29,8 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "gamma": {"train_beta": False},
     "beta": {"train_gamma": False},
     "input-affine": {**_NORMS_OFF, "control": "input_affine"},
+    "mask": {**_NORMS_OFF, "control": "mask"},
+    "signed-mask": {**_NORMS_OFF, "control": "signed_mask"},
     "filter-affine": {"running_statistics": "frozen"},
 }
 CONFIGS = Path(__file__).parent / "configs"

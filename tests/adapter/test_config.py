@@ -25,7 +25,8 @@ FULL = dict(
     train_gamma=False,
     train_beta=True,
     train_head=True,
-    control="two_weights",
+    control="signed_mask",
+    mask_share=0.3,
     extra_trainable_modules=["layer2.0.downsample.0", "Blöcke.0"],
     norm_layers=["bn1"],
     running_statistics="frozen",
@@ -199,6 +200,7 @@ BAD = {
     "train_beta": [0, "false", None],
     "train_head": [1, "head", None],
     "control": ["two", "", 2, True, ["two_weights"]],
+    "mask_share": [0, -0.5, 1.5, True, "0.5", float("nan"), 0.5],
     "extra_trainable_modules": ["fc", [1], [None], 5],
     "layer_scale": ["two", "", 1, True, ["one"]],
     "layer_scales": ["gamma", [1], 5],
@@ -228,7 +230,7 @@ BAD = {
 
 def test_bad_values_are_tried_for_every_field():
     assert set(BAD) == OURS
-    assert sum(map(len, BAD.values())) == 117
+    assert sum(map(len, BAD.values())) == 124
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def test_each_image_gets_what_its_own_adapter_gives(name):
 OWNED = {
     "two weights": {"control": "two_weights", "seed": 0},
     "input affine": {"control": "input_affine"},
+    "mask": {"control": "mask", "seed": 0},
     "a whole module": {"extra_trainable_modules": ["layer1.0"]},
 }
 

@@ -87,6 +87,7 @@ CONDITIONS = {
     "frozen statistics": {"running_statistics": "frozen"},
     "two weights": {"control": "two_weights", "train_gamma": False, "train_beta": False},
     "input affine": {"control": "input_affine"},
+    "mask": {"control": "signed_mask"},
     "shortcuts": {"extra_trainable_modules": shortcut_convs},
     "some norms": {"norm_layers": ["blocks.0.bn2", "blocks.2.bn1"]},
 }

@@ -56,6 +56,7 @@ BASES = {
     "efficientnet": ("test_efficientnet", {"num_classes": 3}, {"train_head": True, "label_names": ["a", "b", "c"]}, 32),
     "vit": ("test_vit", {"num_classes": 3, "img_size": 32}, {}, 32),
     "control": ("test_resnet", {}, {"control": "two_weights", "train_gamma": False, "train_beta": False}, 32),
+    "mask": ("test_resnet", {}, {"control": "signed_mask", "train_gamma": False, "train_beta": False}, 32),
 }
 LOADING = ("load", "given", "peft", "beside")
 CHOICES = [*["load"] * 4, *DOORS]
@@ -565,7 +566,7 @@ def test_the_adapters_come_in_before_they_are_mutated(server, hub, alice, tmp_pa
     adapters(tmp_path)
     found = {(base, door): server.ask(str(tmp_path / base), base, door, alice)[0] for base in BASES for door in DOORS}
     assert found == {(base, door): "loaded" if door in LOADING else "read" for base, door in found}
-    assert len(found) == 45
+    assert len(found) == 54
 
 
 LIMIT = 0.4  # of what follows, in seconds of processor time

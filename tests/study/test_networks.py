@@ -274,7 +274,7 @@ def test_names_are_those_of_the_plain_network():
     assert "bn1.act" in counts
 
 
-@pytest.mark.parametrize("control", ["two_weights", "input_affine"])
+@pytest.mark.parametrize("control", ["two_weights", "input_affine", "mask"])
 def test_a_control_is_analysed_with_the_norm_layers_it_leaves_frozen(control):
     config = BNOnlyConfig(seed=0, control=control, train_gamma=False, train_beta=False)
     model = get_bn_only_model(timm.create_model("cifar_resnet14"), config)

@@ -275,6 +275,8 @@ COUNTS = {
     "shortcut+head": 2_560 + 650,
     "random2": 1_120,
     "input-affine": 902,
+    "mask": 173_488,
+    "signed-mask": 173_488,
     "filter-affine": 1_120,
     "all": 175_258,
     "no-affine": 175_258 - 1_120,
