@@ -161,6 +161,13 @@ _script("sweep", "Train many recipes, as a YAML file lists them.", prog_name="bn
 _script("tune", "Choose hyper-parameters with Optuna.", extra="tune", prog_name="bn-adapters tune")
 _script("analyse", "Analyse gamma, beta and dead activations of a trained network.", "study")
 _script(
+    "serve",
+    "Serve adapters of one network over HTTP, with Ray Serve.",
+    "deploy.serving",
+    extra="serve",
+    prog_name="bn-adapters serve",
+)
+_script(
     "gpu-check", "Check this package on a GPU, and measure it there.", "study.gpu", prog_name="bn-adapters gpu-check"
 )
 
