@@ -19,7 +19,7 @@ from ...model.loading import load_bn_only_model
 from ...model.prediction import Prediction, named
 from ...settings import hub_id
 from ...sharing.hub import fetch
-from .requests import RequestError
+from .requests import refused
 
 
 class Asked(NamedTuple):
@@ -124,24 +124,26 @@ class AdapterPool:
         """Raise RequestError unless requests may name this adapter: it is listed, or has an allowed prefix."""
         if name not in self.sources and not (name.startswith(self.prefixes) and hub_id(name)):
             what, seen = "There is no such adapter here.", f"{name[:100]!r}{nearest_name(name[:100], self.sources)}"
-            raise RequestError(404, what, seen=seen, do="name one that GET /adapters lists")
+            raise refused(404, what, seen, "name one that GET /adapters lists")
 
-    def pixels(self, name: str, image: Image.Image) -> Tensor:
-        """Prepare an image as an adapter's data configuration says; load the adapter if it is not.
+    def load(self, name: str) -> Held:
+        """Load an adapter, if it is not, and return it.
 
         Raises:
             RequestError: requests may not name this adapter.
             BNAdapterError: it cannot be fetched, loaded or served.
-            DataError: the image cannot be converted.
         """
         self.check_name(name)
-        held = self.held.get(name)  # without the lock, so that images are prepared while a batch runs
-        if held is None:
-            self._folder(name)
-            with self._lock:
-                held = self._load(name)
-                if not self._make_room({name}):
-                    raise self._too_large(name)
+        self._folder(name)  # without the lock: the Hub may take its time
+        with self._lock:
+            held = self._load(name)
+            if not self._make_room({name}):
+                raise self._too_large(name)
+        return held
+
+    def pixels(self, name: str, image: Image.Image) -> Tensor:
+        """Prepare an image as an adapter's data configuration says. Raises: as `load`, and DataError."""
+        held = self.held.get(name) or self.load(name)  # no lock, so that images are prepared while a batch runs
         return held.pixels(open_image(image, held.channels))
 
     def predict(self, asked: Sequence[Asked]) -> list[list[Prediction] | Exception]:

@@ -29,15 +29,12 @@ FORMATS = ("JPEG", "PNG", "WEBP")  # decoders that read nothing but the image, a
 MOST_SCANS = 100  # of a JPEG: each passes over the whole image; encoders write about ten
 MOST_MARKS = 100  # brackets and commas of JSON: a few bytes of them take much more memory than text
 MOST_CLASSES = 1000
-# What an error of an adapter means for a client, the first that fits; the reason itself is for the server's log.
-_STATUS: tuple[tuple[type[Exception], int], ...] = (
-    (HubNotFoundError, 404),
-    (HubAccessError, 404),  # the Hub answers so for what does not exist
+# What an error of an adapter means for a client, the first that fits; the Hub refuses access to what does not exist.
+_STATUS: tuple[tuple[Any, int], ...] = (
+    (HubNotFoundError | HubAccessError, 404),
     (HubUnavailableError, 503),
     (HubError, 502),
-    (AdapterError, 422),
-    (ConfigError, 422),
-    (NetworkError, 422),
+    (AdapterError | ConfigError | NetworkError, 422),
 )
 
 
@@ -59,18 +56,14 @@ class Limits:
 class RequestError(BNAdapterError):
     """A request cannot be answered; ``status`` is that of HTTP."""
 
-    def __init__(self, status: int, what: str, *, seen: str, do: str) -> None:
-        """Keep the status and the three parts."""
-        super().__init__(what, seen=seen, do=do)
-        self.status = status
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the status too."""
-        return _again, (self.status, self.what, self.seen, self.do)
+    status = 400
 
 
-def _again(status: int, what: str, seen: str, do: str) -> RequestError:
-    return RequestError(status, what, seen=seen, do=do)
+def refused(status: int, what: str, seen: str, do: str) -> RequestError:
+    """Return the error of a request with its status and three parts."""
+    error = RequestError(what, seen=seen, do=do)
+    error.status = status
+    return error
 
 
 def as_answer(error: Exception) -> RequestError:
@@ -78,16 +71,13 @@ def as_answer(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, DataError):
-        return RequestError(400, error.what, seen=error.seen, do=error.do)
+        return refused(400, error.what, error.seen, error.do)
     if isinstance(error, TimeoutError):
-        what, do = "The answer takes too long.", "ask again later, or with a smaller image"
-        return RequestError(504, what, seen="the time of a request is over", do=do)
-    for kind, status in _STATUS:
-        if isinstance(error, kind):
-            do = "name another adapter, or try again later" if status > 500 else "name another adapter"
-            seen = f"{type(error).__name__}; the server's log has the reason"
-            return RequestError(status, "The adapter cannot be served.", seen=seen, do=do)
-    return RequestError(500, "The server failed.", seen=f"a {type(error).__name__}; its log says where", do="try again")
+        return refused(504, "The answer takes too long.", "the time of a request is over", "ask again later")
+    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+    what = "The server failed." if status == 500 else "The adapter cannot be served."
+    do = "name another adapter" if status < 500 else "try again later"
+    return refused(status, what, f"{type(error).__name__}; the server's log has the reason", do)
 
 
 async def read_request(request: "Request", limits: Limits) -> tuple[str, bytes, int]:
@@ -100,23 +90,19 @@ async def read_request(request: "Request", limits: Limits) -> tuple[str, bytes, 
     readers = {"multipart/form-data": _form, "application/json": _json}
     if kind not in readers:
         do = "send multipart/form-data, or application/json with the image as base64"
-        raise RequestError(415, "The body has another type.", seen=repr(kind[:100]), do=do)
+        raise refused(415, "The body has another type.", repr(kind[:100]), do)
     fields = await readers[kind](_bounded(request, limits.body))
     if strange := [key for key in KEYS[:2] if key not in fields] or [key for key in fields if key not in KEYS]:
         seen, do = f"{strange[0][:100]!r}; given: {sorted(fields)}", "send adapter, image and, if wanted, top_k"
-        raise _malformed("A field is missing, or there is one too many.", seen, do)
+        raise refused(400, "A field is missing, or there is one too many.", seen, do)
     adapter, image, top_k = (fields.get(key, "5") for key in KEYS)
     if not isinstance(adapter, str) or not 0 < len(adapter) <= 200:
-        raise _malformed("adapter is no name.", repr(adapter)[:100], "name one that GET /adapters lists")
+        raise refused(400, "adapter is no name.", repr(adapter)[:100], "name one that GET /adapters lists")
     if not isinstance(image, bytes):
-        raise _malformed("image is no file.", type(image).__name__, "send the bytes of an image")
+        raise refused(400, "image is no file.", type(image).__name__, "send the bytes of an image")
     if isinstance(top_k, bool) or not str(top_k).isdecimal() or not 1 <= int(str(top_k)[:9]) <= MOST_CLASSES:
-        raise _malformed("top_k is no number of classes.", repr(top_k)[:100], f"send 1 to {MOST_CLASSES}")
+        raise refused(400, "top_k is no number of classes.", repr(top_k)[:100], f"send 1 to {MOST_CLASSES}")
     return adapter, image, int(top_k)
-
-
-def _malformed(what: str, seen: str, do: str) -> RequestError:
-    return RequestError(400, what, seen=seen, do=do)
 
 
 def _bounded(request: "Request", most: int) -> "Request":
@@ -126,7 +112,7 @@ def _bounded(request: "Request", most: int) -> "Request":
     def check(size: int) -> None:
         if size > most:
             seen, do = f"{size:,} bytes or more; {most:,} are allowed", "send a smaller image"
-            raise RequestError(413, "The body is too large.", seen=seen, do=do)
+            raise refused(413, "The body is too large.", seen, do)
 
     async def receive() -> Any:
         nonlocal read
@@ -141,22 +127,21 @@ def _bounded(request: "Request", most: int) -> "Request":
 
 
 async def _form(request: "Request") -> Mapping[str, Any]:
-    from starlette.exceptions import HTTPException
     from starlette.formparsers import MultiPartException
 
     try:
         async with request.form(max_files=1, max_fields=len(KEYS), max_part_size=1000) as form:
             return {key: each if isinstance(each, str) else await each.read() for key, each in form.multi_items()}
-    except (HTTPException, MultiPartException, KeyError) as error:
-        reason = getattr(error, "detail", None) or getattr(error, "message", None) or "no boundary"
-        raise _malformed("The form cannot be read.", str(reason), "curl -F adapter=NAME -F image=@FILE") from error
+    except (MultiPartException, KeyError) as error:
+        reason = getattr(error, "message", "no boundary")
+        raise refused(400, "The form cannot be read.", reason, "curl -F adapter=NAME -F image=@FILE") from error
 
 
 async def _json(request: "Request") -> Mapping[str, Any]:
     body = await request.body()
     do = 'send {"adapter": "NAME", "image": "BASE64", "top_k": 5}'
     if (marks := sum(map(body.count, (b"[", b"{", b",")))) > MOST_MARKS:
-        raise _malformed("The JSON holds too much.", f"{marks:,} brackets and commas", do)
+        raise refused(400, "The JSON holds too much.", f"{marks:,} brackets and commas", do)
     try:
         fields = json.loads(body)
         if not isinstance(fields, dict):
@@ -164,7 +149,7 @@ async def _json(request: "Request") -> Mapping[str, Any]:
         if isinstance(fields.get("image"), str):
             fields["image"] = base64.b64decode(fields["image"], validate=True)
     except (ValueError, RecursionError) as error:
-        raise _malformed("The JSON cannot be read.", f"{type(error).__name__}: {error}"[:200], do) from error
+        raise refused(400, "The JSON cannot be read.", f"{type(error).__name__}: {error}"[:200], do) from error
     return fields
 
 
@@ -183,9 +168,8 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         image.load()
         return image
     except Image.DecompressionBombError as error:  # PIL's own bound comes first
-        what, do = "The image has too many pixels.", "send a smaller image"
-        raise RequestError(413, what, seen=str(error), do=do) from error
+        raise refused(413, "The image has too many pixels.", str(error), "send a smaller image") from error
     except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error and more, by format
         reason = str(error) if isinstance(error, ValueError | OSError) and "BytesIO" not in str(error) else ""
         seen, do = f"{len(data):,} bytes; {type(error).__name__} {reason}", f"send a whole file: {', '.join(FORMATS)}"
-        raise _malformed("The image cannot be read.", seen.strip(), do) from error
+        raise refused(400, "The image cannot be read.", seen.strip(), do) from error

@@ -6,27 +6,23 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from starlette.requests import Request
+from starlette.responses import Response
 
+from ...model.prediction import Prediction
 from .pool import AdapterPool, Asked
 from .requests import Limits
 from .service import Service
 
-if TYPE_CHECKING:
-    from starlette.requests import Request
-    from starlette.responses import Response
-
-    from ...model.prediction import Prediction
-
 APPLICATION = "bn-adapters"  # its name in Ray Serve
+WAITING = 1000  # requests that wait for a replica; further ones get status 503
 GRACE = 5.0  # seconds that Ray waits longer than a request may take
 
 
-def application(
-    pool: dict[str, Any], limits: Limits, *, replicas: int, batch: int, wait: float, gpus: float, waiting: int = 1000
-) -> Any:
+def application(pool: dict[str, Any], limits: Limits, *, replicas: int, batch: int, wait: float, gpus: float) -> Any:
     """Return an application of Ray Serve.
 
     Args:
@@ -36,7 +32,6 @@ def application(
         batch: images at most that pass the network together.
         wait: seconds that an image waits for others to fill its batch.
         gpus: of each replica; a fraction shares one.
-        waiting: requests at most that wait for a replica; further ones get status 503.
     """
     from ray import serve
 
@@ -47,16 +42,16 @@ def application(
             self.service = Service(self.pool, limits, self.predict, replica)
 
         @serve.batch(max_batch_size=batch, batch_wait_timeout_s=wait)
-        async def predict(self, asked: "list[Asked]") -> "list[list[Prediction] | Exception]":
+        async def predict(self, asked: list[Asked]) -> list[list[Prediction] | Exception]:
             return await asyncio.to_thread(self.pool.predict, asked)
 
-        async def __call__(self, request: "Request") -> "Response":
+        async def __call__(self, request: Request) -> Response:
             return await self.service.answer(request)
 
     how: dict[str, Any] = {
         "num_replicas": replicas,
         "max_ongoing_requests": 2 * batch,
-        "max_queued_requests": waiting,
+        "max_queued_requests": WAITING,
         "graceful_shutdown_timeout_s": 2 * limits.seconds + GRACE,
         "graceful_shutdown_wait_loop_s": 0.2,
         "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus},
@@ -98,9 +93,7 @@ def wait_for_end() -> None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("adapters", nargs=-1, required=True)
-@click.option(
-    "--prefix", "prefixes", multiple=True, help="Also serve Hub ids that begin so: me/. Repeatable."
-)
+@click.option("--prefix", "prefixes", multiple=True, help="Also serve Hub ids that begin so: me/. Repeatable.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 to be reached from elsewhere.")
 @click.option("--port", default=8000, show_default=True)
 @click.option("--replicas", default=1, show_default=True, help="Processes, each with the network and adapters.")
