@@ -5,12 +5,12 @@
 
 Each part starts what it measures, in processes of their own. What was measured is kept in serve.json, part by part.
 
-- speed: 16 adapters in one server, two replicas, against 8 processes with one adapter each (uvicorn, the same code
+- speed: 16 adapters in one server, two replicas, against 4 processes with one adapter each (uvicorn, the same code
   without Ray and without batches; 16 did not fit beside other programs). Rounds alternate. Every answer is compared
   with that of the adapter alone.
 - kill: SIGKILL for one of two replicas while clients ask; which requests are lost.
 - soak: adapters come and go, one request in ten is wrong; memory, and every answer compared.
-- hundred: one server with 100 adapters, one replica; four processes with one adapter each stand for a hundred.
+- hundred: one server with 100 adapters, one replica; two processes with one adapter each stand for a hundred.
 """
 
 import asyncio
@@ -131,10 +131,12 @@ def started(root: Path, *command: str) -> Iterator[tuple[str, psutil.Process]]:
             if process.poll() is not None or time.time() > end:
                 raise SystemExit(f"no server: {log.read_text()[-2000:]}")
             try:
-                if httpx.get(f"{url}/healthz").status_code == 200:
-                    break
+                answers = httpx.get(f"{url}/healthz").status_code == 200
             except httpx.HTTPError:
-                time.sleep(0.5)
+                answers = False
+            if answers and ("--port" not in command or "ready: " in log.read_text()):  # all replicas are
+                break
+            time.sleep(0.5)
         yield url, psutil.Process(process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -280,15 +282,15 @@ def compared(
 
 
 def speed(root: Path, network: str, clients: int, requests: int, rounds: int, **_: Any) -> dict[str, Any]:
-    """Measure 16 adapters in one server against 8 processes."""
+    """Measure 16 adapters in one server against 4 processes."""
     made = tasks(root, network, 16)
-    return compared(root, made, made[:8], 2, clients, requests, rounds)
+    return compared(root, made, made[:4], 2, clients, requests, rounds)
 
 
 def hundred(root: Path, network: str, clients: int, requests: int, rounds: int, **_: Any) -> dict[str, Any]:
-    """Measure 100 adapters in one server against four processes."""
+    """Measure 100 adapters in one server against two processes."""
     made = tasks(root, network, 100)
-    return compared(root, made, made[:4], 1, clients, requests, rounds)
+    return compared(root, made, made[:2], 1, clients, requests, rounds)
 
 
 def kill(root: Path, network: str, clients: int, **_: Any) -> dict[str, Any]:

@@ -65,7 +65,9 @@ def serving(address: str, host: str, port: int, limits: Limits) -> Iterator[None
 
     In a cluster, what else it serves goes on.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported, which would report to its makers
+    # Before Ray is imported: it would report to its makers, and give way to every other program.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
     from ray import serve
 
