@@ -38,14 +38,12 @@ class Held:
         key: its name in the model.
         config: its settings.
         bytes: of its tensors, and of its rows of stacked scales and shifts.
-        channels: that an image is opened with.
-        pixels: from an image in mode RGB or L to normalised pixels.
+        pixels: from an image to normalised pixels.
     """
 
     key: str
     config: BNOnlyConfig
     bytes: int
-    channels: int
     pixels: Callable[[Image.Image], Tensor]
 
 
@@ -144,7 +142,7 @@ class AdapterPool:
     def pixels(self, name: str, image: Image.Image) -> Tensor:
         """Prepare an image as an adapter's data configuration says. Raises: as `load`, and DataError."""
         held = self.held.get(name) or self.load(name)  # no lock, so that images are prepared while a batch runs
-        return held.pixels(open_image(image, held.channels))
+        return held.pixels(image)
 
     def predict(self, asked: Sequence[Asked]) -> list[list[Prediction] | Exception]:
         """Classify images of several adapters together: of each its best classes, or the error of its adapter alone."""
@@ -238,7 +236,11 @@ class AdapterPool:
         except (RuntimeError, ValueError, AssertionError) as error:
             what, do = "The adapter cannot be served: the network does not take its images.", "correct its data_config"
             raise ConfigError(what, seen=f"{data['input_size']}; {type(error).__name__}: {error}", do=do) from error
-        return Held(key, config, self._bytes(key), image.shape[1], lambda own: normalise(transform(own)[None])[0])
+
+        def pixels(image: Image.Image) -> Tensor:
+            return normalise(transform(open_image(image, data["input_size"][0]))[None])[0]
+
+        return Held(key, config, self._bytes(key), pixels)
 
     def _bytes(self, key: str) -> int:
         layers = [layer for layer in adapter_layers(self.model) if key in layer.bn_only_layers]
