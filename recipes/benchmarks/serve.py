@@ -366,7 +366,10 @@ def measure(parts: list[str], **options: Any) -> dict[str, Any]:
 
 def page(found: dict[str, Any]) -> str:
     """Return the section of docs/serving.md."""
-    return "\n\n".join(globals()[f"{part}_text"](found[part]) for part in PARTS if part in found)
+    texts = [globals()[f"{part}_text"](found[part]) for part in PARTS if part in found]
+    head = f"""Written by `python recipes/benchmarks/serve.py --write`;
+{next(iter(found.values()))["machine"]}. Clients and servers share the cores with other programs: times are long."""
+    return "\n\n".join([head, *texts])
 
 
 def sides(found: dict[str, Any], apart: str, scale: float = 1) -> str:
@@ -380,14 +383,11 @@ def sides(found: dict[str, Any], apart: str, scale: float = 1) -> str:
 
 def speed_text(found: dict[str, Any]) -> str:
     """Return what the part speed found, in words."""
-    return f"""Written by `python recipes/benchmarks/serve.py --write`; {found["machine"]}.
-
-### One server against a process for each task
+    return f"""### One server against a process for each task
 
 32 clients ask {found["network"]}, images of 40 px, {found["asked"]} requests a round. Every answer is compared with
 that of the adapter alone. The server has two replicas; a process for each task is the same code behind uvicorn, without
-Ray and without batches. Clients and servers share two cores with other programs, so that the ratio of one round says
-more than requests a second: {found["ratio"]} (median).
+Ray and without batches. Rounds alternate; the median ratio of requests a second is {found["ratio"]}.
 
 {sides(found, f"{found['apart_count']} processes")}
 

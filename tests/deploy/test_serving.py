@@ -461,7 +461,7 @@ def server(folders, tmp_path):
         assert not left, "processes of Ray were left"
 
 
-@pytest.mark.slow  # Ray takes 20 s to start and end
+@pytest.mark.slow  # Ray takes half a minute to start and end
 def test_the_command_serves_loses_only_what_was_in_a_killed_replica_and_drains(server, alone):
     url, process = server
     with ThreadPoolExecutor(16) as threads:
