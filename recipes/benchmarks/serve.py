@@ -368,7 +368,8 @@ def page(found: dict[str, Any]) -> str:
     """Return the section of docs/serving.md."""
     texts = [globals()[f"{part}_text"](found[part]) for part in PARTS if part in found]
     head = f"""Written by `python recipes/benchmarks/serve.py --write`;
-{next(iter(found.values()))["machine"]}. Clients and servers share the cores with other programs: times are long."""
+{next(iter(found.values()))["machine"]}.
+Clients and servers share the cores with other programs: times are long."""
     return "\n\n".join([head, *texts])
 
 
@@ -418,7 +419,7 @@ def kill_text(found: dict[str, Any]) -> str:
 
 One of two replicas gets SIGKILL while {found["clients"]} clients ask, each one request at a time. Of {found["asked"]:,}
 requests were lost: {lost}; {found["before_the_kill"]} of them before the kill, the last {found["lost_within_s"]} s
-after it. They were in that replica; all others were answered, {found["wrong"]} of them wrongly. Ray started
+after it. Ray answers so for what was in the replica. All others were answered, {found["wrong"]} of them wrongly. Ray started
 {found["new_replicas"]} new replica."""
 
 
@@ -429,10 +430,11 @@ def soak_text(found: dict[str, Any]) -> str:
     return f"""### Adapters that come and go
 
 {found["seconds"]} s, 8 clients, 40 adapters of which 8 fit, one request in ten wrong on purpose: an adapter that does
-not exist, half an image, a body that is too large. Answers: {statuses}; {found["wrong"]} wrong answers or statuses.
+not exist, half an image, a body that is too large. Answers:
+{statuses}; {found["wrong"]} wrong answers or statuses.
 {found["loads"]:,} loads and {found["evictions"]:,} evictions. The replica's memory was {found["first_MB"]} MB in the
 first tenth and {found["last_MB"]} MB in the last, {grown:+.1f} MB. safetensors 0.8 keeps 64 bytes of each tensor that
-PEFT reads by it, which is {found["loads"] * 77 * 64 / 1e6:.1f} MB for these loads; nothing else grows."""
+PEFT reads by it, which is {found["loads"] * 77 * 64 / 1e6:.1f} MB for these loads."""
 
 
 if __name__ == "__main__":
