@@ -60,7 +60,7 @@ async def alone(asked):
 async def app(scope, receive, send):
     await (await service.answer(Request(scope, receive)))(scope, receive, send)
 service = Service(AdapterPool([sys.argv[1]]), Limits(), alone)
-uvicorn.run(app, port=int(sys.argv[2]), log_level="warning", lifespan="off")
+uvicorn.run(app, port=int(sys.argv[2]), log_level="warning", lifespan="off", timeout_keep_alive=75)
 """
 warnings.simplefilter("ignore")  # of bases that nobody else can have
 
@@ -379,7 +379,7 @@ def sides(found: dict[str, Any], apart: str, scale: float = 1) -> str:
         [name, side["a_second"], side["cpu_ms"], f"{times * side['MB']:,.0f}", side["wrong"]]
         for name, side, times in (("one server", found["together"], 1), (apart, found["apart"], scale))
     ]
-    return markdown_table(["", "requests a second", "processor ms a request", "memory, MB", "wrong answers"], rows)
+    return markdown_table(["", "requests a second", "processor ms a request", "memory, MB", "lost or wrong"], rows)
 
 
 def speed_text(found: dict[str, Any]) -> str:
@@ -419,8 +419,8 @@ def kill_text(found: dict[str, Any]) -> str:
 
 One of two replicas gets SIGKILL while {found["clients"]} clients ask, each one request at a time. Of {found["asked"]:,}
 requests were lost: {lost}; {found["before_the_kill"]} of them before the kill, the last {found["lost_within_s"]} s
-after it. Ray answers so for what was in the replica. All others were answered, {found["wrong"]} of them wrongly. Ray started
-{found["new_replicas"]} new replica."""
+after it. Ray answers so for what was in the replica. All others were answered, {found["wrong"]} of them wrongly. Ray
+started {found["new_replicas"]} new replica."""
 
 
 def soak_text(found: dict[str, Any]) -> str:

@@ -9,13 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
-from starlette.requests import Request
-from starlette.responses import Response
 
-from ...model.prediction import Prediction
-from .pool import AdapterPool, Asked
 from .requests import Limits
-from .service import Service
 
 APPLICATION = "bn-adapters"  # its name in Ray Serve
 WAITING = 1000  # requests that wait for a replica; further ones get status 503
@@ -34,6 +29,12 @@ def application(pool: dict[str, Any], limits: Limits, *, replicas: int, batch: i
         gpus: of each replica; a fraction shares one.
     """
     from ray import serve
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from ...model.prediction import Prediction
+    from .pool import AdapterPool, Asked
+    from .service import Service
 
     class Server:
         def __init__(self) -> None:
@@ -115,6 +116,8 @@ def command(adapters: tuple[str, ...], prefixes: tuple[str, ...], **options: Any
     Example:
       bn-adapters serve runs/signs/adapter me/leaves --prefix me/ --port 8000
     """
+    from .pool import AdapterPool  # not at the top: --help needs no torch
+
     limits = Limits(options["max_body"], options["max_pixels"], options["timeout"])
     pool = {"adapters": adapters, "prefixes": prefixes, "max_adapters": options["max_adapters"]}
     pool["max_bytes"] = options["max_megabytes"] * 1_000_000
