@@ -162,6 +162,13 @@ _script("compare", "Compare methods of fine-tuning on several tasks.", prog_name
 _script("tune", "Choose hyper-parameters with Optuna.", extra="tune", prog_name="bn-adapters tune")
 _script("analyse", "Analyse gamma, beta and dead activations of a trained network.", "study")
 _script(
+    "serve",
+    "Serve adapters of one network over HTTP, with Ray Serve.",
+    "deploy.serving",
+    extra="serve",
+    prog_name="bn-adapters serve",
+)
+_script(
     "gpu-check", "Check this package on a GPU, and measure it there.", "study.gpu", prog_name="bn-adapters gpu-check"
 )
 

@@ -248,7 +248,7 @@ def test_export_and_card_write_their_files(run, folder, tmp_path):
 
 
 def test_every_command_has_help_with_an_example_that_is_understood(run):
-    assert set(main.commands) == COMMANDS | {"sweep", "tune", "gpu-check"}
+    assert set(main.commands) == COMMANDS | {"sweep", "tune", "gpu-check", "serve"}
     for name in COMMANDS:
         command = main.commands[name]
         code, text, _ = run(name, "--help")
@@ -264,7 +264,13 @@ def test_every_command_has_help_with_an_example_that_is_understood(run):
 
 
 @pytest.mark.parametrize(
-    "words", ["sweep [OPTIONS] NAME|FILE.yaml", "tune [OPTIONS] NAME|FILE.yaml", "gpu-check [OPTIONS]"]
+    "words",
+    [
+        "sweep [OPTIONS] NAME|FILE.yaml",
+        "tune [OPTIONS] NAME|FILE.yaml",
+        "gpu-check [OPTIONS]",
+        "serve [OPTIONS] ADAPTERS...",
+    ],
 )
 def test_a_script_that_is_a_command_has_its_own_help(run, words):
     code, text, _ = run(words.partition(" ")[0], "--help")

@@ -112,6 +112,7 @@ def test_the_commands_of_the_sharing_page_run_after_its_python(me, capsys):
     ran = run_commands(code(page, "bash"))
     others = {
         "architectures", "train", "validate", "configs", "sweep", "tune", "analyse", "gpu-check", "prune", "compare",
+        "serve",
     }  # fmt: skip
     assert set(ran) == set(main.commands) - others
 

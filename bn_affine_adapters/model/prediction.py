@@ -89,7 +89,7 @@ def predict_each(
     for some in _groups(images, together):
         read = [_pixels(image, channels, transform) for image in some]
         pixels = [each for each in read if isinstance(each, torch.Tensor)]
-        classes = iter(_named(_logits(model, normalise(torch.stack(pixels))), config, top_k) if pixels else [])
+        classes = iter(named(_logits(model, normalise(torch.stack(pixels))), config, top_k) if pixels else [])
         for image, each in zip(some, read, strict=True):
             yield image, each if isinstance(each, DataError) else next(classes)
 
@@ -112,7 +112,7 @@ def _groups(images: Iterable[AnyPicture], count: int) -> Iterator[list[AnyPictur
         yield some
 
 
-def _named(logits: torch.Tensor, config: BNOnlyConfig, top_k: int) -> list[list[Prediction]]:
+def named(logits: torch.Tensor, config: BNOnlyConfig, top_k: int) -> list[list[Prediction]]:
     """Return the best classes of each row of logits, by the names of a configuration."""
     best = logits.softmax(1).topk(min(top_k, logits.shape[1]))
     names = config.label_names or []

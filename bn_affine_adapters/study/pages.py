@@ -28,17 +28,23 @@ def write_section(page: Path, name: str, text: str) -> None:
 
 
 def benchmark(
-    script: str, about: str | None, measure: Callable[..., Any], section: Callable[[Any], str], **defaults: Any
+    script: str,
+    about: str | None,
+    measure: Callable[..., Any],
+    section: Callable[[Any], str],
+    page: str = "performance.md",
+    **defaults: Any,
 ) -> None:
     """Run a benchmark from the command line: print what it measures as one JSON line, then its section as Markdown.
 
-    With --write, the section also replaces that of the script's name in docs/performance.md.
+    With --write, the section also replaces that of the script's name in a page of docs/.
 
     Args:
         script: its ``__file__``, in recipes/benchmarks.
         about: what ``--help`` prints.
         measure: takes the options.
         section: from what was measured to Markdown.
+        page: of docs/, which has that section.
         defaults: of each option; False makes a flag, and a list takes one or more values.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,7 +60,7 @@ def benchmark(
     print(json.dumps(measured, allow_nan=False))
     print(section(measured))
     if write:
-        write_section(path.parents[2] / "docs" / "performance.md", path.stem, section(measured))
+        write_section(path.parents[2] / "docs" / page, path.stem, section(measured))
 
 
 def machine() -> str:

@@ -125,5 +125,5 @@ def page(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    usual = {"model": "cifar_resnet14", "batch": 128, "replicates": 5, "steps": 20, "rounds": 5, "captured": False}
+    usual: Any = {"model": "cifar_resnet14", "batch": 128, "replicates": 5, "steps": 20, "rounds": 5, "captured": False}
     benchmark(__file__, __doc__, compare, page, **usual)
