@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import script
 from torch import nn
 
 from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model
@@ -25,19 +26,6 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 GOLDEN = Path(__file__).parents[1] / "golden"
 X = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(4))
-# Ten families, each a small network: (creation arguments, configuration, size of the images)
-FAMILIES = {
-    "test_resnet": ({}, {"train_head": True}, 32),
-    "test_convnext": ({}, {"layer_scale": "train"}, 32),
-    "test_vit": ({"img_size": 32}, {}, 32),
-    "test_efficientnet": ({}, {}, 32),
-    "mobilenetv3_small_050": ({}, {}, 32),
-    "regnetx_002": ({}, {}, 32),
-    "densenet121": ({}, {}, 32),
-    "ghostnet_050": ({}, {}, 32),
-    "repvgg_a0": ({}, {}, 32),
-    "swin_tiny_patch4_window7_224": ({"img_size": 56, "depths": (1, 1, 1, 1)}, {}, 56),
-}
 
 
 class Small(nn.Module):
@@ -133,7 +121,7 @@ def test_an_adapter_of_another_network_is_refused_by_the_runtime(backbone, train
     other = get_bn_only_model(Small(), BNOnlyConfig(seed=4, train_head=True)).eval()
     with (
         np.load(export(other, tmp_path / "other.npz", "npz")) as arrays,
-        pytest.raises(ValueError, match="Required inputs|Invalid input"),
+        pytest.raises(ValueError, match=r"Required inputs|Invalid input"),
     ):
         run(backbone, X, arrays)
 
@@ -291,17 +279,16 @@ def test_the_command_line_writes_what_onnxruntime_alone_runs(tmp_path):
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, rtol=1e-4, atol=1e-4)
 
 
+RUNTIMES = script("benchmarks/runtimes")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("adapter", ["inside", "inputs"])
-def test_timms_families_run_in_onnxruntime(name, adapter, tmp_path):
-    arguments, config, size = FAMILIES[name]
-    data = {"input_size": [3, size, size]}
-    network = timm.create_model(name, num_classes=5, **arguments)
-    model = get_bn_only_model(network, BNOnlyConfig(seed=0, data_config=data, **config)).eval()
-    file, arrays = export(model, tmp_path / "net.onnx", "onnx", adapter=adapter), {}
-    if adapter == "inputs":
-        with np.load(export(model, tmp_path / "a.npz", "npz")) as opened:
-            arrays = dict(opened)
-    images = torch.randn(3, 3, size, size)
-    assert differ(run(file, images, arrays), model, images) < 1e-4
+@pytest.mark.parametrize("name", RUNTIMES.FAMILIES)
+def test_timms_families_run_in_onnxruntime_in_both_forms(name):
+    found = RUNTIMES.measured(name)
+    assert max(found.inside, found.inputs) < 1e-4
+    assert found.adapter_bytes < found.backbone_bytes / 10
+
+
+def test_ten_families_are_tried():
+    assert len({name.partition("_")[0] for name in RUNTIMES.FAMILIES}) == 10
