@@ -102,16 +102,9 @@ def render(
     Args: as in `write_card`; ``figure`` is the name of a file beside it, ``compact`` the bytes and bits of a compact
     file, which has no tensors of its own.
     """
-    from jinja2 import Environment, StrictUndefined
-
     measured = scores(results)
     by_part = {part: names for part, names in parts(config, tensors).items() if names}
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {"md": md, "code": code}
-    template = package_files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
-    text = environment.from_string(template).render(
+    text = _template().render(
         metadata=_metadata(repo_id, config, measured, license, tags, datasets or _trained_on(results)),
         repo_id=repo_id,
         config=config,
@@ -131,6 +124,17 @@ def render(
     )
     front, rest = _TOKEN.sub("hf_***", text).split("\n---\n", 1)
     return f"{front}\n---\n\n{marked(rest.lstrip())}"
+
+
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"md": md, "code": code}
+    template = package_files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
+    return environment.from_string(template)
 
 
 def md(text: object) -> str:
