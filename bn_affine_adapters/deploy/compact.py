@@ -60,8 +60,7 @@ def write_compact(
         AdapterError: statistics do not fold into gamma and beta, or a value is not finite.
     """
     check_bits(bits)
-    file = Path(file)
-    target, picture = new_file(file / COMPACT_NAME if file.is_dir() else file), Path(qr) if qr else None
+    target, picture = new_file(Path(file, COMPACT_NAME if Path(file).is_dir() else "")), Path(qr) if qr else None
     model.base_model.check_unchanged(name)
     before = folded(model, name)
     inputs = _random(before.peft_config[name], bits) if images is None else images.cpu().float()

@@ -44,39 +44,31 @@ _DATA = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def export(
-    model: BNOnlyPeftModel,
-    folder: str | os.PathLike[str],
+    model: BNOnlyPeftModel, folder: str | os.PathLike[str],
     format: Literal["timm", "ln_tuning", "compact", "onnx", "pt2", "npz"] = "timm",
-    adapter_name: str | None = None,
-    **options: Any,
-) -> Path:
-    """Write a network as a folder of timm or as one graph, or an adapter for PEFT or other runtimes; no model changes.
+    adapter_name: str | None = None, **options: Any,
+) -> Path:  # fmt: skip
+    """Write a network for timm or as a graph, or an adapter for PEFT, a compact file, a graph; no model is changed.
 
     Args:
         model: what `get_bn_only_model` or `load_bn_only_model` returned.
-        folder: does not exist yet, or is empty; for all formats but the first two a file.
+        folder: does not exist yet, or is empty; for all formats but "timm" and "ln_tuning" it is a file.
         format: "timm" is for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, in float32; "ln_tuning" for
             ``peft.PeftModel.from_pretrained(base, FOLDER)`` with the base ``load_bn_only_model(adapter).unload()``;
-            "compact" for `load_bn_only_model`, for inference alone; "onnx" for onnxruntime and others, "pt2" for
-            ``torch.export.load``, in float32 and for batches of any size; "npz" is an adapter for a graph that takes
-            adapters. All but "npz" print how the logits differ.
+            "compact" for `load_bn_only_model`, for inference alone; "onnx" for onnxruntime, "pt2" for
+            ``torch.export.load``; "npz" is an adapter for a graph that was written with ``adapter="inputs"``.
         adapter_name: by default the active adapter.
-        options: of "compact": bits, images, test, qr; see `bn_affine_adapters.deploy.compact.write_compact`.
-            Of "onnx" and "pt2": ``adapter``, "inside" by default; with "inputs" the graph takes an adapter's arrays
-            as inputs beside the images, so that one file of the backbone serves many adapters.
+        options: of "compact": see `bn_affine_adapters.deploy.compact.write_compact`. Of "onnx" and "pt2": ``adapter``,
+            "inside", or "inputs" for a graph that takes the arrays of any adapter of this backbone beside the images.
 
     Returns:
-        The folder or file. Before this returns, it has been loaded: by timm or PEFT with the same tensors and logits;
-        the graph has been run, by onnxruntime if that is installed.
+        The folder or file. Before this returns, it has been loaded with the same logits, ONNX if onnxruntime is there.
 
     Raises:
         OutputFolderError, FileError: the folder is not empty, or the file exists; it cannot be written.
-        RebuildError: timm does not build the same network; it cannot build one of your own code ("custom").
-        NetworkError: torch.export or ONNX does not take the network.
-        AdapterError: there is no one such adapter, PEFT or the graph gives other logits (the network reads a layer's
-            weight), or statistics do not fold into gamma and beta.
-        ConfigError: there is no such format or option, a package is missing, or the network takes no images of
-            data_config's size.
+        NetworkError: timm does not build the same network (RebuildError), or torch.export or ONNX does not take it.
+        AdapterError: there is no one such adapter, the result gives other logits, or statistics do not fold.
+        ConfigError: there is no such format or option, or the network takes no images of data_config's size.
 
     >>> import tempfile, timm
     >>> from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
@@ -85,22 +77,29 @@ def export(
     ...     sorted(path.name for path in export(model, folder).iterdir())
     ['config.json', 'model.safetensors']
     """
+    _check_options(format, options)
+    return _write(model, _chosen(model, adapter_name), Path(folder), format, options)
+
+
+def _write(model: BNOnlyPeftModel, name: str, folder: Path, format: str, options: dict[str, Any]) -> Path:
+    if format == "compact":
+        return write_compact(model, name, folder, **options)
+    if format == "npz":
+        return write_arrays(model, name, folder)
+    if format in GRAPHS:
+        return _write_graph(model, name, folder, format, **options)
+    with written_whole(_empty(folder)) as files:
+        (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, name), model.peft_config[name], files)
+    return folder
+
+
+def _check_options(format: str, options: dict[str, Any]) -> None:
     check_choice("format", format, ("timm", "ln_tuning", "compact", *GRAPHS, "npz"))
-    name = _chosen(model, adapter_name)
     check_keys(options, OPTIONS, "export")
     for key in options:
         if format not in OPTIONS[key]:
             do = f"leave it out, or format={' or '.join(OPTIONS[key])}"
             raise ConfigError(f"{key}: for the {OPTIONS[key][0]} format.", seen=f"format={format}", do=do)
-    if format == "compact":
-        return write_compact(model, name, folder, **options)
-    if format == "npz":
-        return write_arrays(model, name, Path(folder))
-    if format in GRAPHS:
-        return _write_graph(model, name, Path(folder), format, **options)
-    with written_whole(_empty(folder)) as files:
-        (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, name), model.peft_config[name], files)
-    return Path(folder)
 
 
 def _write_graph(model: BNOnlyPeftModel, name: str, file: Path, format: str, adapter: str = "inside") -> Path:

@@ -90,13 +90,9 @@ def write_arrays(model: BNOnlyPeftModel, name: str, file: Path) -> Path:
 
 
 def write_graph(
-    network: nn.Module,
-    adapter: dict[str, torch.Tensor],
-    config: BNOnlyConfig,
-    size: list[int] | None,
-    file: Path,
+    network: nn.Module, adapter: dict[str, torch.Tensor], config: BNOnlyConfig, size: list[int] | None, file: Path,
     form: str,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write a network as a graph, run the graph, and print how its logits differ from PyTorch's.
 
     Args:
@@ -113,14 +109,10 @@ def write_graph(
         NetworkError: the network has no such graph.
         AdapterError: the graph gives other logits.
     """
-    if size is None:
-        do = "data_config={'input_size': [3, H, W]} in the configuration"
-        raise ConfigError("It is not known which images the network takes.", seen="data_config=None", do=do)
     if form == "onnx":
         _check_installed()
+    inputs: Any = [(batch, adapter) if adapter else (batch,) for batch in _images(size)]
     target = new_file(file)
-    images = torch.randn(TRACED + CHECKED, *size, generator=torch.Generator().manual_seed(0)).split([TRACED, CHECKED])
-    inputs: Any = [(batch, adapter) if adapter else (batch,) for batch in images]
     axes = {0: torch.export.Dim("batch")}
     dynamic = (axes, dict.fromkeys(adapter)) if adapter else (axes,)
     with _explained(f"The network does not take images of data_config's size {size}.", ConfigError), torch.no_grad():
@@ -128,13 +120,21 @@ def write_graph(
     with _explained("torch.export does not take this network."):
         program = torch.export.export(network, inputs[0], dynamic_shapes=dynamic, strict=False)
     about = {METADATA: json.dumps(config.to_dict(), allow_nan=False)}
-    if form == "onnx":
-        content, found, said = _onnx(program, about, len(expected), inputs[1], dynamic)
-    else:
-        content, found, said = _pt2(program, about, inputs[1])
+    made = (
+        _onnx(program, about, len(expected), inputs[1], dynamic) if form == "onnx" else _pt2(program, about, inputs[1])
+    )
+    content, found, said = made
     print(f"{len(content):,} bytes, {said}{_difference(expected, found)}")
     write_file(target, content)
     return target
+
+
+def _images(size: list[int] | None) -> tuple[torch.Tensor, ...]:
+    """Return a batch to trace a network with, and one of another size to check the graph."""
+    if size is None:
+        do = "data_config={'input_size': [3, H, W]} in the configuration"
+        raise ConfigError("It is not known which images the network takes.", seen="data_config=None", do=do)
+    return torch.randn(TRACED + CHECKED, *size, generator=torch.Generator().manual_seed(0)).split([TRACED, CHECKED])
 
 
 def _check_installed() -> None:
@@ -177,8 +177,10 @@ def _onnx(
     return content, [torch.from_numpy(part) for part in found], f"{said}, in onnxruntime "
 
 
-def _pt2(program: Any, about: dict[str, str], inputs: tuple[Any, ...]) -> tuple[bytes, list[torch.Tensor], str]:
-    """Return (a file of torch.export, its outputs for these inputs, what to say of it)."""
+def _pt2(
+    program: Any, about: dict[str, str], _outputs: int, inputs: tuple[Any, ...], _dynamic: Any
+) -> tuple[bytes, list[torch.Tensor], str]:
+    """Return (a file of torch.export, its outputs for these inputs, what to say of it). Args: as `_onnx`."""
     with _explained("torch.export cannot save this network."), torch.no_grad():
         program.example_inputs = None  # they would be saved, the adapter's values among them
         torch.export.save(program, file := io.BytesIO(), extra_files=about)
