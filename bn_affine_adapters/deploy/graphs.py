@@ -120,10 +120,7 @@ def write_graph(
     with _explained("torch.export does not take this network."):
         program = torch.export.export(network, inputs[0], dynamic_shapes=dynamic, strict=False)
     about = {METADATA: json.dumps(config.to_dict(), allow_nan=False)}
-    made = (
-        _onnx(program, about, len(expected), inputs[1], dynamic) if form == "onnx" else _pt2(program, about, inputs[1])
-    )
-    content, found, said = made
+    content, found, said = (_onnx if form == "onnx" else _pt2)(program, about, len(expected), inputs[1], dynamic)
     print(f"{len(content):,} bytes, {said}{_difference(expected, found)}")
     write_file(target, content)
     return target
