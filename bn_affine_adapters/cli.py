@@ -107,12 +107,10 @@ def _load(adapter: str, base: Path | None, verify: str = "full", **where: Any) -
     return load_bn_only_model(adapter, network, verify=verify, **where)  # type: ignore[arg-type]  # click's Choice
 
 
-def _read(adapter: str, **where: Any) -> "tuple[Path, Settings, dict[str, Stored]]":
+def _read(folder: Path) -> "tuple[Path, Settings, dict[str, Stored]]":
     from .sharing.contents import read_tensors
     from .sharing.folder import check_files, read_settings
-    from .sharing.hub import fetch
 
-    folder = fetch(adapter, **where)
     check_files(folder)
     config = read_settings(folder)
     return folder, config, read_tensors(folder, config)
@@ -252,24 +250,28 @@ def inspect(adapter: str, as_json: bool, **where: Any) -> None:
     Example:
       bn-adapters inspect runs/digits/adapter --json
     """
-    from .sharing.contents import describe
+    from .sharing.compact import compact_file
+    from .sharing.contents import describe, describe_compact
+    from .sharing.hub import fetch
 
-    found = describe(*_read(adapter, **where))
+    compact = compact_file(folder := fetch(adapter, **where))
+    found = describe_compact(compact) if compact else describe(*_read(folder))
     if as_json:
         _print_json(found)
         return
-    sizes, gamma, files, made_with = (found.pop(key) for key in ("contents", "gamma", "files", "versions"))
+    sizes, gamma, files, made_with = (found.pop(key, {}) for key in ("contents", "gamma", "files", "versions"))
     _table([[key, value] for key, value in found.items()])
     click.echo()
-    _table([["made with", "version"], *([name, number] for name, number in made_with.items())])
-    click.echo()
-    _table([["", "tensors", "values", "bytes"], *([part, *size.values()] for part, size in sizes.items())])
-    click.echo()
-    if gamma:
-        _table([["gamma", *gamma], ["", *gamma.values()]])
-    else:
-        click.echo("gamma: none in the file; one that does not train is as the seed draws it")
-    click.echo()
+    if not compact:
+        _table([["made with", "version"], *([name, number] for name, number in made_with.items())])
+        click.echo()
+        _table([["", "tensors", "values", "bytes"], *([part, *size.values()] for part, size in sizes.items())])
+        click.echo()
+        if gamma:
+            _table([["gamma", *gamma], ["", *gamma.values()]])
+        else:
+            click.echo("gamma: none in the file; one that does not train is as the seed draws it")
+        click.echo()
     _table([["file", "bytes"], *([name, size] for name, size in files.items())])
 
 
@@ -367,7 +369,7 @@ _about = _options(
 
 
 @main.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.argument("folder", type=click.Path(exists=True))
 @click.argument("repo_id")
 @click.option("--private/--public", default=None, help="Of a new repository.")
 @click.option("--revision", help="The branch, made if there is none.")
@@ -377,7 +379,7 @@ _about = _options(
 @click.option("--no-card", "card", flag_value=False, default=True, help="Leave the card on the Hub as it is.")
 @_about
 def push(folder: str, repo_id: str, results: str | None, **options: Any) -> None:
-    """Push an adapter's folder, with a model card, in one commit.
+    """Push an adapter's folder, or a compact file, with a model card, in one commit.
 
     \b
     Example:
@@ -401,9 +403,9 @@ def card(folder: str, repo_id: str, output: Path | None, results: str | None, **
       bn-adapters card runs/digits/adapter me/digits-bn-only --output hub_cards/digits
     """
     from .sharing.card import write_card
-    from .sharing.folder import check_files
+    from .sharing.compact import read_adapter
 
-    check_files(Path(folder))
+    read_adapter(Path(folder), Settings)
     write_card(Path(folder), repo_id, output=output, results=results or (), **options)
     click.echo(str((output or Path(folder)) / "README.md"))
 
@@ -422,32 +424,42 @@ def _sample(adapter: str, dataset: str, count: int) -> Any:
 @click.argument("adapter")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "form", type=click.Choice(["timm", "ln_tuning", "compact"]), default="timm", show_default=True
+    "--format",
+    "form",
+    type=click.Choice(["timm", "ln_tuning", "compact", "onnx", "pt2", "npz"]),
+    default="timm",
+    show_default=True,
 )
+@click.option("--inputs", is_flag=True, help="Of onnx and pt2: adapters are inputs, which --format npz writes.")
 @click.option("--bits", type=int, default=8, show_default=True, help="Of compact, a value: 4, 6, 8 or 16.")
 @click.option("--dataset", help="Of compact: fit the rounding to its training images, and print its test accuracy.")
 @click.option("--qr", type=click.Path(path_type=Path), help="Of compact: a picture of the file as a QR code.")
 @_network
 def export_(
-    adapter: str, folder: Path, form: str, bits: int, dataset: str | None, qr: Path | None, **where: Any
+    adapter: str, folder: Path, form: str, inputs: bool, bits: int, dataset: str | None, qr: Path | None, **where: Any
 ) -> None:
-    """Write a plain timm checkpoint, an adapter that PEFT alone loads on the rebuilt network, or a compact file.
+    """Write a plain timm checkpoint, an adapter that PEFT alone loads on the rebuilt network, or one file.
 
-    A compact file is for inference. Below 8 bits its rounding is fitted to 400 training images of the data set, whose
-    labels are not used, or to random ones.
+    onnx and pt2 (torch.export) write a graph for other runtimes; with --inputs one graph serves many adapters, each an
+    npz file. A compact file is for inference. Below 8 bits its rounding is fitted to 400 training images of the data
+    set, whose labels are not used, or to random ones.
 
     \b
     Example:
       bn-adapters export me/cifar10-resnet110-bn-only plain && python -c "import bn_affine_adapters, timm;
       timm.create_model('local-dir:plain', pretrained=True)"
       bn-adapters export runs/digits/adapter digits.safetensors --format compact --qr digits.png
+      bn-adapters export runs/digits/adapter backbone.onnx --format onnx --inputs
+      bn-adapters export runs/digits/adapter digits.npz --format npz
     """
     from .deploy.exporting import export
 
-    compact: dict[str, Any] = {"bits": bits, "qr": qr} if form == "compact" or bits != 8 or qr else {}
+    options: dict[str, Any] = {"bits": bits, "qr": qr} if form == "compact" or bits != 8 or qr else {}
+    if inputs:
+        options["adapter"] = "inputs"
     if dataset is not None:
-        compact["images"], compact["test"] = _sample(adapter, dataset, 400)
-    click.echo(str(export(_load(adapter, **where), folder, form, **compact)))  # type: ignore[arg-type]  # click's Choice
+        options["images"], options["test"] = _sample(adapter, dataset, 400)
+    click.echo(str(export(_load(adapter, **where), folder, form, **options)))  # type: ignore[arg-type]  # click's Choice
 
 
 @main.command("prune")
@@ -496,9 +508,10 @@ def diff(one: str, other: str, revision: str | None, other_revision: str | None,
       bn-adapters diff runs/digits/adapter me/digits-bn-only
     """
     from .sharing.contents import compare
+    from .sharing.hub import fetch
 
-    _, ours, tensors = _read(one, revision=revision)
-    _, theirs, others = _read(other, revision=other_revision)
+    _, ours, tensors = _read(fetch(one, revision=revision))
+    _, theirs, others = _read(fetch(other, revision=other_revision))
     settings, layers = compare(ours, tensors, theirs, others)
     if as_json:
         _print_json({"settings": settings, "layers": layers})

@@ -202,10 +202,10 @@ class NoSpaceError(FileError):
     errno = ENOSPC
 
 
-def check_choice(key: str, value: Any, choices: Collection[str | None]) -> None:
-    """Raise ConfigError unless ``value`` is one of ``choices``, which are words or None."""
+def check_choice(key: str, value: Any, choices: Collection[str | int | None]) -> None:
+    """Raise ConfigError unless ``value`` is one of ``choices``, which are words, whole numbers or None."""
     # By type first: an array has no truth value, and a list cannot be looked up in a dictionary.
-    if not isinstance(value, str | None) or value not in choices:
+    if not isinstance(value, str | int | None) or value not in choices:
         raise ConfigError(
             f"{key} has no such value.", seen=f"{key}={value!r}"[:200], do=f"choose from {', '.join(map(str, choices))}"
         )

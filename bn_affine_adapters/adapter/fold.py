@@ -1,6 +1,6 @@
 """BatchNorm's running statistics folded into gamma and beta, so that parameters alone say what an adapter computes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -64,6 +64,22 @@ def settle_(found: dict[str, nn.Module]) -> None:
                 norm.num_batches_tracked.zero_()
 
 
+@torch.no_grad()
+def round_folded_(found: dict[str, nn.Module], rounded: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change values so that they are rounded once the statistics are folded; the statistics stay as they are."""
+    norms = [norm for name, copy in found.items() for norm in _folding(copy, name)]
+    statistics = [[(buffer, buffer.clone()) for buffer in norm.buffers()] for norm in norms]
+    fold_(found)
+    for tensor in parameters(found).values():
+        tensor.copy_(rounded(tensor))
+    for norm, before in zip(norms, statistics, strict=True):
+        for buffer, value in before:
+            buffer.copy_(value)
+        scale, shift, mean, var = (t.double() for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+        norm.weight.copy_(scale * torch.sqrt(var + norm.eps))
+        norm.bias.copy_(shift + mean * scale)
+
+
 def _folding(copy: nn.Module, name: str) -> Iterator[Any]:
     """Yield the modules of a copy that have running statistics to fold."""
     for inner, module in copy.named_modules():
@@ -72,8 +88,8 @@ def _folding(copy: nn.Module, name: str) -> Iterator[Any]:
             continue
         if not isinstance(module, _NormBase) or None in affine(module) or not buffers <= {*STATISTICS}:
             raise AdapterError(
-                "A compact adapter needs norm layers whose statistics fold into gamma and beta.",
+                "The statistics of a norm layer do not fold into gamma and beta.",
                 seen=f"{name}{inner and '.'}{inner} is a {type(module).__name__} with {', '.join(sorted(buffers))}",
-                do="model.save_pretrained(folder), or a network with BatchNorm, LayerNorm or GroupNorm",
+                do="a format that keeps them: model.save_pretrained(folder), format='timm', or ONNX with all inside",
             )
         yield module

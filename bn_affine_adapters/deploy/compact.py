@@ -28,6 +28,7 @@ from .qr import check_qr, write_qr
 
 RANDOM_IMAGES, TO_COMPARE = 256, 16  # to fit the rounding; to compare logits alone
 BATCH, STEPS, LR = 64, 300, 0.02  # of the fit; the learning rate is in steps of the grid
+LOST_NOTHING = 1e-8  # of the sum of squares
 LEAST_STEP = 2.0**-24  # the smallest number of binary16 above 0
 # What else decides which layers an adapter has, and so what the default of their names is
 _DECIDE = ("architecture", "model_args", "seed", "train_head", "layer_scale", "control", "extra_trainable_modules")
@@ -60,9 +61,9 @@ def write_compact(
         AdapterError: statistics do not fold into gamma and beta, or a value is not finite.
     """
     check_bits(bits)
-    target, picture = _new(Path(file)), Path(qr) if qr else None
+    target, picture = new_file(Path(file, COMPACT_NAME if Path(file).is_dir() else "")), Path(qr) if qr else None
     model.base_model.check_unchanged(name)
-    before = _folded(model, name)
+    before = folded(model, name)
     inputs = _random(before.peft_config[name], bits) if images is None else images.cpu().float()
     content = _content(before, name, bits, inputs, picture)
     after = _loaded_again(content, model)
@@ -75,8 +76,12 @@ def write_compact(
     return target
 
 
-def _new(file: Path) -> Path:
-    target = file / COMPACT_NAME if file.is_dir() else file
+def new_file(target: Path) -> Path:
+    """Return the path of a file that does not exist yet, and make its folder.
+
+    Raises:
+        OutputFolderError: it exists.
+    """
     if target.exists():
         raise OutputFolderError(f"{target} exists.", seen=f"{target.stat().st_size:,} bytes", do="choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +112,7 @@ def _accuracies(before: nn.Module, after: nn.Module, batches: Sequence[tuple[tor
     return f"accuracy {accuracy(before):.2f} % before, {accuracy(after):.2f} % after, {count:,} images"
 
 
-def _folded(model: BNOnlyPeftModel, name: str) -> BNOnlyPeftModel:
+def folded(model: BNOnlyPeftModel, name: str) -> BNOnlyPeftModel:
     """Return a copy of a model in float32 on the CPU, with this adapter active and its statistics folded."""
     copy = deepcopy(model)
     copy.unmerge_adapter()
@@ -149,7 +154,6 @@ def _rounded(model: BNOnlyPeftModel, name: str, bits: int, images: torch.Tensor)
     if bits >= 8:
         return plain
     expected = torch.cat([_logits(network, x) for x in images.split(BATCH)])
-    fitted = _fitted(network, values, bits, images, expected)
 
     def error(found: list[Rounded]) -> float:
         now = {
@@ -159,7 +163,19 @@ def _rounded(model: BNOnlyPeftModel, name: str, bits: int, images: torch.Tensor)
         got = torch.cat([_logits(network, x, now) for x in images.split(BATCH)])
         return float((got - expected).square().sum())
 
-    return min(plain, fitted, key=error)
+    if error(plain) < LOST_NOTHING * float(expected.square().sum()):  # it was trained through this rounding
+        return plain
+    return min(plain, _fitted(network, values, bits, images, expected), key=error)
+
+
+def nearest(tensor: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return a tensor rounded to the grid from its smallest to its largest value; rounded again, it stays.
+
+    Raises:
+        AdapterTensorError: its values are too large for a grid.
+    """
+    values = _on_grid(tensor.cpu(), *_plain_grid(tensor, bits), bits).values(bits)
+    return torch.from_numpy(values).view_as(tensor)
 
 
 def _plain_grid(tensor: torch.Tensor, bits: int) -> tuple[float, float]:

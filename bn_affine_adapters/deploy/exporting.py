@@ -1,4 +1,4 @@
-"""Write an adapted network for tools that do not know this package, for timm or PEFT, or as one compact file."""
+"""Write an adapted network for tools that do not know this package: timm, PEFT, ONNX, torch.export; a compact file."""
 
 import json
 import os
@@ -18,42 +18,57 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..adapter.method import BNOnlyConfig
-from ..errors import AdapterError, BNAdapterError, ConfigError, OutputFolderError, RebuildError, check_choice, reading
+from ..errors import (
+    AdapterError,
+    BNAdapterError,
+    ConfigError,
+    OutputFolderError,
+    RebuildError,
+    check_choice,
+    check_keys,
+    reading,
+)
 from ..model.peft_model import BNOnlyPeftModel
 from ..norms.find import logits_of, named_layers
 from ..seed.rules import constants_only
 from ..settings import PEFT_PREFIX, hub_id, zoo_of
 from ..sharing.folder import written_whole
 from .compact import write_compact
+from .graphs import FORMATS as GRAPHS
+from .graphs import as_inputs, write_arrays, write_graph
 
 # The keys that an export keeps of timm's configuration, the origin only for given weights, and of data_config.
 _ORIGIN = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
+OPTIONS = dict.fromkeys(("bits", "images", "test", "qr"), ("compact",)) | {"adapter": GRAPHS}  # and their formats
 _DATA = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def export(
-    model: BNOnlyPeftModel, folder: str | os.PathLike[str], format: Literal["timm", "ln_tuning", "compact"] = "timm",
-    adapter_name: str | None = None, **compact: Any,
+    model: BNOnlyPeftModel, folder: str | os.PathLike[str],
+    format: Literal["timm", "ln_tuning", "compact", "onnx", "pt2", "npz"] = "timm",
+    adapter_name: str | None = None, **options: Any,
 ) -> Path:  # fmt: skip
-    """Write a network as a folder of timm, an adapter as PEFT's LN tuning or as one compact file; no model is changed.
+    """Write a network for timm or as a graph, or an adapter for PEFT, a compact file, a graph; no model is changed.
 
     Args:
         model: what `get_bn_only_model` or `load_bn_only_model` returned.
-        folder: does not exist yet, or is empty; for "compact" the file.
+        folder: does not exist yet, or is empty; for all formats but "timm" and "ln_tuning" it is a file.
         format: "timm" is for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, in float32; "ln_tuning" for
             ``peft.PeftModel.from_pretrained(base, FOLDER)`` with the base ``load_bn_only_model(adapter).unload()``;
-            "compact" for `load_bn_only_model`, for inference alone, and it prints how the logits differ.
+            "compact" for `load_bn_only_model`, for inference alone; "onnx" for onnxruntime, "pt2" for
+            ``torch.export.load``; "npz" is an adapter for a graph that was written with ``adapter="inputs"``.
         adapter_name: by default the active adapter.
-        compact: of "compact": bits, images, test, qr; see `bn_affine_adapters.deploy.compact.write_compact`.
+        options: of "compact": see `bn_affine_adapters.deploy.compact.write_compact`. Of "onnx" and "pt2": ``adapter``,
+            "inside", or "inputs" for a graph that takes the arrays of any adapter of this backbone beside the images.
 
     Returns:
-        The folder or file. Before this returns, it has been loaded: by timm or PEFT with the same tensors and logits.
+        The folder or file. Before this returns, it has been loaded with the same logits, ONNX if onnxruntime is there.
 
     Raises:
         OutputFolderError, FileError: the folder is not empty, or the file exists; it cannot be written.
-        RebuildError: timm does not build the same network; it cannot build one of your own code ("custom").
-        AdapterError: there is no one such adapter, or PEFT gives other logits (the network reads a layer's weight).
-        ConfigError: there is no such format, or the network takes no images of data_config's size.
+        NetworkError: timm does not build the same network (RebuildError), or torch.export or ONNX does not take it.
+        AdapterError: there is no one such adapter, the result gives other logits, or statistics do not fold.
+        ConfigError: there is no such format or option, or the network takes no images of data_config's size.
 
     >>> import tempfile, timm
     >>> from bn_affine_adapters import BNOnlyConfig, get_bn_only_model
@@ -62,15 +77,39 @@ def export(
     ...     sorted(path.name for path in export(model, folder).iterdir())
     ['config.json', 'model.safetensors']
     """
-    check_choice("format", format, ("timm", "ln_tuning", "compact"))
-    name = _chosen(model, adapter_name)
+    _check_options(format, options)
+    return _write(model, _chosen(model, adapter_name), Path(folder), format, options)
+
+
+def _write(model: BNOnlyPeftModel, name: str, folder: Path, format: str, options: dict[str, Any]) -> Path:
     if format == "compact":
-        return write_compact(model, name, folder, **compact)
-    if compact:
-        raise ConfigError(f"{', '.join(compact)}: for the compact format.", seen=f"format={format}", do="leave it out")
+        return write_compact(model, name, folder, **options)
+    if format == "npz":
+        return write_arrays(model, name, folder)
+    if format in GRAPHS:
+        return _write_graph(model, name, folder, format, **options)
     with written_whole(_empty(folder)) as files:
         (_write_timm if format == "timm" else _write_ln_tuning)(_merged(model, name), model.peft_config[name], files)
-    return Path(folder)
+    return folder
+
+
+def _check_options(format: str, options: dict[str, Any]) -> None:
+    check_choice("format", format, ("timm", "ln_tuning", "compact", *GRAPHS, "npz"))
+    check_keys(options, OPTIONS, "export")
+    for key in options:
+        if format not in OPTIONS[key]:
+            do = f"leave it out, or format={' or '.join(OPTIONS[key])}"
+            raise ConfigError(f"{key}: for the {OPTIONS[key][0]} format.", seen=f"format={format}", do=do)
+
+
+def _write_graph(model: BNOnlyPeftModel, name: str, file: Path, format: str, adapter: str = "inside") -> Path:
+    check_choice("adapter", adapter, ("inside", "inputs"))
+    config = model.peft_config[name]
+    if adapter == "inputs":
+        network, arrays = as_inputs(model, name)
+        return write_graph(network, arrays, config, _creation(network.network, config)[1], file, format)
+    plain = _merged(model, name).float()
+    return write_graph(plain, {}, config, _creation(plain, config)[1], file, format)
 
 
 def export_network(network: nn.Module, config: BNOnlyConfig, folder: str | os.PathLike[str]) -> Path:

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 
 from ..errors import TooLargeError, printable
 from ..settings import CUSTOM, HUB_ID, MAX_PARAMETERS, Settings, creation_call, zoo_of
+from .compact import bits_of, compact_file, read_compact
 from .contents import Stored, parts, read_tensors
 from .figure import write_figure
 from .folder import COMMIT, read_settings, replace_file, writing
@@ -66,9 +67,12 @@ def write_card(
 
 
 def _write_readme(folder: Path, output: Path, repo_id: str, lines: list[dict[str, Any]], **about: Any) -> None:
-    tensors = read_tensors(folder, config := read_settings(folder))
-    names = parts(config, tensors)["gamma"]
-    figure = write_figure(output, [tensors[name] for name in names])
+    if (compact := compact_file(folder)) is not None:
+        about |= {"compact": {"bytes": compact.stat().st_size, "bits": bits_of(compact)}}
+        config, tensors, figure = read_compact(compact, Settings), dict[str, Stored](), None
+    else:
+        tensors = read_tensors(folder, config := read_settings(folder))
+        figure = write_figure(output, [tensors[name] for name in parts(config, tensors)["gamma"]])
     text = render(repo_id, config, tensors, lines, figure=figure, **about)
     if present(output, CARD_NAME):
         text = updated(read_text(output, CARD_NAME), text, drawn=config.seed is not None)
@@ -91,18 +95,16 @@ def render(
     license: str | None = None,
     tags: Sequence[str] | None = None,
     datasets: Sequence[str] | None = None,
+    compact: Mapping[str, int] | None = None,
 ) -> str:
-    """Return the text of a model card. Args: as in `write_card`; ``figure`` is the name of a file beside it."""
-    from jinja2 import Environment, StrictUndefined
+    """Return the text of a model card.
 
+    Args: as in `write_card`; ``figure`` is the name of a file beside it, ``compact`` the bytes and bits of a compact
+    file, which has no tensors of its own.
+    """
     measured = scores(results)
     by_part = {part: names for part, names in parts(config, tensors).items() if names}
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {"md": md, "code": code}
-    template = package_files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
-    text = environment.from_string(template).render(
+    text = _template().render(
         metadata=_metadata(repo_id, config, measured, license, tags, datasets or _trained_on(results)),
         repo_id=repo_id,
         config=config,
@@ -114,6 +116,7 @@ def render(
         sizes={part: (len(names), sum(tensors[n].size for n in names)) for part, names in by_part.items()},
         kilobytes=sum(tensor.bytes for tensor in tensors.values()) / 1000,
         figure=figure,
+        compact=compact,
         scores=measured,
         command=_line(results[0].get("command") or "").replace("```", "") if results else "",  # in a code block
         elsewhere=ELSEWHERE,
@@ -121,6 +124,17 @@ def render(
     )
     front, rest = _TOKEN.sub("hf_***", text).split("\n---\n", 1)
     return f"{front}\n---\n\n{marked(rest.lstrip())}"
+
+
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"md": md, "code": code}
+    template = package_files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
+    return environment.from_string(template)
 
 
 def md(text: object) -> str:

@@ -202,6 +202,11 @@ def _strange(file: Path, seen: str) -> AdapterFileError:
     return AdapterFileError(f"{file} is not a whole compact adapter.", seen=seen, do=do)
 
 
+def bits_of(file: Path) -> int:
+    """Return the bits of a value in a compact file. Raises: as `read_compact`."""
+    return _header(file)[1]
+
+
 def check_bits(bits: Any) -> None:
     """Raise ConfigError unless a compact file can have so many bits a value."""
     if type(bits) is not int or bits not in BITS:

@@ -14,6 +14,7 @@ from ..errors import AdapterFileError, AdapterTensorError
 from ..norms import COPIES, SCALE_SUFFIX
 from ..seed.digest import tensors_digest
 from ..settings import SAFETENSORS_WEIGHTS_NAME, Settings, bare
+from .compact import VERSION, bits_of, read_compact
 from .folder import DTYPES
 from .untrusted import opened
 
@@ -142,17 +143,18 @@ def parts(config: Settings, names: Iterable[str]) -> dict[str, list[str]]:
     return by_part
 
 
+def describe_compact(file: Path) -> dict[str, Any]:
+    """Return what a compact file holds as plain data; which tensors these are, its network alone tells."""
+    config = read_compact(file, Settings)
+    held = {"bits": bits_of(file), "compact_version": VERSION, "files": {file.name: file.stat().st_size}}
+    return _described(config) | held
+
+
 def describe(folder: Path, config: Settings, tensors: Mapping[str, Stored]) -> dict[str, Any]:
     """Return what an adapter holds as plain data: settings, tensors by part, a summary of gamma, file sizes."""
-    keys = ["architecture", "model_args", "seed", "init_scheme", "weight_init", "norm_init", "running_statistics"]
-    keys += ["label_names", "data_config"]
     named = parts(config, tensors)
-    trains = [name for name in ("gamma", "beta", "head") if getattr(config, f"train_{name}")]
     return {
-        **{key: getattr(config, key) for key in keys},
-        "trains": trains + [config.control] * bool(config.control) + config.extra_trainable_modules,
-        "base": config.base_model_name_or_path and f"{config.base_model_name_or_path}@{config.revision}",
-        "fingerprint": config.backbone_fingerprint,
+        **_described(config),
         "format_version": config.format_version,
         "versions": config.versions,
         "contents": {
@@ -166,6 +168,18 @@ def describe(folder: Path, config: Settings, tensors: Mapping[str, Stored]) -> d
         },
         "gamma": _summary([tensors[name] for name in named["gamma"]]),
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()},
+    }
+
+
+def _described(config: Settings) -> dict[str, Any]:
+    keys = ["architecture", "model_args", "seed", "init_scheme", "weight_init", "norm_init", "running_statistics"]
+    keys += ["label_names", "data_config"]
+    trains = [name for name in ("gamma", "beta", "head") if getattr(config, f"train_{name}")]
+    return {
+        **{key: getattr(config, key) for key in keys},
+        "trains": trains + [config.control] * bool(config.control) + config.extra_trainable_modules,
+        "base": config.base_model_name_or_path and f"{config.base_model_name_or_path}@{config.revision}",
+        "fingerprint": config.backbone_fingerprint,
     }
 
 

@@ -52,9 +52,10 @@ from ..settings import (
     hub_id,
 )
 from .card import CARD_NAME, EVAL_RESULTS, write_card
+from .compact import compact_file, read_adapter
 from .contents import read_tensors
 from .figure import FIGURE_NAME
-from .folder import COMMIT, check_files, max_bytes, missing_file, read_settings
+from .folder import COMMIT, max_bytes, missing_file
 from .handwritten import joined, sealed_again
 from .paths import local_paths
 from .results import RESULTS_NAME
@@ -196,7 +197,8 @@ def push_folder(
     """Push an adapter's folder in one commit, with its model card; files that did not change are not sent again.
 
     Args:
-        folder: what ``model.save_pretrained`` wrote.
+        folder: what ``model.save_pretrained`` wrote; or a compact file that `export` wrote, or a folder that holds one
+            and no adapter_config.json, which is pushed as adapter_compact.safetensors.
         repo_id: "me/name", or "name" for the token's owner; created if it does not exist.
         commit_message: by default it says what the adapter is.
         commit_description: the rest of the commit's message.
@@ -217,8 +219,9 @@ def push_folder(
         AdapterFileError, ConfigError: the folder holds no complete adapter.
     """
     folder = Path(folder)
-    check_files(folder)
-    read_tensors(folder, config := read_settings(folder))
+    config = read_adapter(folder, Settings)
+    if compact_file(folder) is None:
+        read_tensors(folder, config)
     if revision and COMMIT.fullmatch(revision):
         raise ConfigError("A push goes to a branch, not to a commit.", seen=f"revision={revision}", do="name a branch")
     if "/" in repo_id and not HUB_ID.fullmatch(repo_id):
@@ -234,7 +237,7 @@ def push_folder(
     ):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         there = _download_card(repo_id, revision, token) if card else None
-        _stage(folder, Path(staging), repo_id, token, there, card, about)
+        _stage(folder, config, Path(staging), repo_id, token, there, card, about)
         _prepare_repository(api, repo_id, private, None if create_pr else revision, tag)
         commit = api.upload_folder(
             repo_id=repo_id,
@@ -255,6 +258,7 @@ def push_folder(
 
 def _stage(
     folder: Path,
+    config: Settings,
     staging: Path,
     repo_id: str,
     token: str | bool | None,
@@ -267,17 +271,21 @@ def _stage(
     for name in (CONFIG_NAME, RESULTS_NAME, *own_card[:1]):
         if present(folder, name):
             (staging / name).write_text(read_text(folder, name), encoding="utf-8")
-    for name in (SAFETENSORS_WEIGHTS_NAME, *own_card[1:]):
-        if present(folder, name):
-            limit = None if name == SAFETENSORS_WEIGHTS_NAME else MAX_BYTES  # which `check_files` has checked
-            with opened(folder, name, limit) as theirs, (staging / name).open("wb") as copy:
+    tensors = compact_file(folder) or folder / SAFETENSORS_WEIGHTS_NAME
+    targets = {tensors: COMPACT_NAME if config.compact else SAFETENSORS_WEIGHTS_NAME}
+    for file, name in (targets | {folder / name: name for name in own_card[1:]}).items():
+        if present(file.parent, file.name):
+            limit = None if file == tensors else MAX_BYTES  # its size is checked when it is read
+            with opened(file.parent, file.name, limit) as theirs, (staging / name).open("wb") as copy:
                 shutil.copyfileobj(theirs, copy)
-    _check_config(staging / CONFIG_NAME)
+    if config.compact:
+        _check_paths(config.to_dict())
+    else:
+        _check_config(staging / CONFIG_NAME)
     if there is not None:
         text = read_text(there.parent, CARD_NAME)
         if own_card:
-            drawn = read_settings(folder).seed is not None
-            text = joined(text, (staging / CARD_NAME).read_text(encoding="utf-8"), drawn)
+            text = joined(text, (staging / CARD_NAME).read_text(encoding="utf-8"), config.seed is not None)
         (staging / CARD_NAME).write_text(text, encoding="utf-8")
     write_card(staging, repo_id, write_readme=card and not own_card, **about)
     for file in staging.rglob("*.*"):
@@ -294,6 +302,10 @@ def _check_config(file: Path) -> None:
         content["base_model_name_or_path"] = content["revision"] = None
         text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)  # as PEFT writes it
         file.write_text(text, encoding="utf-8")
+    _check_paths(content)
+
+
+def _check_paths(content: dict[str, Any]) -> None:
     if found := local_paths({key: value for key, value in content.items() if key != "label_names"}):
         do = "leave it out of the settings of BNOnlyConfig, and save the adapter again"
         raise ConfigError("The adapter's configuration names a path of this machine.", seen=found[0][:200], do=do)

@@ -6,6 +6,7 @@
 - ``loop.py``: the loop; ``schedule.py``: the learning rate; ``optimizer.py``; ``checkpoint.py``: how a run resumes.
 - ``generators.py``: random states; ``stopping.py``: signals; ``lock.py``; ``divergence.py``: values not finite.
 - ``network.py``: the network of a recipe; ``stacked.py``: several side by side; ``features.py``: a head alone.
+- ``rounding.py``: train through the rounding of a compact file; start from an adapter.
 - ``data.py``: images in memory or streamed; ``feed.py``: the batches of an epoch, accuracy; ``metrics.py``: top-k.
 - ``sweeps.py``: the runs that a sweep's file asks for, which ``sweep.py`` does.
 - ``lines.py``: write and read result lines; ``tables.py``: print rows of cells; ``terminal.py``: to any terminal.

@@ -26,6 +26,7 @@ from .generators import generator_states, restore_generators
 from .network import build_network, configuration
 from .optimizer import create_optimizer
 from .recipe import CHECKPOINT, Recipe, members
+from .rounding import Rounding
 from .schedule import lr_at
 from .stacked import Stacked
 from .stopping import Stopping
@@ -63,6 +64,7 @@ class Training:
     model: Any  # what is called: the network, or its head alone, as Accelerate and the compiler prepared it
     optimizer: Any
     seconds: float
+    rounding: Rounding  # of what trains, while the network runs
     group: Any = None  # the processes, where there are several: they agree through it, on their CPUs
     stopping: Stopping = field(default_factory=Stopping)
     since: float = 0.0  # up to when `seconds` counts
@@ -141,7 +143,8 @@ def prepare(recipe: Recipe, accelerator: Any, replicates: list[Replicate]) -> Tr
     model, optimizer = accelerator.prepare(part, create_optimizer(recipe, part))
     if recipe.compile:
         model = torch.compile(model, mode=recipe.compile, dynamic=False)  # a last, smaller batch has its own graph
-    training = Training(recipe, accelerator, replicates, network, model, optimizer, seconds)
+    rounding = Rounding(first.network, recipe.quantise_bits)
+    training = Training(recipe, accelerator, replicates, network, model, optimizer, seconds, rounding)
     if accelerator.num_processes > 1:
         limit = timedelta(seconds=recipe.timeout)
         training.group = torch.distributed.new_group(backend="gloo", timeout=limit)
@@ -204,6 +207,7 @@ def checkpoint(training: Training) -> None:
     """Write the state of all processes; a diverged one is an error and never written."""
     from accelerate.utils import gather_object
 
+    training.rounding.restore_()
     check_finite(training)
     accelerator = training.accelerator
     losses = torch.stack(training.losses).cpu() if training.losses else torch.empty(0)
@@ -249,6 +253,7 @@ def train_epoch(training: Training, epoch: int) -> list[list[float]]:
         last = part == recipe.accumulation - 1
         if part == 0 and recipe.skip_nonfinite_steps:
             training.buffers = [buffer.clone() for buffer in training.network.buffers()]
+        training.rounding.round_()
         with nullcontext() if last else accelerator.no_sync(training.model):
             loss = backward(training, batch)
         if part == 0:
@@ -283,6 +288,7 @@ def looks_finite(training: Training) -> bool:
 def finish_step(training: Training, epoch: int, suspect: Batch | None, batch: Batch) -> None:
     """Update what trains, or skip the step if its loss is not finite; write a checkpoint, or stop, if that is due."""
     recipe, optimizer = training.recipe, training.optimizer
+    training.rounding.restore_()
     number, wrong = training.agreed(training.stopping.asked(), int(suspect is not None))
     if wrong:
         skip_step(training, suspect or batch)
@@ -418,12 +424,14 @@ def finish_epoch(training: Training, epoch: int, losses: list[list[float]]) -> N
     evaluated = (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.epochs
     if training.stacked and evaluated:
         training.stacked.write_back()
+    training.rounding.round_()
     entries = [{"loss": sum(own) / len(own)} for own in losses]
     for replicate, entry in zip(training.replicates, entries, strict=True):
         if evaluated:
             model = replicate.network.to(accelerator.device) if training.stacked else training.model
             with accelerator.autocast():
                 entry |= accuracy(model, replicate.feed, lambda: stop_if_asked(training))
+    training.rounding.restore_()
     training.step, training.losses = 0, []
     for replicate, own, entry in zip(training.replicates, losses, entries, strict=True):
         replicate.first_losses = (replicate.first_losses + own)[:FIRST]

@@ -23,10 +23,14 @@ from ..model.peft_model import BNOnlyPeftModel
 from ..norms.find import affine, canonical, head_layers, norm_layers, shortcut_convs
 from ..norms.scales import layer_scales
 from ..seed.rules import reinit_
+from ..settings import Settings
+from ..sharing.compact import read_adapter
+from ..sharing.hub import fetch
 from .data import check_classes
 from .feed import Feed
 from .optimizer import create_optimizer
 from .recipe import CONDITIONS, FULL_CONDITIONS, Recipe
+from .rounding import start_from_
 from .scripts import timm_network
 
 WARM_UP, TIMED, LONGEST = 2, 5, 20.0  # steps, steps, and the seconds after which no further step is timed
@@ -57,6 +61,8 @@ def check_buildable(recipe: Recipe) -> None:
     """
     config = configuration(recipe, [])
     create_optimizer(recipe, nn.Linear(1, 1))
+    if recipe.adapter:
+        read_adapter(fetch(recipe.adapter), Settings)
     if ":" in recipe.model:  # "hf-hub:..." and "local-dir:...", which timm fetches
         return
     network = outline_of(recipe.model, json.dumps(recipe.model_args, allow_nan=False))
@@ -89,7 +95,10 @@ def _trainable(recipe: Recipe, config: BNOnlyConfig) -> nn.Module:
     network = timm_network(recipe.model, config.model_args, recipe.pretrained, recipe.pretrained_file)
     if recipe.condition not in FULL_CONDITIONS:
         config.extra_trainable_modules = shortcut_convs(network) if "shortcut" in recipe.condition else []
-        return get_bn_only_model(network, config)
+        model = get_bn_only_model(network, config)
+        if recipe.adapter:
+            start_from_(model, recipe.adapter)
+        return model
     if config.seed is not None:
         drawn: dict[str, Any] = {"weight_init": config.weight_init, "norm_init": config.norm_init}
         drawn["ones"] = layer_scales(network) if recipe.layer_scale == "one" else ()

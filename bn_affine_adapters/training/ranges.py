@@ -11,7 +11,7 @@ from ..errors import ConfigError, check_choice
 
 SWITCH, TEXT, TEXTS, VALUES = "true or false", "a text", "a list of texts", "names with values"
 
-Range = str | tuple[str | None, ...]
+Range = str | tuple[str | int | None, ...]
 
 
 def check_range(key: str, value: Any, allowed: Range) -> None:

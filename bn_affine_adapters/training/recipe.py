@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ..errors import BNAdapterError, ConfigError, check_choice, check_keys
 from ..seed.draws import LAYER_SCALES, NORM_INITS, WEIGHT_INITS
 from ..settings import CROP_MODES, INTERPOLATIONS, LEAN, as_channels
+from ..sharing.compact import BITS
 from ..sharing.paths import ELSEWHERE
 from .options import DataOptions
 from .ranges import SWITCH, TEXT, TEXTS, VALUES, Range, check_range
@@ -51,6 +52,8 @@ class Recipe(DataOptions):
     pretrained_file: str | None = None  # a .safetensors file instead of timm's download
     seed: int | None = 0
     condition: str = "bn"
+    adapter: str | None = None  # start from its values: a folder or Hub id
+    quantise_bits: int | None = None  # train through the rounding of a compact file of 4, 6, 8 or 16 bits
     weight_init: str = "kaiming_normal"
     norm_init: str | None = None
     layer_scale: str = "one"  # or "constructor", "train": the gains of residual branches in a network from a seed
@@ -105,6 +108,7 @@ RANGES: dict[str, Range] = {
     # The network
     "model": TEXT, "model_args": VALUES, "pretrained": SWITCH, "pretrained_file": TEXT,
     "seed": "[0, 18446744073709551616)", "condition": (*CONDITIONS, *FULL_CONDITIONS), "weight_init": WEIGHT_INITS,
+    "quantise_bits": (None, *BITS),
     "norm_init": (None, *NORM_INITS), "layer_scale": LAYER_SCALES, "running_statistics": ("update", "frozen"),
     "head_init": (None, "zero"),
     # The optimiser
@@ -142,7 +146,7 @@ WHERE_ONLY = {
 ROUNDING_ONLY = {"eval_every", "compile", "channels_last", "skip_nonfinite_steps"}
 
 CHECKPOINT = "checkpoint.pt"  # in the output folder
-PATHS = ("dataset", "pretrained_file")  # may name a folder or file of this machine
+PATHS = ("dataset", "pretrained_file", "adapter")  # may name a folder or file of this machine
 
 
 def find_config(name: str, folder: str = "") -> Path:
@@ -168,7 +172,7 @@ def help_text(options: Any) -> str:
     for key, value in vars(options).items():
         allowed = RANGES[key]
         if isinstance(allowed, tuple):
-            allowed = " | ".join("null" if word is None else word for word in allowed)
+            allowed = " | ".join("null" if word is None else str(word) for word in allowed)
         shown = "" if allowed in (SWITCH, TEXT, VALUES) else allowed
         lines.append(f"  {f'{key}={json.dumps(value)}':38}{shown}".rstrip())
     return "\n".join(lines)
@@ -281,6 +285,11 @@ def contradictions(recipe: Recipe) -> list[tuple[bool, str, tuple[str, ...], str
          ("pretrained", "seed"), "pretrained=true seed=null, or pretrained=false seed=0"),
         (whole and recipe.running_statistics != "update", "A network that trains whole updates its running statistics.",
          ("condition", "running_statistics"), "leave running_statistics out"),
+        (recipe.quantise_bits is not None and (whole or several), "One adapter trains through the rounding.",
+         ("quantise_bits", "condition", "replicates"),
+         "leave quantise_bits out, or train one replicate of a condition that gives an adapter"),
+        (recipe.adapter is not None and whole, "A network that trains whole starts from no adapter.",
+         ("adapter", "condition"), "leave adapter out, or condition=bn"),
         (recipe.accumulation > recipe.batch_size, "A step has fewer images than parts.",
          ("accumulation", "batch_size"), "use accumulation <= batch_size"),
     ]  # fmt: skip

@@ -81,6 +81,7 @@ def train(recipe: Recipe) -> "list[Replicate]":
 def finish(training: "Training") -> None:
     """Save what was trained, and write the result lines."""
     accelerator = training.accelerator
+    training.rounding.round_()
     for replicate in training.replicates:
         replicate.result = result_line(replicate, training)
         if accelerator.is_main_process:

@@ -206,14 +206,14 @@ OTHERS = {
     "optimizer_args": {"nesterov": True}, "epochs": 150, "lr": 0.2, "schedule": "cosine", "milestones": [80, 121],
     "lr_decay": 0.2, "warmup_epochs": 5.0, "sgd_momentum": 0.8, "precision": "bf16", "lean": "rounded",
     "sync_norm": False, "interpolation": "bicubic", "crop_mode": "center", "layer_scale": "train",
-    "on_bad_image": "skip", "head_init": "zero",
+    "on_bad_image": "skip", "head_init": "zero", "adapter": "other", "quantise_bits": 4,
 }  # fmt: skip
 
 
 def test_every_key_of_a_recipe_is_part_of_it_unless_it_is_said_to_change_nothing():
     rest = {f.name for f in fields(Recipe)} - WHERE_ONLY - ROUNDING_ONLY - {*CELL, *VARIED}
     assert rest - OTHERS.keys() == set()
-    assert len(OTHERS) >= 36
+    assert len(OTHERS) >= 38
 
 
 @pytest.mark.parametrize("key", OTHERS)
