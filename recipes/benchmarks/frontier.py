@@ -31,7 +31,7 @@ import peft
 import timm
 import torch
 from accelerate import Accelerator
-from ideas import fit
+from ideas import fit  # type: ignore[import-not-found]  # the script beside this one
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -115,7 +115,9 @@ def folded(network: nn.Module) -> nn.Module:
     """Return a small CNN with each BatchNorm in the convolution in front of it."""
     layers = [*network.eval().children()]
     pairs = zip(layers, [*layers[1:], None], strict=True)
-    fused = [fuse_conv_bn_eval(a, b) if isinstance(b, nn.BatchNorm2d) else a for a, b in pairs]
+    fused = [
+        fuse_conv_bn_eval(a, b) if isinstance(a, nn.Conv2d) and isinstance(b, nn.BatchNorm2d) else a for a, b in pairs
+    ]
     return nn.Sequential(*(layer for layer in fused if not isinstance(layer, nn.BatchNorm2d)))
 
 
@@ -151,7 +153,9 @@ def baseline(kind: str, size: int, recipe: Recipe) -> dict[str, Any]:
             network = folded(network)
             tensors = [*network.parameters()]
         else:
-            norms = {name: m for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
+            norms: dict[str, nn.Module] = {
+                name: m for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)
+            }
             fold_(norms)
             trained_ones = [p for p in network.parameters() if p.requires_grad]
             tensors = [*trained_ones, *(p for norm in norms.values() for p in norm.parameters())]

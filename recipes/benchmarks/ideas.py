@@ -78,14 +78,16 @@ def sparse_(network: nn.Module, share: float, seed: int) -> None:
 
 def parts(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Return the gammas and betas that train."""
-    pairs = [(m.get_parameter(g), m.get_parameter(b)) for m in network.modules() if is_norm(m) for g, b in [affine(m)]]
+    norms = [module for module in network.modules() if is_norm(module)]
+    pairs = [(m.get_parameter(g), m.get_parameter(b)) for m in norms for g, b in [affine(m)] if g and b]
     return [g for g, _ in pairs if g.requires_grad], [b for _, b in pairs if b.requires_grad]
 
 
-def share_(gammas: list[Tensor], count: int, what: Callable[[Tensor], Tensor]) -> None:
+def share_(gammas: list[Tensor], count: int, what: Callable[[Tensor], Tensor | None]) -> None:
     """Replace values, or gradients, of gammas by their mean over groups of neighbouring channels."""
     for gamma in gammas:
         tensor = what(gamma)
+        assert tensor is not None
         tensor.copy_(tensor.view(-1, count).mean(1, keepdim=True).expand(-1, count).reshape(-1))
 
 
@@ -95,7 +97,7 @@ def fit(network: nn.Module, feed: Feed, recipe: Any, here: dict[str, Any], teach
     gammas, betas = parts(network) if here.keys() & {"beta", "shared"} else ([], [])
     if "beta" in here:
         usual = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-        optimizer = type(optimizer)([{**usual, "params": gammas}, {**usual, "params": betas}], lr=recipe.lr)
+        optimizer.param_groups[:] = [{**usual, "params": gammas}, {**usual, "params": betas}]
     if "shared" in here:
         with torch.no_grad():
             share_(gammas, here["shared"], lambda gamma: gamma)

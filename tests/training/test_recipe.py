@@ -105,7 +105,7 @@ NEEDED = {"config", "conditions", "networks", "results", "trials"}  # by a sweep
 
 def test_every_key_of_every_launcher_has_a_range_and_its_default_lies_in_it():
     assert set(KEYS) == set(RANGES)
-    assert len(KEYS) == 72
+    assert len(KEYS) == 74
     for name, options in LAUNCHERS.items():
         usual = vars(options())
         recipes.check_ranges({key: usual[key] for key in usual if name not in ("sweep", "tune") or key not in NEEDED})
