@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model, reinit_
 from bn_affine_adapters.adapter.fold import fold_
 from bn_affine_adapters.sharing.compact import Rounded, as_file, payload_bytes
+from bn_affine_adapters.study import figures as plots
 from bn_affine_adapters.study.pages import write_section
 from bn_affine_adapters.study.paper import PAPER
 from bn_affine_adapters.training.feed import Feed, accuracy
@@ -251,29 +253,27 @@ def best_of_seeds() -> str:
 
 def figure(lines: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> None:
     """Draw accuracy against bytes: a panel for each data set, what others report as hollow marks."""
-    from matplotlib import pyplot as plt
-
     data = [name for name in DATA if any(line["data"] == name for line in lines)]
-    fig, axes = plt.subplots(1, len(data), figsize=(4.4 * len(data), 4.2), squeeze=False, layout="constrained")
     kinds = [*dict.fromkeys(line["what"] for line in lines)]
-    marks = {"reported: BN only, the paper": ("s", True), "reported: others": ("^", False)}
-    for ax, name in zip(axes[0], data, strict=True):
-        for index, kind in enumerate(kinds):
-            own = groups([line for line in lines if line["data"] == name and line["what"] == kind]).values()
-            xs = [max(line["bytes"] for line in each) for each in own]
-            ys = [statistics.mean(line["top1"] for line in each) for each in own]
-            ax.plot(xs, ys, "o", color=f"C{index}", label=kind)
-        for label, (mark, paper) in marks.items():
-            shown = [point for point in theirs if name == "cifar10" and (point["source"] == PAPER_SOURCE) == paper]
-            places = [point["bytes"] for point in shown], [point["top1"] for point in shown]
-            ax.plot(*places, mark, color="grey", markerfacecolor="none", label=label)
-        ax.set(xscale="log", xlim=(700, 90_000), xlabel="bytes of the file", ylabel="test accuracy, %", title=name)
-        ax.set_xticks(BUDGETS, [f"{budget // 1000} kB" for budget in BUDGETS])
-        ax.minorticks_off()
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    fig.savefig(FIGURE, metadata={"Date": None})
-    plt.close(fig)
+    plots.save(FIGURE, [partial(panel, name, kinds, lines, theirs if name == "cifar10" else ()) for name in data])
+
+
+def panel(
+    name: str, kinds: Sequence[str], lines: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], ax: Any
+) -> None:
+    """Draw the points of a data set: a colour for each kind of what trains."""
+    for color, kind in zip(plots.COLORS, kinds, strict=False):
+        own = groups([line for line in lines if line["data"] == name and line["what"] == kind]).values()
+        xs = [max(line["bytes"] for line in each) for each in own]
+        ys = [statistics.mean(line["top1"] for line in each) for each in own]
+        ax.plot(xs, ys, "o", color=color, label=kind)
+    for mark, label, paper in (("s", "reported: BN only, the paper", True), ("^", "reported: others", False)):
+        shown = [point for point in theirs if (point["source"] == PAPER_SOURCE) == paper]
+        places = [point["bytes"] for point in shown], [point["top1"] for point in shown]
+        ax.plot(*places, mark, color="grey", markerfacecolor="none", label=label)
+    ax.set(xscale="log", xlim=(700, 90_000), xlabel="bytes of the file", ylabel="test accuracy, %", title=name)
+    ax.set_xticks(BUDGETS, [f"{budget // 1000} kB" for budget in BUDGETS])
+    ax.minorticks_off()
 
 
 def write() -> None:

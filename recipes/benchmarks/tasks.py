@@ -9,20 +9,19 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from bn_affine_adapters.study.figures import COLORS
+from bn_affine_adapters.study import figures as plots
 from bn_affine_adapters.study.pages import write_section
 from bn_affine_adapters.training.compare import METHODS
 from bn_affine_adapters.training.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "recipes" / "results" / "compare" / "tasks.jsonl"
-PAGE, FIGURE = ROOT / "docs" / "tasks.md", ROOT / "docs" / "figures" / "tasks.png"
+PAGE, FIGURE = ROOT / "docs" / "tasks.md", ROOT / "docs" / "figures" / "tasks.svg"
 # A ridge classifier on the same backbone's features of 128 px, from the data's own descriptions; and the runs planned.
 PROBES = {
     "flowers102": 73.3, "uc_merced": 92.0, "trashnet": 81.2, "elpv": 82.8, "pneumoniamnist": 84.0, "omniglot": 54.1,
@@ -164,22 +163,22 @@ def section(lines: list[dict[str, Any]]) -> str:
 
 def figure(lines: list[dict[str, Any]], file: Path) -> None:
     """Draw accuracy against bytes."""
-    runs = grouped(lines)
     points: dict[str, dict[str, tuple[float, float]]] = {}
-    for (method, task), found in runs.items():
+    for (method, task), found in grouped(lines).items():
         points.setdefault(method, {})[task] = mean(found, info("file_size")), mean(found, metric("accuracy"))
-    drawing = Figure(figsize=(5, 3.5), layout="constrained")
-    ax = drawing.subplots()
-    for color, (method, measured) in zip(COLORS, points.items(), strict=False):
+    plots.save(file, [partial(panel, points=points)])
+
+
+def panel(ax: Any, points: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+    """Draw the tasks of each method, and their mean."""
+    for color, (method, measured) in zip(plots.COLORS, points.items(), strict=False):
         sizes, values = zip(*measured.values(), strict=True)
         ax.plot(sizes, values, "o", color=color, markersize=3, alpha=0.6)
         middle = statistics.geometric_mean(sizes), statistics.mean(values)
-        ax.plot(*middle, "D", color=color, markersize=9, markeredgecolor="black", label=method)
+        ax.plot(*middle, "D", color=color, markersize=8, markeredgecolor="black", label=method)
     ax.set_xscale("log")
     ax.set_xlabel("bytes a task")
     ax.set_ylabel("test accuracy, %")
-    ax.legend(fontsize=7)
-    drawing.savefig(file, dpi=110, metadata={"Software": None})
 
 
 def main() -> None:
