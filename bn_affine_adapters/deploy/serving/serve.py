@@ -49,15 +49,10 @@ def application(pool: dict[str, Any], limits: Limits, *, replicas: int, batch: i
         async def __call__(self, request: Request) -> Response:
             return await self.service.answer(request)
 
-    how: dict[str, Any] = {
-        "num_replicas": replicas,
-        "max_ongoing_requests": 2 * batch,
-        "max_queued_requests": WAITING,
-        "graceful_shutdown_timeout_s": 2 * limits.seconds + GRACE,
-        "graceful_shutdown_wait_loop_s": 0.2,
-        "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus},
-    }
-    return serve.deployment(Server, **how).bind()
+    how = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus}}
+    waiting = {"max_ongoing_requests": 2 * batch, "max_queued_requests": WAITING}
+    ending = {"graceful_shutdown_timeout_s": 2 * limits.seconds + GRACE, "graceful_shutdown_wait_loop_s": 0.2}
+    return serve.deployment(Server, **how, **waiting, **ending).bind()
 
 
 @contextmanager
