@@ -49,15 +49,10 @@ def application(pool: dict[str, Any], limits: Limits, *, replicas: int, batch: i
         async def __call__(self, request: Request) -> Response:
             return await self.service.answer(request)
 
-    how: dict[str, Any] = {
-        "num_replicas": replicas,
-        "max_ongoing_requests": 2 * batch,
-        "max_queued_requests": WAITING,
-        "graceful_shutdown_timeout_s": 2 * limits.seconds + GRACE,
-        "graceful_shutdown_wait_loop_s": 0.2,
-        "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus},
-    }
-    return serve.deployment(Server, **how).bind()
+    how = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus}}
+    waiting = {"max_ongoing_requests": 2 * batch, "max_queued_requests": WAITING}
+    ending = {"graceful_shutdown_timeout_s": 2 * limits.seconds + GRACE, "graceful_shutdown_wait_loop_s": 0.2}
+    return serve.deployment(Server, **how, **waiting, **ending).bind()
 
 
 @contextmanager
@@ -86,12 +81,12 @@ def serving(address: str, host: str, port: int, limits: Limits) -> Iterator[None
         ray.shutdown()
 
 
-def wait_for_end() -> None:
-    """Wait for SIGTERM or Ctrl-C."""
+def ended_by_a_signal() -> threading.Event:
+    """Return what is set by SIGTERM or Ctrl-C."""
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, whose own handler ends the process at once
         signal.signal(number, lambda *_: ended.set())
-    ended.wait()
+    return ended
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -127,6 +122,7 @@ def command(adapters: tuple[str, ...], prefixes: tuple[str, ...], **options: Any
     with serving(options["address"], options["host"], options["port"], limits):
         from ray.serve import run
 
+        ended = ended_by_a_signal()  # first: the first replica answers before `run` returns
         run(served, name=APPLICATION)
         click.echo(f"ready: http://{options['host']}:{options['port']}")
-        wait_for_end()
+        ended.wait()
