@@ -177,7 +177,7 @@ def _creation(plain: nn.Module, config: BNOnlyConfig) -> tuple[dict[str, Any], l
 
 def _write_timm(plain: nn.Module, config: BNOnlyConfig, folder: Path) -> None:
     if zoo_of(config.architecture) != "timm":
-        what = "timm cannot build this network, so that it could not load the export."
+        what = "timm cannot build a network of own code or of another library, and so could not load the export."
         do = 'format="ln_tuning", or save the state dict of the network that merge_and_unload() returns'
         raise RebuildError(what, seen=f"architecture={config.architecture!r}", do=do)
     args, size, strict = _creation(plain, config)

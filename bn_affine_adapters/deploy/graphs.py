@@ -72,7 +72,7 @@ def _mark(config: BNOnlyConfig) -> str:
     digests = [config.backbone_fingerprint, config.frozen_fingerprint, config.layout_hash]
     own = config.traits_fingerprint if config.architecture == CUSTOM else [config.architecture, config.model_args]
     whole = [*(each and each[:32] for each in digests), own]  # a compact file has so many digits
-    return sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
+    return sha256(json.dumps(whole, sort_keys=True, allow_nan=False).encode()).hexdigest()[:8]
 
 
 def write_arrays(model: BNOnlyPeftModel, name: str, file: Path) -> Path:

@@ -8,7 +8,7 @@ import timm
 import torch
 
 import bn_affine_adapters as package
-from bn_affine_adapters import BNOnlyConfig, export, get_bn_only_model, load_bn_only_model
+from bn_affine_adapters import BNOnlyConfig, adapt_to, export, get_bn_only_model, load_bn_only_model
 from bn_affine_adapters.errors import ConfigError, check_choice
 from bn_affine_adapters.seed.draws import Distribution, draw
 from bn_affine_adapters.seed.rules import NORM_INITS, WEIGHT_INITS, draw_norm_, reinit_, rule_for
@@ -48,6 +48,10 @@ ARGUMENTS = {
     "load_bn_only_model(verify)": (VERIFY, lambda folder, value: load_bn_only_model(folder, verify=value)),
     "load_bn_only_model(lean)": (LEAN, lambda folder, value: load_bn_only_model(folder, lean=value)),
     "set_lean(level)": (LEAN, lambda folder, value: wrapped().set_lean(value)),
+    "adapt_to(method)": (
+        ("statistics", "tent"),
+        lambda folder, value: adapt_to(wrapped(), [torch.rand(4, 3, 32, 32)], value),
+    ),
     "export(format)": (("timm", "ln_tuning"), lambda folder, value: export(wrapped(), folder / "out", value)),
     "reinit_(weight_init)": (WEIGHT_INITS, lambda folder, value: reinit_(network(), 0, weight_init=value)),
     "reinit_(norm_init)": (NORM_INITS, lambda folder, value: reinit_(network(), 0, norm_init=value)),
@@ -62,7 +66,13 @@ ARGUMENTS = {
     "validate(precision)": (RANGES["precision"], option("precision")),
     **{f"Recipe({key})": (words, recipe(key)) for key, words in RANGES.items() if isinstance(words, tuple)},
 }
-TYPED = ("load_bn_only_model(verify)", "load_bn_only_model(lean)", "export(format)", "BNOnlyConfig(verify)")
+TYPED = (
+    "adapt_to(method)",
+    "load_bn_only_model(verify)",
+    "load_bn_only_model(lean)",
+    "export(format)",
+    "BNOnlyConfig(verify)",
+)
 WRONG = [True, False, 0, "", "Full", "OFF ", "Exact", "none", ["full"], {"full"}, np.array(["full", "off"]), b"full"]
 
 

@@ -405,7 +405,7 @@ def test_images_that_the_network_does_not_take_are_refused(format, tmp_path, ref
 @pytest.mark.parametrize(
     ("more", "kind", "words"),
     [
-        ({"format": "onnx"}, ConfigError, ["'onnx'", "timm, ln_tuning"]),
+        ({"format": "tflite"}, ConfigError, ["'tflite'", "timm, ln_tuning"]),
         ({"adapter_name": "three"}, AdapterError, ["three", "default, two"]),
         ({}, AdapterError, ["2: default, two"]),
     ],

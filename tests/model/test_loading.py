@@ -294,7 +294,7 @@ def test_rebuilding_is_fast_and_needs_little_more_memory_than_the_network(name, 
 def test_another_number_of_classes_is_named_as_the_cause(classes, folder, refused):
     with refused(FingerprintError, f"num_classes={classes}", "num_classes=3", "its head") as caught:
         load_bn_only_model(folder, timm.create_model(NAME, num_classes=classes))
-    assert caught.value.do == f"pass timm.create_model('{NAME}', num_classes=3)"
+    assert caught.value.do == f'pass timm.create_model("{NAME}", num_classes=3)'
 
 
 def test_versions_are_the_advice_only_if_they_differ(edit, refused):
