@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
-import torch
-from safetensors.torch import save
-from torch import nn
 
 from ..errors import ConfigError, DivergedError, nearest_name
-from ..norms.find import head_layers, norm_layers
 from ..sharing.folder import try_writing
 from .lines import append, mend
 from .recipe import Recipe, check_values, read_recipe, recorded, run_key
 from .scripts import provenance, run_script
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from .loop import Training
 
 STEPS = (1 / 3, 1.0, 3.0)  # the rates that are tried, over the method's usual one
@@ -44,12 +43,15 @@ class Method(NamedTuple):
 
     changes: dict[str, Any]
     scale: float = 1.0
-    adapt: Callable[[nn.Module], nn.Module] | None = None
+    adapt: Callable[[Any], Any] | None = None  # networks; this file is read without torch
 
 
-def lora(network: nn.Module) -> nn.Module:
+def lora(network: "nn.Module") -> "nn.Module":
     """Return a network with PEFT's LoRA beside every linear layer and ungrouped convolution; the head trains whole."""
     from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    from ..norms.find import head_layers
 
     heads = [*head_layers(network)]
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
@@ -58,16 +60,20 @@ def lora(network: nn.Module) -> nn.Module:
     return get_peft_model(network, config)
 
 
-def ln_tuning(network: nn.Module) -> nn.Module:
+def ln_tuning(network: "nn.Module") -> "nn.Module":
     """Return a network with PEFT's LN tuning of every norm layer; the head trains too."""
     from peft import LNTuningConfig, get_peft_model
+
+    from ..norms.find import head_layers, norm_layers
 
     config = LNTuningConfig(target_modules=[*norm_layers(network)], modules_to_save=[*head_layers(network)])
     return get_peft_model(network, config)
 
 
-def biases(network: nn.Module) -> nn.Module:
+def biases(network: "nn.Module") -> "nn.Module":
     """Freeze a network but for its biases, betas included, and its head."""
+    from ..norms.find import head_layers
+
     heads = tuple(f"{name}." for name in head_layers(network))
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name.endswith("bias") or name.startswith(heads))
@@ -198,12 +204,14 @@ def described(training: "Training", method: str) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def tested(training: "Training") -> dict[str, float]:
     """Return the accuracy on the test split in %, the mean of that of each class, and the largest class's share."""
+    import torch
+
     model = training.model.eval()
     feed = training.replicates[0].feed
-    pairs = [(model(batch.images).argmax(1), batch.labels) for batch in feed.evaluation()]
+    with torch.no_grad():
+        pairs = [(model(batch.images).argmax(1), batch.labels) for batch in feed.evaluation()]
     predictions, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     right, classes = (predictions == labels).float(), labels.unique()
     found = {
@@ -214,11 +222,14 @@ def tested(training: "Training") -> dict[str, float]:
     return {name: round(100 * value, 3) for name, value in found.items()}
 
 
-def changed_bytes(network: nn.Module, before: Mapping[str, torch.Tensor]) -> int:
+def changed_bytes(network: "nn.Module", before: "Mapping[str, torch.Tensor]") -> int:
     """Return the size, as a safetensors file, of what a task has of its own: what trained, and statistics that changed.
 
     PEFT does not save the running statistics beside its LoRA, and an adapter of a head alone holds the norm layers too.
     """
+    import torch
+    from safetensors.torch import save
+
     own = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
     own |= {name: each for name, each in network.named_buffers() if not torch.equal(each.cpu(), before[name])}
     return len(save({name: each.contiguous() for name, each in own.items()}))

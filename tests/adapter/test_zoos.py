@@ -301,5 +301,5 @@ def test_pretrained_weights_are_read_from_a_file_for_timm_alone(tmp_path, refuse
 
     with refused(BaseRequiredError, "model=base"):
         create_pretrained("torchvision:resnet18", {}, tmp_path / "model.safetensors")
-    with refused(RebuildError, "timm cannot build this network"):
+    with refused(RebuildError, "timm cannot build a network of own code or of another library"):
         export(wrapped("ResNet"), tmp_path / "plain", format="timm")
