@@ -174,7 +174,7 @@ def test_another_size_is_resized_by_pil_bilinear(digits):
         assert np.array_equal(pixels[0], np.asarray(row["image"].resize((20, 20), Image.Resampling.BILINEAR)))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_broken_image_is_named(digits, refused, workers):
     split = coded(digits[1], [digits[1].dataset[i]["image"] for i in range(4)])
     cells = split.dataset.to_dict()
