@@ -281,8 +281,17 @@ def rows_of(text, head):
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:end]]
 
 
-LABELS = {"ResNet-14": "cifar_resnet14", "ResNet-56": "cifar_resnet56"}
-TRAINS = {"gamma, beta": "bn", "head": "head", "everything": "all"}
+LABELS = {
+    "ResNet-14": "cifar_resnet14",
+    "ResNet-56": "cifar_resnet56",
+    "EfficientNet-Lite0, pretrained": "tf_efficientnet_lite0",
+}
+TRAINS = {
+    "gamma, beta": "bn",
+    "head": "head",
+    "everything": "all",
+    "gamma, beta, head": "bn+head, pretrained=true, pretrained_file=model.safetensors",
+}
 
 
 def result_lines(data, epochs, network, trains):
@@ -291,7 +300,7 @@ def result_lines(data, epochs, network, trains):
     found = [
         run
         for run in read_runs(ROOT / "recipes" / "results", PAPER["recipes"])
-        if (run.dataset, run.line["recipe"]["epochs"], run.network, run.named) == cell
+        if (run.dataset.replace("-", ""), run.line["recipe"]["epochs"], run.network, run.named) == cell
     ]
     assert len({run.steps for run in found}) == 1, cell
     assert len({run.replicate for run in found}) == len(found), cell
