@@ -93,37 +93,51 @@ def write_graph(
     network: nn.Module, adapter: dict[str, torch.Tensor], config: BNOnlyConfig, size: list[int] | None, file: Path,
     form: str,
 ) -> Path:  # fmt: skip
-    """Write a network as a graph, run the graph, and print how its logits differ from PyTorch's.
+    """Write a network as a graph, and print how the graph's logits differ from PyTorch's.
+
+    Args and Raises: as in `graph_of`; ``file`` does not exist yet.
+
+    Raises:
+        OutputFolderError, FileError: the file exists, or cannot be written.
+    """
+    target = new_file(file)
+    content, said = graph_of(network, adapter, config, size, form)
+    print(said)
+    write_file(target, content)
+    return target
+
+
+def graph_of(
+    network: nn.Module, adapter: dict[str, torch.Tensor], config: BNOnlyConfig, size: list[int] | None, form: str
+) -> tuple[bytes, str]:
+    """Return a network as the file of a graph, and what to say of it; the graph is run and compared.
 
     Args:
         network: in evaluation mode, float32, on the CPU; it takes images, and the adapter if there is one.
         adapter: the further inputs, none if everything is inside.
         config: of the adapter, for the file's metadata.
         size: of an image, (C, H, W).
-        file: does not exist yet.
         form: "onnx" or "pt2".
 
     Raises:
         ConfigError: it is not known which images the network takes, it takes no such images, or packages are missing.
-        OutputFolderError, FileError: the file exists, or cannot be written.
         NetworkError: the network has no such graph.
         AdapterError: the graph gives other logits.
     """
     if form == "onnx":
         _check_installed()
     inputs: Any = [(batch, adapter) if adapter else (batch,) for batch in _images(size)]
-    target = new_file(file)
     axes = {0: torch.export.Dim("batch")}
     dynamic = (axes, dict.fromkeys(adapter)) if adapter else (axes,)
     with _explained(f"The network does not take images of data_config's size {size}.", ConfigError), torch.no_grad():
+        network(*inputs[0])
+    with _explained("The network does not take batches of any number of images, as a graph does."), torch.no_grad():
         expected = _parts(network(*inputs[1]))
     with _explained("torch.export does not take this network."):
         program = torch.export.export(network, inputs[0], dynamic_shapes=dynamic, strict=False)
     about = {METADATA: json.dumps(config.to_dict(), allow_nan=False)}
     content, found, said = (_onnx if form == "onnx" else _pt2)(program, about, len(expected), inputs[1], dynamic)
-    print(f"{len(content):,} bytes, {said}{_difference(expected, found)}")
-    write_file(target, content)
-    return target
+    return content, f"{len(content):,} bytes, {said}{_difference(expected, found)}"
 
 
 def _images(size: list[int] | None) -> tuple[torch.Tensor, ...]:

@@ -1,6 +1,5 @@
 """Remove the channels of a network that are the same for every image; it computes the same with less."""
 
-import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from ..sharing.folder import write_file
 from .channels import Analysis, Channels, Layer, pads_zeros
 from .compact import _accuracies, _logits
 from .exporting import _chosen, _creation, _merged, _on_cpu
+from .graphs import graph_of
 
 # Why a channel stays; the last of these that holds is reported.
 READ = "read by another layer, where it varies"
@@ -103,7 +103,7 @@ def prune(
     report = _prune_(network, low, high, images)
     report.accuracy = _accuracies(before, network, batches) if (batches := list(test)) else ""
     if file is not None:
-        write_file(Path(file), _program(network, images))
+        write_file(Path(file), graph_of(network, {}, config, [*images.shape[1:]], "pt2")[0])
     return network, report
 
 
@@ -190,17 +190,6 @@ def _run(network: nn.Module, images: Tensor) -> tuple[Tensor, int, int]:
         outputs = _logits(network, images)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return outputs, parameters, counter.get_total_flops() // 2 // len(images)
-
-
-def _program(network: nn.Module, images: Tensor) -> bytes:
-    """Return a network as a program of torch.export for any number of images."""
-    try:
-        program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # a forward is any code
-        what, seen = "torch.export cannot trace the network.", f"{type(error).__name__}: {error}"
-        raise NetworkError(what, seen=seen, do="leave out file=, and use the network that prune returns") from error
-    torch.export.save(program, written := io.BytesIO())
-    return written.getvalue()
 
 
 class _Staying:
