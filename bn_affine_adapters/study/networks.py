@@ -149,18 +149,25 @@ def clamped(model: nn.Module, threshold: float = NEAR_ZERO) -> Iterator[int]:
     if not threshold >= 0:
         raise ConfigError("No |gamma| is below such a threshold.", seen=f"threshold={threshold}", do="threshold=0.01")
     gammas = list(_parameters(model)["gamma"].values())
-    before = [gamma.detach().clone() for gamma in gammas]
-    try:
+    with _restored(gammas):
         with torch.no_grad():
             # In float64, where `distribution` compares too: float32's 0.01 is another number.
-            small = [gamma.double().abs() < threshold for gamma in before]
+            small = [gamma.double().abs() < threshold for gamma in gammas]
             for gamma, chosen in zip(gammas, small, strict=True):
                 gamma.masked_fill_(chosen, 0)
         yield sum(int(chosen.sum()) for chosen in small)
+
+
+@contextmanager
+def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Give parameters the bits back, after the block, that they had before it."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
     finally:
         with torch.no_grad():
-            for gamma, values in zip(gammas, before, strict=True):
-                gamma.copy_(values)
+            for parameter, values in zip(parameters, before, strict=True):
+                parameter.copy_(values)
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -188,17 +195,12 @@ def redrawn(model: nn.Module, layer: str, seed: int = 0, weight_init: str = "kai
     check_choice("layer", layer, list(layers))
     parameters = {key: p for key, p in layers[layer].named_parameters(recurse=False)}
     rules = {key: rule_for(layers[layer], key, weight_init, "keep") for key in parameters}
-    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-    try:
+    with _restored([*parameters.values()]):
         with torch.no_grad():
             for key, rule in rules.items():
                 assert rule  # weights and biases of these classes have one
                 draw_into_(parameters[key], rule, seed, f"{layer}.{key}")
         yield
-    finally:
-        with torch.no_grad():
-            for key, values in before.items():
-                parameters[key].copy_(values)
 
 
 def dead_activations(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, Zeros]:
